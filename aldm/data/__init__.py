@@ -1,0 +1,1 @@
+"""NIfTI, preprocessing, data set layouts and the store of prepared volumes."""

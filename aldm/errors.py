@@ -1,0 +1,9 @@
+"""The error that a user can mend."""
+
+
+class UserError(ValueError):
+    """Something that the user gave cannot be used: the message says what, where, wanted, got, and the way out.
+
+    The command line prints the message without a traceback and exits with code 2; every other exception is a bug of
+    ours and keeps its traceback.
+    """

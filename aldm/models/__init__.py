@@ -1,0 +1,1 @@
+"""The networks: codecs, MS-SPADE, discriminators and the denoising UNet."""

@@ -1,0 +1,223 @@
+"""The named presets: functions that return a whole configuration.
+
+brats() and ixi() are Tables A, B and C of the paper's supplement; released() is what the authors' public code trains;
+small() and tiny() train on a CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from aldm.config import (
+    CodecConfig,
+    Config,
+    DiffusionConfig,
+    MSSpadeConfig,
+    PreprocessConfig,
+    SamplingConfig,
+    TrainingConfig,
+    UNetConfig,
+    from_dict,
+)
+from aldm.errors import UserError
+
+
+def brats() -> Config:
+    """BraTS 2021 as in the supplement: 192 x 192 x 144 at 1 mm, Tables A, B and C."""
+    gan = TrainingConfig(
+        learning_rate=1e-5,
+        betas=(0.5, 0.9),
+        crop=(96, 96, 96),
+        flip_probability=0.1,
+        adversarial_weight=0.8,
+        adversarial_start_step=10_000,
+        adaptive_weight=True,
+    )
+    return Config(
+        preset="brats",
+        modalities=("t1", "t1ce", "t2", "flair"),
+        precision="bf16",
+        preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=(192, 192, 144)),
+        regression_unet=UNetConfig(channels=(32, 64, 128, 256), attention_levels=()),
+        train_vqgan=gan,
+        train_ms_spade=TrainingConfig(
+            learning_rate=2e-5,
+            betas=(0.5, 0.9),
+            adversarial_weight=0.1,
+            adversarial_start_step=10_000,
+            ema_decay=0.999,
+        ),
+        train_diffusion=TrainingConfig(
+            epochs=800, learning_rate=1e-5, optimizer="adamw", weight_decay=0.01, ema_decay=0.9999, warmup_steps=1000
+        ),
+        train_unet=TrainingConfig(
+            learning_rate=1e-4, optimizer="adamw", crop=(96, 96, 96), ema_decay=0.999, warmup_steps=1000, decay="cosine"
+        ),
+    )
+
+
+def ixi() -> Config:
+    """IXI as in the supplement, in RAS+ order: 160 x 256 x 224 at 1.2 x 0.9375 x 0.9375 mm."""
+    return replace(
+        brats(),
+        preset="ixi",
+        modalities=("t1", "t2", "pd"),
+        preprocess=PreprocessConfig(spacing_mm=(1.2, 0.9375, 0.9375), spatial_shape=(160, 256, 224)),
+    )
+
+
+def released() -> Config:
+    """The widths of the authors' public configuration; its zero codebook and adversarial weights are not inherited."""
+    base = brats()
+    return replace(
+        base,
+        preset="released",
+        codec=CodecConfig(channels=(64, 64, 128), num_res_blocks=1, embedding_dim=4),
+        unet=UNetConfig(channels=(128, 128, 256), num_res_blocks=1),
+        train_vqgan=replace(base.train_vqgan, batch_size=4, adversarial_start_step=0),
+        train_ms_spade=replace(base.train_ms_spade, batch_size=4, adversarial_start_step=0),
+        train_diffusion=replace(base.train_diffusion, batch_size=4, epochs=200),
+    )
+
+
+def small() -> Config:
+    """Trains in minutes on a CPU: the lossless Haar codec, the bridge objective, one network evaluation a volume."""
+    return Config(
+        preset="small",
+        precision="bf16",
+        preprocess=PreprocessConfig(spacing_mm=(3.0, 3.0, 3.0), spatial_shape=(56, 72, 56)),
+        codec=CodecConfig(
+            kind="haar",
+            channels=(16, 32, 32),
+            num_res_blocks=1,
+            embedding_dim=4,
+            codebook_size=256,
+            haar_levels=1,
+            norm_groups=8,
+        ),
+        ms_spade=MSSpadeConfig(
+            in_channels=32,
+            res_channels=(32, 32),
+            spade_channels=(32, 32, 32, 32),
+            hidden_channels=16,
+            kernel_size=3,
+            source_skip=True,
+        ),
+        unet=UNetConfig(
+            channels=(32, 64, 96),
+            num_res_blocks=1,
+            attention_levels=(),
+            conditioning="scale-shift",
+            embed_source=True,
+            norm_groups=8,
+        ),
+        regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),
+        diffusion=DiffusionConfig(objective="bridge", image_space_loss=True),
+        sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
+        train_vqgan=_cpu_training(
+            batch_size=2,
+            crop=(32, 32, 32),
+            flip_probability=0.1,
+            max_steps=400,
+            adversarial_weight=0.1,
+            adversarial_start_step=300,
+            adaptive_weight=True,
+            discriminator_channels=16,
+            discriminator_layers=2,
+        ),
+        train_ms_spade=_cpu_training(
+            max_steps=1000,
+            adversarial_weight=0.001,
+            adversarial_start_step=800,
+            discriminator_channels=16,
+            discriminator_layers=2,
+            same_modality_fraction=0.1,
+        ),
+        train_diffusion=_cpu_training(max_steps=1000, same_modality_fraction=0.1),
+        train_unet=_cpu_training(max_steps=1000, same_modality_fraction=0.1),
+    )
+
+
+def tiny() -> Config:
+    """Runs every line of every stage in seconds, for tests; its results mean nothing."""
+    base = small()
+    quick = {"max_steps": 4, "validate_every": 2, "checkpoint_every": 2, "log_every": 1, "num_validation_samples": 2}
+    return replace(
+        base,
+        preset="tiny",
+        precision="fp32",
+        preprocess=PreprocessConfig(spacing_mm=(8.0, 8.0, 8.0), spatial_shape=(16, 24, 16)),
+        codec=replace(base.codec, kind="vqgan", channels=(8, 8, 8), codebook_size=16, norm_groups=4),
+        ms_spade=replace(
+            base.ms_spade, in_channels=8, res_channels=(8, 8), spade_channels=(8, 8), hidden_channels=4, source_skip=False
+        ),
+        unet=replace(base.unet, channels=(8, 16), attention_levels=(1,), head_channels=8, norm_groups=4),
+        regression_unet=replace(base.regression_unet, channels=(8, 8), norm_groups=4),
+        diffusion=DiffusionConfig(num_train_timesteps=50, objective="v"),
+        sampling=SamplingConfig(num_inference_steps=3),
+        train_vqgan=replace(base.train_vqgan, crop=(16, 16, 16), adversarial_start_step=2, discriminator_channels=4, **quick),
+        train_ms_spade=replace(base.train_ms_spade, adversarial_start_step=2, discriminator_channels=4, **quick),
+        train_diffusion=replace(base.train_diffusion, **quick),
+        train_unet=replace(base.train_unet, **quick),
+    )
+
+
+def _cpu_training(**values: object) -> TrainingConfig:
+    """Defaults of a short training on a CPU."""
+    base = TrainingConfig(
+        batch_size=1,
+        learning_rate=1e-3,
+        optimizer="adamw",
+        warmup_steps=20,
+        decay="cosine",
+        ema_decay=0.99,
+        validate_every=200,
+        checkpoint_every=200,
+    )
+    return replace(base, **values)  # type: ignore[arg-type]
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "tiny": tiny,
+    "small": small,
+    "brats": brats,
+    "ixi": ixi,
+    "released": released,
+}
+
+
+def load_preset(name_or_file: str) -> Config:
+    """Return the preset of that name, or the configuration in a YAML file.
+
+    A file may name a preset to start from under `preset`; its other keys replace that preset's, key by key.
+
+    Raises:
+        UserError: no such preset or file, or a key or value that is not known.
+    """
+    import yaml
+
+    from aldm.config import Config, to_dict
+
+    if name_or_file in PRESETS:
+        return PRESETS[name_or_file]()
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+        raise UserError(f"no preset {name_or_file!r}: wanted one of {', '.join(PRESETS)}, or an existing .yaml file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, wanted a mapping of configuration keys")
+    base = values.get("preset", "custom")
+    start = to_dict(PRESETS[base]()) if base in PRESETS else to_dict(Config())
+    return from_dict(Config, _merged(start, values))
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    """Return base with the changes laid over it, nested mappings key by key."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result

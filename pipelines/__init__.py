@@ -1,0 +1,1 @@
+"""One job a file, each with main(argv); the aldm command resolves them by name."""
