@@ -1,0 +1,109 @@
+"""The front door `aldm JOB ...`: a table of job name -> module, imported when called."""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from aldm import __version__
+from aldm.errors import UserError
+
+JOBS: dict[str, tuple[str, str]] = {
+    "phantom": ("pipelines.phantom", "write simulated subjects as a BraTS or IXI tree"),
+    "prepare": ("pipelines.prepare", "turn a BraTS, IXI, BIDS or table data set into a store of volumes"),
+    "train": ("pipelines.train", "train vqgan, ms-spade, diffusion or the regression unet"),
+    "encode": ("pipelines.encode", "encode a store into a store of latents"),
+    "export": ("pipelines.export", "put trained stages together into a translator folder"),
+    "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),
+    "evaluate": ("pipelines.evaluate", "score a translator over all pairs of modalities of a store"),
+    "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),
+    "demo": ("pipelines.demo", "everything once on simulated data, with a report"),
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C so that temporary files and locks are given back on the way out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm JOB ARGUMENTS` and return the exit code.
+
+    A UserError is one message on stderr and code 2; Ctrl-C is 130 and SIGTERM 143, each with one line; any other
+    exception is a bug and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"aldm {__version__}")
+        return 0
+    job, *rest = arguments
+    previous = _handle_sigterm()
+    try:
+        module = _module_of(job)
+        return int(importlib.import_module(module).main(rest) or 0)
+    except UserError as error:
+        print(f"aldm {job}: {error}" if job in JOBS else f"aldm: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Terminated:
+        print(f"aldm {job}: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        print(f"aldm {job}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `aldm info | head`: point stdout elsewhere, or Python complains again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def usage() -> str:
+    """Return the text of `aldm --help`."""
+    width = max(map(len, JOBS))
+    lines = [f"  {job:<{width}}  {summary}" for job, (_, summary) in JOBS.items()]
+    return "\n".join(
+        [
+            "usage: aldm JOB [ARGUMENTS]",
+            "",
+            "Translate 3D MR volumes between modalities. For research, not a medical device.",
+            "",
+            "jobs:",
+            *lines,
+            "",
+            "aldm JOB --help explains the arguments of a job; aldm --version prints the version.",
+        ]
+    )
+
+
+def _module_of(job: str) -> str:
+    if job in JOBS:
+        return JOBS[job][0]
+    near = difflib.get_close_matches(job, JOBS, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(f"no job {job!r}{hint}: the jobs are {', '.join(JOBS)}; see aldm --help")
+
+
+def _handle_sigterm() -> Any:
+    """Make SIGTERM raise Terminated in this process; a forked worker dies of it as usual. Returns the old handler."""
+    owner = os.getpid()
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        if os.getpid() != owner:
+            os._exit(EXIT_TERMINATED)
+        raise Terminated
+
+    return signal.signal(signal.SIGTERM, terminate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

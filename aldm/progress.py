@@ -1,0 +1,95 @@
+"""Progress of long work: a bar with the remaining time on a terminal, a log line now and then elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+LOG_INTERVAL_S = 15.0
+T = TypeVar("T")
+
+
+class Progress(Generic[T]):
+    """Counts finished units. Iterate over it, or call `update` inside a `with` block."""
+
+    def __init__(self, iterable: Iterable[T] | None, total: int | None, description: str, unit: str) -> None:
+        self._iterable = iterable
+        self._bar: tqdm = tqdm(
+            total=total,
+            desc=description,
+            unit=unit,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=True,
+        )
+        self._description, self._unit, self._total = description, unit, total
+        self._done = 0
+        self._note = ""
+        self._start = self._logged = time.monotonic()
+
+    def __iter__(self) -> Iterator[T]:
+        if self._iterable is None:
+            raise TypeError("this progress was made without an iterable: call update() instead")
+        with self:
+            for item in self._iterable:
+                yield item
+                self.update()
+
+    def __enter__(self) -> "Progress[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        """Say that `count` more units are finished."""
+        self._done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and now - self._logged >= LOG_INTERVAL_S:
+            self._logged = now
+            logger.info("%s", self._line(now - self._start))
+
+    def note(self, text: str) -> None:
+        """Show a short text behind the count, such as the loss."""
+        self._note = text
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """End the bar; off a terminal, log the total when the work took long enough to have been reported on."""
+        elapsed_s = time.monotonic() - self._start
+        if self._bar.disable and elapsed_s >= LOG_INTERVAL_S:
+            logger.info("%s", self._line(elapsed_s))
+        self._bar.close()
+
+    def _line(self, elapsed_s: float) -> str:
+        count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+        text = f"{self._description}: {count} {self._unit}, {tqdm.format_interval(elapsed_s)} elapsed"
+        if self._total is not None and 0 < self._done < self._total:
+            remaining_s = elapsed_s * (self._total - self._done) / self._done
+            text += f", {tqdm.format_interval(remaining_s)} remaining"
+        return f"{text} ({self._note})" if self._note else text
+
+
+def progress(
+    iterable: Iterable[T] | None = None, total: int | None = None, description: str = "", unit: str = "it"
+) -> Progress[T]:
+    """Return a progress display on stderr over `iterable`, or one to `update` by hand.
+
+    Args:
+        iterable: what to iterate over; None to count by hand.
+        total: number of units; by default the length of the iterable where it has one, else unknown.
+        description: what is going on, in front of the bar.
+        unit: name of one unit, such as "volume" or "step".
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)  # type: ignore[arg-type]
+    return Progress(iterable, total, description, unit)
