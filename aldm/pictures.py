@@ -1,0 +1,214 @@
+"""PNG pictures: the panel of one translation and the quality / latency card of an evaluation.
+
+Drawn through matplotlib's objects on an Agg canvas: no pyplot, no display, no global state. Volumes are X Y Z of RAS+,
+intensities in [0, 1]. The planes are shown as seen by the subject: right of the picture is the subject's right
+(axial, coronal) or front (sagittal), up is front (axial) or head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aldm.errors import UserError
+from aldm.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+DISCLAIMER = "synthetic, research use only"
+PLANES = (("sagittal", 0, "A"), ("coronal", 1, "R"), ("axial", 2, "R"))  # name, normal axis, what lies to the right
+_DPI = 110
+_MARKERS = "osD^vP*X<>hp"
+
+
+@dataclass(frozen=True)
+class CardPoint:
+    """One measured way to translate: a dot of the quality / latency card."""
+
+    method: str
+    """Model, for example aldm or unet."""
+    sampler: str
+    """Sampler, empty for a model without one."""
+    num_inference_steps: int
+    """Network evaluations per sample, 0 for a model without a sampler."""
+    seconds: float
+    """Mean wall time of one volume, s."""
+    psnr_db: float
+    """Mean PSNR, dB."""
+
+
+def planes_through(volume: np.ndarray) -> tuple[int, int, int]:
+    """Return the voxel that the three planes go through: the middle of the foreground (above a tenth of the range)."""
+    low, high = float(volume.min()), float(volume.max())
+    above = np.argwhere(volume > low + 0.1 * (high - low))
+    if len(above) == 0:
+        above = np.array([[0, 0, 0], [side - 1 for side in volume.shape]])
+    middle = (above.min(axis=0) + above.max(axis=0)) // 2
+    return int(middle[0]), int(middle[1]), int(middle[2])
+
+
+def save_translation_panel(
+    path: Path,
+    *,
+    source: np.ndarray,
+    prediction: np.ndarray,
+    target: np.ndarray | None = None,
+    uncertainty: np.ndarray | None = None,
+    source_name: str,
+    target_name: str,
+    spacing_mm: tuple[float, float, float],
+    title: str = "",
+    center: tuple[int, int, int] | None = None,
+) -> None:
+    """Write a PNG: a row per plane, the columns source, true target, prediction, absolute error and uncertainty.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        source, prediction: X Y Z in [0, 1].
+        target: the true target; None leaves its column and the error's out.
+        uncertainty: voxelwise standard deviation of the samples; None leaves its column out.
+        source_name, target_name: modalities.
+        spacing_mm: voxel size, for the aspect of the planes.
+        title: text above the panel.
+        center: the voxel that the planes go through; None takes the middle of the source's foreground.
+
+    Raises:
+        UserError: volumes of different shapes.
+    """
+    volumes: list[tuple[str, np.ndarray, str]] = [(f"source {source_name}", source, "gray")]
+    if target is not None:
+        volumes.append((f"true {target_name}", target, "gray"))
+    volumes.append((f"predicted {target_name}", prediction, "gray"))
+    if target is not None:
+        volumes.append(("absolute error", np.abs(target - prediction), "inferno"))
+    if uncertainty is not None:
+        volumes.append(("uncertainty (std)", uncertainty, "viridis"))
+    for name, data, _ in volumes:
+        if data.shape != source.shape:
+            raise UserError(f"panel: {name} has shape {data.shape}, the source {source.shape}")
+    center = center or planes_through(source)
+
+    shape_mm = [side * step for side, step in zip(source.shape, spacing_mm, strict=True)]
+    heights = [shape_mm[1] if normal == 2 else shape_mm[2] for _, normal, _ in PLANES]
+    width = 2.4
+    unit = width / max(shape_mm[0], shape_mm[1])
+    figure = _figure(width * len(volumes) + 0.4, sum(heights) * unit + 1.3, title)
+    grid = figure.add_gridspec(3, len(volumes), height_ratios=heights, hspace=0.04, wspace=0.04)
+    grid.update(left=0.05, right=0.99, top=1 - 0.75 / figure.get_figheight(), bottom=0.5 / figure.get_figheight())
+    for column, (name, data, colours) in enumerate(volumes):
+        # images share the scale [0, 1]; an error or a spread is shown up to its own 99.9th percentile
+        high = 1.0 if colours == "gray" else max(float(np.percentile(data, 99.9)), 1e-6)
+        axes = [figure.add_subplot(grid[row, column]) for row in range(3)]
+        for row, (plane, normal, right) in enumerate(PLANES):
+            picture = _draw_plane(axes[row], data, normal, center[normal], spacing_mm, colours, high)
+            if column == 0:
+                axes[row].set_ylabel(plane, fontsize=8)
+                axes[row].text(0.97, 0.5, right, color="w", fontsize=7, ha="right", transform=axes[row].transAxes)
+        axes[0].set_title(name, fontsize=9)
+        left, bottom, cell_width, _ = axes[2].get_position().bounds
+        bar_axes = figure.add_axes(
+            (
+                left + 0.1 * cell_width,
+                bottom - 0.13 / figure.get_figheight(),
+                0.8 * cell_width,
+                0.08 / figure.get_figheight(),
+            )
+        )
+        bar = figure.colorbar(picture, cax=bar_axes, orientation="horizontal", ticks=[0, high])
+        bar.ax.set_xticklabels(["0", f"{high:.2g}"], fontsize=7)
+    _save(figure, path)
+
+
+def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "", region: str = "volume") -> None:
+    """Write a PNG of mean PSNR (dB) against seconds per volume, one dot per model, sampler and number of steps.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        points: what was measured.
+        title: text above the plot.
+        region: what the PSNR was taken over.
+
+    Raises:
+        UserError: no points.
+    """
+    if not points:
+        raise UserError("the quality / latency card has no point to draw")
+    figure = _figure(7.0, 4.6, title)
+    axes = figure.add_axes((0.1, 0.14, 0.86, 0.74))
+    groups: dict[tuple[str, str], list[CardPoint]] = {}
+    for point in points:
+        groups.setdefault((point.method, point.sampler), []).append(point)
+    for marker, ((method, sampler), members) in enumerate(groups.items()):
+        members = sorted(members, key=lambda point: point.num_inference_steps)
+        axes.plot(
+            [point.seconds for point in members],
+            [point.psnr_db for point in members],
+            marker=_MARKERS[marker % len(_MARKERS)],
+            label=f"{method} {sampler}".strip(),
+        )
+        for point in members:
+            if point.num_inference_steps:
+                axes.annotate(
+                    str(point.num_inference_steps),
+                    (point.seconds, point.psnr_db),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds per volume (log scale); the numbers are network evaluations", fontsize=9)
+    axes.set_ylabel(f"mean PSNR, {region} (dB)", fontsize=9)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _draw_plane(
+    axes: "Axes",
+    data: np.ndarray,
+    normal: int,
+    index: int,
+    spacing_mm: tuple[float, float, float],
+    colours: str,
+    high: float,
+) -> "AxesImage":
+    """Show one plane of a RAS+ volume, in mm, without ticks."""
+    across, up = [axis for axis in range(3) if axis != normal]
+    plane = np.take(data, index, axis=normal)
+    picture = axes.imshow(
+        plane.T,
+        origin="lower",
+        cmap=colours,
+        vmin=0,
+        vmax=high,
+        aspect="equal",
+        extent=(0, data.shape[across] * spacing_mm[across], 0, data.shape[up] * spacing_mm[up]),
+        interpolation="nearest",
+    )
+    axes.set_facecolor("black")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return picture
+
+
+def _figure(width_in: float, height_in: float, title: str) -> "Figure":
+    """Return an empty figure with an Agg canvas, a title and the disclaimer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    figure.text(0.995, 0.008, DISCLAIMER, ha="right", va="bottom", fontsize=8, color="firebrick")
+    return figure
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Write the figure; no version or date inside, so that equal data is equal bytes."""
+    with atomic_path(path, overwrite=True) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
