@@ -1,0 +1,249 @@
+"""Rows of scores, and what is said of them: mean and spread, Table D's shape, and who beats whom with what confidence.
+
+A row is one translated volume over one region. A method is a model with its sampler and number of network evaluations,
+or one of the rows that keep a model honest (evaluation.py): identity, training-mean, reconstruction.
+"""
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from aldm.files import atomic_path
+
+# Supplement, Table D (IXI test set, 115 subjects): (source, target) -> (PSNR dB, NMSE, SSIM) as mean and std
+TABLE_D: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
+    ("t1", "t1"): ((29.487, 0.522), (0.047, 0.020), (0.941, 0.024)),
+    ("t1", "t2"): ((27.265, 0.629), (0.071, 0.022), (0.921, 0.015)),
+    ("t1", "pd"): ((27.729, 0.685), (0.072, 0.025), (0.922, 0.018)),
+    ("t2", "t1"): ((27.368, 0.624), (0.074, 0.031), (0.929, 0.027)),
+    ("t2", "t2"): ((29.259, 0.582), (0.045, 0.017), (0.937, 0.015)),
+    ("t2", "pd"): ((27.913, 0.659), (0.067, 0.023), (0.927, 0.019)),
+    ("pd", "t1"): ((27.968, 0.521), (0.070, 0.028), (0.931, 0.028)),
+    ("pd", "t2"): ((27.834, 0.627), (0.067, 0.024), (0.925, 0.025)),
+    ("pd", "pd"): ((29.396, 0.488), (0.042, 0.019), (0.939, 0.027)),
+}
+TABLE_D_PAPER_NOTE = (
+    "The paper's Table D (its own model, IXI's 115 test subjects, the row order of its second half read as T1, T2, PD):"
+)
+
+
+class MethodKey(NamedTuple):
+    """What a score belongs to, besides the subject and the pair."""
+
+    method: str
+    sampler: str
+    num_inference_steps: int
+
+    def label(self) -> str:
+        """Return the words for a table."""
+        steps = f" {self.num_inference_steps}" if self.num_inference_steps else ""
+        return f"{self.method} ({self.sampler}{steps})" if self.sampler else self.method
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One line of scores.csv."""
+
+    subject_id: str
+    method: str
+    """aldm, unet, or one of identity, training-mean, reconstruction."""
+    source: str
+    target: str
+    sampler: str
+    """Empty where there is none."""
+    num_inference_steps: int
+    """Network evaluations per sample; 0 where there is no sampler."""
+    region: str
+    """volume, brain (or foreground), lesion."""
+    psnr_db: float
+    nmse: float
+    ssim: float
+
+    @property
+    def key(self) -> MethodKey:
+        """What the score belongs to."""
+        return MethodKey(self.method, self.sampler, self.num_inference_steps)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation over subjects of the three scores."""
+
+    count: int
+    """Number of rows behind it."""
+    mean: tuple[float, float, float]
+    """PSNR (dB), NMSE, SSIM."""
+    std: tuple[float, float, float]
+    """Sample standard deviation (n - 1); NaN for a single row."""
+
+    def text(self) -> str:
+        """Return `PSNR / NMSE / SSIM`, each as mean ± std, for a table cell."""
+        return " / ".join(
+            f"{_number(mean, digits)}" + (f" ± {std:.{digits}f}" if math.isfinite(std) else "")
+            for mean, std, digits in zip(self.mean, self.std, (2, 3, 3), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better one method's PSNR is than another's on the same subjects and pairs."""
+
+    better: MethodKey
+    than: MethodKey
+    region: str
+    num_subjects: int
+    difference_db: float
+    """Mean over subjects of the difference of their mean PSNR, dB."""
+    low_db: float
+    high_db: float
+    """95 % interval of the mean difference (paired t, n - 1 degrees of freedom); NaN below two subjects."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low_db > 0 or self.high_db < 0
+
+
+def write_csv(path: Path, rows: Sequence[ScoreRow], *, overwrite: bool = False) -> None:
+    """Write scores.csv: a header with ScoreRow's field names and a line per row."""
+    with atomic_path(path, overwrite=overwrite) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([field.name for field in fields(ScoreRow)])
+        writer.writerows(astuple(row) for row in rows)
+
+
+def summarize(rows: Iterable[ScoreRow]) -> Summary:
+    """Return mean and sample standard deviation of the rows' scores (at least one row)."""
+    values = np.array([(row.psnr_db, row.nmse, row.ssim) for row in rows])
+    with np.errstate(invalid="ignore"):  # an exact match has an infinite PSNR: its mean is infinite, its spread NaN
+        mean = values.mean(axis=0)
+        std = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(3, math.nan)
+    return Summary(
+        len(values), (float(mean[0]), float(mean[1]), float(mean[2])), (float(std[0]), float(std[1]), float(std[2]))
+    )
+
+
+def methods_of(rows: Iterable[ScoreRow]) -> list[MethodKey]:
+    """Return the methods in the order of their first row."""
+    return list(dict.fromkeys(row.key for row in rows))
+
+
+def compare(
+    rows: Sequence[ScoreRow], one: MethodKey, other: MethodKey, region: str, *, target: str | None = None
+) -> Comparison | None:
+    """Compare two methods' PSNR over the translations (source and target differ) that both have.
+
+    Subjects are the independent samples: each gives one number, its mean difference over the common pairs.
+
+    Args:
+        rows: all scores.
+        one, other: the methods.
+        region: the region that counts.
+        target: only translations into this modality; None takes all.
+
+    Returns:
+        the comparison with the better method first, or None where they share no finite row.
+    """
+    psnr: dict[MethodKey, dict[tuple[str, str, str], float]] = {one: {}, other: {}}
+    for row in rows:
+        wanted = row.region == region and row.source != row.target and target in (None, row.target)
+        if wanted and row.key in psnr and math.isfinite(row.psnr_db):
+            psnr[row.key][row.subject_id, row.source, row.target] = row.psnr_db
+    by_subject: dict[str, list[float]] = defaultdict(list)
+    for place in psnr[one].keys() & psnr[other].keys():
+        by_subject[place[0]].append(psnr[one][place] - psnr[other][place])
+    if not by_subject:
+        return None
+    differences = np.array([np.mean(values) for _, values in sorted(by_subject.items())])
+    if differences.mean() < 0:
+        one, other, differences = other, one, -differences
+    mean, count = float(differences.mean()), len(differences)
+    half = math.nan
+    if count > 1:
+        half = float(stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / math.sqrt(count))
+    return Comparison(one, other, region, count, mean, mean - half, mean + half)
+
+
+def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
+    """Return one method's scores over one region in Table D's shape: a row per source, a column per target."""
+    cells: dict[tuple[str, str], list[ScoreRow]] = defaultdict(list)
+    for row in rows:
+        if row.key == key and row.region == region:
+            cells[row.source, row.target].append(row)
+    sources, targets = _in_order(source for source, _ in cells), _in_order(target for _, target in cells)
+    lines = [
+        "| PSNR (dB) / NMSE / SSIM | " + " | ".join(f"-> {target}" for target in targets) + " |",
+        "|---" * (len(targets) + 1) + "|",
+    ]
+    for source in sources:
+        texts = [summarize(cells[source, target]).text() if (source, target) in cells else "" for target in targets]
+        lines.append(f"| {source} -> | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def table_d() -> str:
+    """Return the paper's Table D in the same shape."""
+    names = ("t1", "t2", "pd")
+    lines = ["| PSNR (dB) / NMSE / SSIM | " + " | ".join(f"-> {name}" for name in names) + " |", "|---" * 4 + "|"]
+    for source in names:
+        texts = [
+            " / ".join(
+                f"{mean:.{digits}f} ± {std:.{digits}f}"
+                for (mean, std), digits in zip(TABLE_D[source, target], (2, 3, 3), strict=True)
+            )
+            for target in names
+        ]
+        lines.append(f"| {source} -> | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def overview(rows: Sequence[ScoreRow], region: str) -> str:
+    """Return a table with a line per method: its translations (source and target differ) and its diagonal."""
+    lines = [
+        f"| {region}: PSNR (dB) / NMSE / SSIM | translations | n | source = target | n |",
+        "|---|---|---|---|---|",
+    ]
+    for key in methods_of(rows):
+        mine = [row for row in rows if row.key == key and row.region == region]
+        parts = ([r for r in mine if r.source != r.target], [r for r in mine if r.source == r.target])
+        if mine:
+            texts = [f"{summarize(part).text()} | {len(part)}" if part else " | 0" for part in parts]
+            lines.append(f"| {key.label()} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def comparisons(rows: Sequence[ScoreRow], region: str) -> str:
+    """Return a table of every two methods that translate, the better one first, largest difference first."""
+    keys = [key for key in methods_of(rows) if key.method != "reconstruction"]
+    found = [compare(rows, one, other, region) for i, one in enumerate(keys) for other in keys[i + 1 :]]
+    lines = ["| better | than | by PSNR (dB) | 95 % interval | subjects | |", "|---|---|---|---|---|---|"]
+    for item in sorted((c for c in found if c is not None), key=lambda c: -c.difference_db):
+        interval = f"{item.low_db:+.2f} to {item.high_db:+.2f}" if math.isfinite(item.low_db) else "one subject: none"
+        verdict = "" if item.certain else "not certain"
+        lines.append(
+            f"| {item.better.label()} | {item.than.label()} | {item.difference_db:+.2f} | {interval} | "
+            f"{item.num_subjects} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def regions_of(rows: Iterable[ScoreRow]) -> list[str]:
+    """Return the regions in the order of their first row."""
+    return list(dict.fromkeys(row.region for row in rows))
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    from aldm.data.modalities import sort_modalities
+
+    return list(sort_modalities(names))
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "exact"
