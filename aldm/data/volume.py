@@ -1,0 +1,230 @@
+"""A volume with its geometry: crop, pad, resample, and NIfTI files read with suspicion and written exactly.
+
+Arrays are X Y Z of an RAS+ volume; an affine maps voxel indices to world RAS coordinates in mm, voxel centres at whole
+indices.
+"""
+
+import gzip
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+
+from aldm.data.nifti_header import MAX_VOXELS as MAX_VOXELS
+from aldm.data.nifti_header import NiftiSource as NiftiSource
+from aldm.data.nifti_header import is_nifti_name, open_nifti, read_header, read_voxels
+from aldm.errors import UserError
+from aldm.files import atomic_path
+
+_RAS = nibabel.orientations.axcodes2ornt("RAS")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scalar volume: `data` (X, Y, Z) float32 and `affine` (4, 4) float64, voxel index -> world RAS in mm."""
+
+    data: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxels along each array axis, mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+    @property
+    def orientation(self) -> str:
+        """Anatomical direction of each array axis, such as RAS or LPS."""
+        return "".join(nibabel.aff2axcodes(self.affine))
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+
+def crop_or_pad(volume: Volume, start: Sequence[int], shape: Sequence[int], fill: float) -> Volume:
+    """Return the box of `shape` voxels that begins at voxel `start` (may be negative); `fill` outside the volume."""
+    data = np.full(tuple(shape), fill, volume.data.dtype)
+    low = [max(0, s) for s in start]
+    high = [max(lo, min(n, s + m)) for lo, n, s, m in zip(low, volume.data.shape, start, shape, strict=True)]
+    inner = tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))
+    if all(lo < hi for lo, hi in zip(low, high, strict=True)):
+        data[inner] = volume.data[tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))]
+    return Volume(data, shifted(volume.affine, start))
+
+
+def shifted(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
+    """Return the affine of the box that begins at voxel `start`."""
+    moved = np.array(affine, np.float64)
+    moved[:3, 3] += affine[:3, :3] @ np.asarray(start, np.float64)
+    return moved
+
+
+def resample(
+    volume: Volume, affine: np.ndarray, shape: Sequence[int], *, order: str = "linear", fill: float = 0.0
+) -> Volume:
+    """Sample a volume on another grid.
+
+    Where the new grid is coarser, a Gaussian takes away what it cannot carry: per axis of the volume, sigma^2 =
+    (f^2 - 1) / (8 ln 2) in voxels with f = new step / old step, which matches the point spread functions of the two
+    grids (Cardoso et al. 2015, Scale factor point spread function matching). A grid that differs by whole voxels is
+    cropped or padded, so nothing is interpolated.
+
+    Args:
+        volume: what is sampled.
+        affine: (4, 4) voxel -> world RAS in mm of the new grid.
+        shape: voxels of the new grid.
+        order: linear, or nearest (labels; no Gaussian).
+        fill: value outside the volume's field of view, which ends half a voxel beyond the outer voxel centres.
+    """
+    assert order in ("linear", "nearest"), order
+    shape = tuple(int(n) for n in shape)
+    matrix = np.linalg.inv(volume.affine) @ affine  # index on the new grid -> index in the volume
+    start = np.rint(matrix[:3, 3])
+    drift = np.abs(matrix[:3, :3] - np.eye(3)) @ (np.array(shape) - 1) + np.abs(matrix[:3, 3] - start)
+    if drift.max() < 1e-3:
+        return Volume(crop_or_pad(volume, start.astype(int).tolist(), shape, fill).data, np.array(affine, np.float64))
+    linear, offset = matrix[:3, :3], matrix[:3, 3]
+    data = volume.data
+    if order == "linear":
+        step = np.linalg.norm(linear, axis=1)
+        sigma = np.sqrt(np.maximum(step**2 - 1, 0) / (8 * math.log(2)))
+        if sigma.max() > 0.05:
+            data = ndimage.gaussian_filter(data, sigma, mode="nearest")
+    diagonal = np.abs(linear - np.diag(np.diag(linear))) @ np.array(shape) < 1e-3
+    sampled = ndimage.affine_transform(
+        data,
+        np.diag(linear) if diagonal.all() and np.diag(linear).min() > 0 else linear,
+        offset,
+        output_shape=shape,
+        output=data.dtype,
+        order=1 if order == "linear" else 0,
+        mode="nearest",
+        prefilter=False,
+    )
+    _fill_outside(sampled, linear, offset, volume.data.shape, fill)
+    return Volume(sampled, np.array(affine, np.float64))
+
+
+def _fill_outside(
+    sampled: np.ndarray, linear: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], fill: float
+) -> None:
+    """Set to `fill`, in place, what was sampled outside the field of view of a volume of `shape`."""
+    steps = [np.arange(n, dtype=np.float64) for n in sampled.shape]
+    for x in range(sampled.shape[0]):
+        outside = np.zeros(sampled.shape[1:], bool)
+        for axis in range(3):
+            along_y = linear[axis, 0] * x + linear[axis, 1] * steps[1] + offset[axis]
+            index = along_y[:, None] + linear[axis, 2] * steps[2]
+            outside |= (index < -0.501) | (index > shape[axis] - 0.499)
+        sampled[x][outside] = fill
+
+
+def to_ras(data: np.ndarray, affine: np.ndarray) -> Volume:
+    """Return the volume with its axes flipped and permuted so that they run R, A, S; nothing is resampled."""
+    orientation = nibabel.io_orientation(affine)
+    turned = nibabel.apply_orientation(data, orientation)
+    return Volume(
+        np.ascontiguousarray(turned, np.float32), affine @ nibabel.orientations.inv_ornt_aff(orientation, data.shape)
+    )
+
+
+def to_source_orientation(volume_ras: np.ndarray, source: NiftiSource) -> np.ndarray:
+    """Return data of an RAS+ volume in the axis order and direction of `source` (undoes what load_nifti did)."""
+    turn = nibabel.orientations.ornt_transform(_RAS, nibabel.io_orientation(source.affine))
+    return np.asarray(nibabel.apply_orientation(volume_ras, turn))
+
+
+# ------------------------------------------------------------------------------------------------------------- NIfTI
+
+
+def load_nifti(
+    path: str | Path, *, max_voxels: int = MAX_VOXELS, allow_constant: bool = False
+) -> tuple[Volume, NiftiSource]:
+    """Read a NIfTI-1 or -2 file (.nii, .nii.gz) as an RAS+ volume in float32, scale factors applied.
+
+    Args:
+        path: the file.
+        max_voxels: limit that the header is checked against before anything is allocated.
+        allow_constant: take a volume without contrast (an empty label map).
+
+    Raises:
+        UserError: anything about the file that makes it unusable: missing, not NIfTI, truncated, more data than the
+            header says, too large, not 3D (trailing axes of length 1 are dropped), complex or RGB voxels, NaN or
+            infinite voxels, constant or all zero, singular affine.
+    """
+    path = Path(path)
+    with open_nifti(path) as stream:
+        source = read_header(stream, path, max_voxels)
+        raw = read_voxels(stream, source)
+    try:
+        slope, inter = source.parsed_header().get_slope_inter()
+    except HeaderDataError as error:
+        raise UserError(f"{path}: bad scale factors in the header: {error}") from error
+    small = raw.dtype.itemsize <= 2 or raw.dtype.type is np.float32  # these are exact in float32
+    data: np.ndarray = raw.astype(np.float32 if small else np.float64, copy=False)
+    if slope is not None and (slope != 1 or inter != 0):
+        data = data * data.dtype.type(slope) + data.dtype.type(inter)
+    with np.errstate(over="ignore"):
+        data = data.astype(np.float32, copy=False)
+    low, high = float(data.min()), float(data.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = int(data.size - np.isfinite(data).sum())
+        raise UserError(f"{path}: {bad} of {data.size} voxels are NaN or infinite, wanted finite numbers")
+    if low == high and not allow_constant:
+        what = "every voxel is zero" if low == 0 else f"every voxel is {low:g} (constant)"
+        raise UserError(f"{path}: {what}, so there is nothing to see in it")
+    return to_ras(data, source.affine), source
+
+
+def read_source(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> NiftiSource:
+    """Read and check the header alone; raises UserError like load_nifti."""
+    with open_nifti(Path(path)) as stream:
+        return read_header(stream, Path(path), max_voxels)
+
+
+def save_nifti(
+    path: str | Path,
+    data_on_source_grid: np.ndarray,
+    source: NiftiSource,
+    *,
+    description: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write float32 voxels on exactly the source's grid: its shape, affine, qform and sform with codes, and units.
+
+    The file appears under its name only when it is whole.
+
+    Args:
+        path: .nii or .nii.gz.
+        data_on_source_grid: (X, Y, Z) in the source's own axis order (to_source_orientation).
+        source: the grid.
+        description: `descrip` of the header, cut at 79 bytes.
+        overwrite: replace an existing file.
+
+    Raises:
+        UserError: another suffix, an existing file without `overwrite`, a folder that cannot be written, a full disk.
+    """
+    path = Path(path)
+    if not is_nifti_name(path):
+        raise UserError(f"{path}: wanted a name that ends in .nii or .nii.gz")
+    assert data_on_source_grid.shape == source.shape, (data_on_source_grid.shape, source.shape)
+    header = source.parsed_header()
+    header.set_data_dtype(np.float32)
+    header["bitpix"] = 32
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
+    header["intent_name"] = b""
+    header["descrip"] = description.encode("ascii", "replace")[:79]
+    header["vox_offset"] = len(header.binaryblock) + 4
+    header["magic"] = b"n+1" if len(header.binaryblock) == 348 else b"n+2\0\r\n\032\n"
+    voxels = np.asarray(data_on_source_grid, np.float32).tobytes(order="F")
+    content = header.binaryblock + b"\0\0\0\0" + voxels
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        if path.name.lower().endswith(".gz"):
+            content = gzip.compress(content, compresslevel=4, mtime=0)  # 4: a third of the time of 9, 3 % larger
+        temporary.write_bytes(content)
