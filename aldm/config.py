@@ -155,6 +155,8 @@ class DiffusionConfig:
     """Rescale the schedule so that the last step is pure noise; v and x0 only."""
     bridge_noise: float = 0.1
     """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
+    bridge_start_fraction: float = 0.5
+    """Share of the bridge's training samples put at its start, where a one-step sampler evaluates; the rest is uniform."""
     image_space_loss: bool = False
     """Weigh latent errors so that their mean square is the image's; only where the codec is isometric (haar)."""
 
@@ -162,6 +164,8 @@ class DiffusionConfig:
         _choice("diffusion.objective", self.objective, OBJECTIVES)
         _choice("diffusion.schedule", self.schedule, SCHEDULES)
         _positive(self, "num_train_timesteps", "beta_start", "beta_end")
+        if not 0 <= self.bridge_start_fraction <= 1:
+            raise UserError(f"diffusion.bridge_start_fraction is {self.bridge_start_fraction}, wanted 0 to 1")
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "

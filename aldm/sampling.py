@@ -1,0 +1,316 @@
+"""Samplers: how the chain is integrated. One visible loop each, over a list of noise levels from place_steps.
+
+A level's time step may be fractional. `predict_x0(z, level)` is the network behind the objective's conversion; sample()
+builds it. Loops keep the dtype of z (sample() passes float32); their coefficients are Python floats from a float64
+schedule. Noise is drawn on the CPU and moved, so a seed gives the same result on every device.
+
+`on_step(done, total)` is called after every network evaluation and may raise to cancel.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aldm.config import SAMPLERS, DiffusionConfig
+from aldm.diffusion import CLEAN, VARIANCE_PRESERVING, NoiseLevel, NoiseSchedule, draw_noise, to_x0
+from aldm.errors import UserError
+
+PredictX0 = Callable[[Tensor, NoiseLevel], Tensor]
+OnStep = Callable[[int, int], None]
+
+PLACEMENT = {"ddpm": "trailing", "ddim": "trailing", "dpm-solver++": "karras", "unipc": "karras"}
+"""Where each sampler puts its steps."""
+
+
+def allowed_samplers(objective: str) -> tuple[str, ...]:
+    """Return the samplers that can integrate an objective, the recommended one first."""
+    if objective == "bridge":
+        return ("bridge", "one-step")
+    if objective == "regression":
+        return ("one-step",)
+    chain = ("dpm-solver++", "unipc", "ddim", "ddpm")
+    return (*chain, "one-step") if objective == "x0" else chain
+
+
+def check_sampling(
+    config: DiffusionConfig, sampler: str, num_inference_steps: int, num_samples: int = 1, eta: float = 0.0
+) -> None:
+    """Refuse a combination of objective, sampler and numbers that cannot work.
+
+    Raises:
+        UserError: the sampler does not integrate the objective, a number is out of range, or several samples are asked
+            of a combination that always gives the same one.
+    """
+    allowed = allowed_samplers(config.objective)
+    if sampler not in allowed:
+        known = "" if sampler in SAMPLERS else f" is not a sampler ({', '.join(SAMPLERS)}) and"
+        raise UserError(
+            f"sampler {sampler!r}{known} cannot be used with a model of objective {config.objective!r}: "
+            f"it takes {', '.join(allowed)}"
+        )
+    most = 1 if sampler == "one-step" else config.num_train_timesteps
+    if not 1 <= num_inference_steps <= most:
+        raise UserError(f"num_inference_steps is {num_inference_steps} with sampler {sampler!r}, wanted 1 to {most}")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta is {eta}, wanted 0 (deterministic) to 1")
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}, wanted at least 1")
+    if num_samples > 1 and config.objective == "regression":
+        raise UserError("a model of objective 'regression' has one answer: num_samples must be 1")
+    if num_samples > 1 and config.objective == "bridge" and (eta == 0 or num_inference_steps == 1):
+        raise UserError(
+            "every sample of the bridge is the same with eta 0 or one step: for several samples take sampler 'bridge' "
+            f"with at least 2 steps and eta above 0 (got {sampler!r}, {num_inference_steps} steps, eta {eta})"
+        )
+
+
+def place_steps(
+    schedule: NoiseSchedule, num_inference_steps: int, placement: str, *, to_clean: bool = True
+) -> list[NoiseLevel]:
+    """Return the noise levels that a sampler visits: one per network evaluation, then where the chain ends.
+
+    Args:
+        schedule: the training schedule; the chain starts at its last step.
+        num_inference_steps: network evaluations, N.
+        placement: trailing (uniform in t: T - 1, T - 1 - T/N, ...), karras (Karras et al. 2022, eq. 5, rho 7, over
+            sigma / alpha) or log-snr (uniform in log(alpha / sigma)).
+        to_clean: end with a step to sigma = 0; otherwise the last of N + 1 levels is the schedule's first step (log-snr
+            and karras only).
+    """
+    last = schedule.num_train_timesteps - 1
+    count = num_inference_steps if to_clean else num_inference_steps + 1
+    end = [CLEAN] if to_clean else []
+    if placement == "trailing":
+        assert to_clean, "trailing steps end at sigma = 0"
+        return [schedule.level(last - i * (last + 1) / count) for i in range(count)] + end
+    first, final = schedule.level(last).half_log_snr, schedule.level(0).half_log_snr
+    fractions = np.linspace(0, 1, count)
+    if placement == "karras":
+        high, low = math.exp(-first / 7), math.exp(-final / 7)
+        log_ratios = -7 * np.log(high + fractions * (low - high))
+    else:
+        assert placement == "log-snr", placement
+        log_ratios = first + fractions * (final - first)
+    return [schedule.level_of_half_log_snr(float(value)) for value in log_ratios] + end
+
+
+def ddpm(
+    predict_x0: PredictX0,
+    z: Tensor,
+    levels: Sequence[NoiseLevel],
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the larger posterior variance, 1 - alpha_t^2 / alpha_s^2.
+
+    Written for any pair of levels t -> s. On few steps that variance is too large; it is meant for the whole chain.
+    """
+    for done, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = predict_x0(z, now)
+        ratio = now.alpha / to.alpha
+        variance = 1 - ratio**2
+        z = (ratio * to.sigma**2 / now.sigma**2) * z + (to.alpha * variance / now.sigma**2) * x0
+        if to.sigma > 0:
+            z = z + math.sqrt(variance) * draw_noise(z, generator).to(z.dtype)
+        if on_step:
+            on_step(done, len(levels) - 1)
+    return z
+
+
+def ddim(
+    predict_x0: PredictX0,
+    z: Tensor,
+    levels: Sequence[NoiseLevel],
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12): first order; eta 0 is deterministic, 1 has DDPM's smaller posterior variance."""
+    for done, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = predict_x0(z, now)
+        epsilon = (z - now.alpha * x0) / now.sigma
+        variance = eta**2 * (to.sigma / now.sigma) ** 2 * (1 - (now.alpha / to.alpha) ** 2)
+        z = to.alpha * x0 + math.sqrt(to.sigma**2 - variance) * epsilon
+        if variance > 0:
+            z = z + math.sqrt(variance) * draw_noise(z, generator).to(z.dtype)
+        if on_step:
+            on_step(done, len(levels) - 1)
+    return z
+
+
+def dpm_solver_pp(
+    predict_x0: PredictX0, z: Tensor, levels: Sequence[NoiseLevel], on_step: OnStep | None = None
+) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
+
+    The first step, and the last one where it ends at sigma = 0 (an infinite step in log-SNR), are of first order.
+    """
+    previous_x0, previous_h = None, 0.0
+    for done, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = predict_x0(z, now)
+        h = to.half_log_snr - now.half_log_snr
+        estimate = x0
+        if previous_x0 is not None and to.sigma > 0:
+            estimate = x0 + (h / (2 * previous_h)) * (x0 - previous_x0)
+        z = (to.sigma / now.sigma) * z - (to.alpha * math.expm1(-h)) * estimate
+        previous_x0, previous_h = x0, h
+        if on_step:
+            on_step(done, len(levels) - 1)
+    return z
+
+
+def unipc(predict_x0: PredictX0, z: Tensor, levels: Sequence[NoiseLevel], on_step: OnStep | None = None) -> Tensor:
+    """UniPC of second order, B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 to 8, bh2): predict, evaluate, correct.
+
+    The evaluation at a level serves first to correct the step that led there, then to predict the next one.
+    """
+    earlier: list[tuple[NoiseLevel, Tensor]] = []  # the last two levels and x0 there
+    start = z  # the corrected latent at earlier[-1]
+    for done, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = predict_x0(z, now)
+        if earlier:
+            z = _unipc_step(start, earlier, now, x0)
+        earlier = [*earlier[-1:], (now, x0)]
+        start = z
+        z = _unipc_step(start, earlier if to.sigma > 0 else earlier[-1:], to, None)
+        if on_step:
+            on_step(done, len(levels) - 1)
+    return z
+
+
+def _unipc_step(
+    start: Tensor, earlier: Sequence[tuple[NoiseLevel, Tensor]], to: NoiseLevel, x0_there: Tensor | None
+) -> Tensor:
+    """Step from earlier[-1] to `to`: the predictor, or the corrector where x0 at `to` is known."""
+    now, x0 = earlier[-1]
+    h = to.half_log_snr - now.half_log_snr
+    e = math.expm1(-h)
+    estimate = (to.sigma / now.sigma) * start - (to.alpha * e) * x0
+    slopes, ratios = [], []
+    if len(earlier) > 1:
+        ratios.append((earlier[-2][0].half_log_snr - now.half_log_snr) / h)
+        slopes.append((earlier[-2][1] - x0) / ratios[-1])
+    if x0_there is not None:
+        ratios.append(1.0)
+        slopes.append(x0_there - x0)
+    if len(slopes) == 1:
+        weights = [0.5]
+    elif slopes:
+        phi_1 = e / -h - 1
+        phi_2 = phi_1 / -h - 0.5
+        weights = np.linalg.solve([[1.0, 1.0], ratios], [phi_1 / e, 2 * phi_2 / e]).tolist()
+    for weight, slope in zip(weights if slopes else [], slopes, strict=True):
+        estimate = estimate - (to.alpha * e * weight) * slope
+    return estimate
+
+
+def bridge(
+    predict_x0: PredictX0,
+    z_start: Tensor,
+    num_inference_steps: int,
+    num_train_timesteps: int,
+    bridge_noise: float,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """Walk the Brownian bridge from z_start (tau = 1) to the target (tau = 0) in equal steps of tau.
+
+    With eta = 1 every step draws from the bridge's posterior given z and the predicted target,
+
+        z_s = x0 + (s / tau) (z - x0) + 2 bridge_noise sqrt(s (tau - s) / tau) noise;
+
+    with eta = 0 it keeps the noise that z holds and adds none, which from a start without noise follows the line from
+    z_start to the prediction. Between, eta scales the posterior's standard deviation. One step is predict_x0(z_start).
+    """
+    z = z_start
+    for done in range(1, num_inference_steps + 1):
+        tau = 1 - (done - 1) / num_inference_steps
+        s = 1 - done / num_inference_steps
+        x0 = predict_x0(z, NoiseLevel(t=tau * num_train_timesteps - 1, alpha=1 - tau, sigma=tau))
+        now_std, to_std = (2 * bridge_noise * math.sqrt(place * (1 - place)) for place in (tau, s))
+        variance = eta**2 * 4 * bridge_noise**2 * s * (tau - s) / tau
+        noise_kept = math.sqrt(max(to_std**2 - variance, 0.0)) / now_std if now_std > 0 else 0.0
+        z = (1 - s) * x0 + s * z_start + noise_kept * (z - (1 - tau) * x0 - tau * z_start)
+        if variance > 0:
+            z = z + math.sqrt(variance) * draw_noise(z, generator).to(z.dtype)
+        if on_step:
+            on_step(done, num_inference_steps)
+    return z
+
+
+def sample(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    *,
+    config: DiffusionConfig,
+    schedule: NoiseSchedule,
+    sampler: str,
+    num_inference_steps: int,
+    z_start: Tensor,
+    generator: torch.Generator,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Generate latents.
+
+    Args:
+        predict: the network: (z_t (B, C, X, Y, Z), t (B,) float32) -> the prediction that the objective names.
+        config: the objective.
+        schedule: make_schedule(config).
+        sampler: one of allowed_samplers(config.objective).
+        num_inference_steps: network evaluations.
+        z_start: (B, C, X, Y, Z) the target-like latent; bridge and regression start there, the others take its shape.
+        generator: a CPU generator.
+        eta: stochasticity of ddim and bridge, 0 to 1.
+        on_step: called as on_step(done, total) after each evaluation; what it raises goes through.
+
+    Returns:
+        z_0 (B, C, X, Y, Z) float32.
+
+    Raises:
+        UserError: a sampler or number that check_sampling refuses.
+    """
+    check_sampling(config, sampler, num_inference_steps, eta=eta)
+    z_start = z_start.float()
+
+    def predict_x0(z: Tensor, level: NoiseLevel) -> Tensor:
+        t = torch.full((len(z),), level.t, dtype=torch.float32, device=z.device)
+        return to_x0(config.objective, predict(z, t).to(z.dtype), z, level.alpha, level.sigma)
+
+    if config.objective not in VARIANCE_PRESERVING:
+        length = config.num_train_timesteps
+        return bridge(predict_x0, z_start, num_inference_steps, length, config.bridge_noise, generator, on_step, eta)
+    z = draw_noise(z_start, generator)
+    if sampler == "one-step":
+        levels = [schedule.level(schedule.num_train_timesteps - 1), CLEAN]
+        return ddim(predict_x0, z, levels, generator, on_step)
+    levels = place_steps(schedule, num_inference_steps, PLACEMENT[sampler])
+    if sampler == "ddpm":
+        return ddpm(predict_x0, z, levels, generator, on_step)
+    if sampler == "ddim":
+        return ddim(predict_x0, z, levels, generator, on_step, eta)
+    solver = dpm_solver_pp if sampler == "dpm-solver++" else unipc
+    return solver(predict_x0, z, levels, on_step)
+
+
+def sample_many(draw: Callable[[torch.Generator], Tensor], num_samples: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return the mean and the standard deviation (n - 1) of several samples; None for the second with one sample.
+
+    Args:
+        draw: makes one sample, decoded or not, from a CPU generator. Sample i has its own generator seeded with seed +
+            i, so the first of many is the one that num_samples = 1 gives.
+        num_samples: at least 1.
+        seed: of the first sample.
+    """
+    mean = draw(torch.Generator().manual_seed(seed))
+    squares = torch.zeros_like(mean)
+    for i in range(1, num_samples):
+        value = draw(torch.Generator().manual_seed(seed + i))
+        difference = value - mean
+        mean = mean + difference / (i + 1)
+        squares = squares + difference * (value - mean)
+    return mean, (squares / (num_samples - 1)).sqrt() if num_samples > 1 else None
