@@ -1,0 +1,269 @@
+"""From volumes as they were scanned to the model's grid and intensities, and back.
+
+All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; intensities between two
+percentiles become [-1, 1]; a box of the model's size is cut out around the foreground. The record of it undoes it.
+Arrays are X Y Z of RAS+ volumes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from aldm.config import PreprocessConfig, Shape
+from aldm.data.modalities import sort_modalities
+from aldm.data.volume import Volume, crop_or_pad, resample, shifted
+from aldm.errors import UserError
+
+MAX_BRAIN_ML = 2500.0
+"""No brain is larger, so what is larger and not zero is a head."""
+MIN_ZERO_FRACTION = 0.2
+"""Share of exact zeros from which a background counts as masked."""
+
+
+@dataclass(frozen=True)
+class PreprocessRecord:
+    """What prepare_volume did, as plain numbers (JSON takes it)."""
+
+    grid_affine: tuple[tuple[float, ...], ...]
+    """(4, 4) voxel -> world RAS, mm, of the whole resampled grid."""
+    grid_shape: Shape
+    """Voxels of the whole resampled grid."""
+    crop_start: Shape
+    """Voxel of the whole grid at which the model's box begins; may be negative (padding)."""
+    low: float
+    """Intensity that became -1."""
+    high: float
+    """Intensity that became +1."""
+
+    @property
+    def crop_affine(self) -> np.ndarray:
+        """(4, 4) voxel -> world RAS, mm, of the model's box."""
+        return shifted(np.array(self.grid_affine), self.crop_start)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as dictionaries and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessRecord":
+        """Undo to_dict."""
+        return cls(
+            grid_affine=tuple(tuple(float(v) for v in row) for row in values["grid_affine"]),
+            grid_shape=_shape(values["grid_shape"]),
+            crop_start=_shape(values["crop_start"]),
+            low=float(values["low"]),
+            high=float(values["high"]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSubject:
+    """All volumes of a subject on one grid."""
+
+    volumes: dict[str, np.ndarray]
+    """Modality -> whole resampled grid, float32 in [-1, 1]."""
+    records: dict[str, PreprocessRecord]
+    """Modality -> record; they differ in low and high alone."""
+    mask: np.ndarray
+    """bool, whole grid: the brain, or the foreground where no brain is marked off."""
+    region: str
+    """What `mask` is: brain or foreground."""
+    seg: np.ndarray | None
+    """uint8 labels, whole grid, or None."""
+
+
+def model_grid(volumes: Sequence[Volume], config: PreprocessConfig) -> tuple[np.ndarray, Shape]:
+    """Return affine and shape of the RAS-aligned grid at `spacing_mm` that covers the first volume's field of view.
+
+    The grid is centred on the field of view (voxel edges included), so a reference that already lies on an RAS-aligned
+    grid of that spacing keeps its voxels as they are. The other volumes are resampled onto it.
+    """
+    reference = volumes[0]
+    spacing = np.array(config.spacing_mm)
+    size = np.array(reference.data.shape)
+    corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in size), indexing="ij")).reshape(3, 8)
+    world = reference.affine[:3, :3] @ corners + reference.affine[:3, 3:]
+    extent, centre = world.max(axis=1) - world.min(axis=1), (world.max(axis=1) + world.min(axis=1)) / 2
+    shape = np.maximum(1, np.ceil(extent / spacing - 1e-2)).astype(int)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = centre - spacing * (shape - 1) / 2
+    return affine, _shape(shape)
+
+
+def percentiles(data: np.ndarray, config: PreprocessConfig) -> tuple[float, float]:
+    """Return the intensities at the lower and the upper percentile of all voxels.
+
+    Raises:
+        UserError: they are equal, so there is no contrast to rescale.
+    """
+    low, high = np.percentile(data, (config.lower_percentile, config.upper_percentile), overwrite_input=False)
+    if not low < high:
+        raise UserError(
+            f"the {config.lower_percentile} and {config.upper_percentile} percentiles of the volume are both {low:g}: "
+            "almost every voxel has this value, so there is no contrast to rescale"
+        )
+    return float(low), float(high)
+
+
+def rescale(data: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map [low, high] to [-1, 1], clipped, as float32."""
+    scaled = (data.astype(np.float32, copy=False) - np.float32(low)) * np.float32(2 / (high - low)) - np.float32(1)
+    return np.clip(scaled, -1, 1, out=scaled)
+
+
+def unscale(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map [-1, 1] to [low, high], as float32 (undoes rescale, but for what was clipped)."""
+    return (x.astype(np.float32, copy=False) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
+
+
+def brain_mask(
+    volumes: Sequence[Volume], given_mask: Volume | None, affine: np.ndarray, shape: Sequence[int]
+) -> tuple[np.ndarray, str]:
+    """Return the region that scores are taken over, on the grid (affine, shape), and its name.
+
+    The given mask where there is one (region brain). Else, where every volume is skull-stripped (at least 20 % of its
+    voxels are exactly zero and the others fill at most 2,500 ml), the voxels that are not zero in any of them (brain).
+    Else Otsu's threshold on the first volume, its largest component and what that encloses (foreground).
+
+    Raises:
+        UserError: the mask is empty on the grid.
+    """
+    if given_mask is not None:
+        inside, region = [given_mask], "brain"
+    elif all(_is_skull_stripped(volume) for volume in volumes):
+        inside, region = list(volumes), "brain"
+    else:
+        first = volumes[0]
+        inside, region = [Volume(_otsu_foreground(first.data).astype(np.float32), first.affine)], "foreground"
+    mask = np.zeros(tuple(shape), bool)
+    for volume in inside:
+        binary = Volume((volume.data != 0).astype(np.float32), volume.affine)
+        mask |= resample(binary, affine, shape).data >= 0.5
+    if not mask.any():
+        raise UserError(f"the {region} mask is empty on the model's grid: it lies outside the volume, or is too small")
+    return mask, region
+
+
+def crop_box(mask: np.ndarray, shape: Sequence[int]) -> Shape:
+    """Return the start of the box of `shape` voxels that is centred on the mask's bounding box (may be negative)."""
+    start = []
+    for axis, size in enumerate(shape):
+        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        start.append(math.floor((int(inside[0]) + int(inside[-1]) + 1 - size) / 2))
+    return _shape(start)
+
+
+def prepare_subject(
+    volumes: Mapping[str, Volume], config: PreprocessConfig, *, mask: Volume | None = None, seg: Volume | None = None
+) -> PreparedSubject:
+    """Put all volumes of a subject on one grid, with one crop box.
+
+    The reference is the first modality in the vocabulary's order: the grid covers its field of view, and `mask` and
+    `seg` are in its world coordinates. With `register` rigid the other volumes are aligned to it first, which changes
+    their affine alone: everything is interpolated once.
+
+    Raises:
+        UserError: no contrast in a volume, or an empty mask.
+    """
+    names = sort_modalities(volumes)
+    aligned = {name: volumes[name] for name in names}
+    if config.register == "rigid":
+        from aldm.data.registration import register_rigid
+
+        for name in names[1:]:
+            aligned[name] = register_rigid(aligned[names[0]], aligned[name])
+    affine, shape = model_grid([aligned[names[0]]], config)
+    inside, region = brain_mask(list(aligned.values()), mask, affine, shape)
+    start = crop_box(inside, config.spatial_shape)
+    scaled, records = {}, {}
+    for name, volume in aligned.items():
+        data = resample(volume, affine, shape, fill=float(volume.data.min())).data
+        try:
+            low, high = percentiles(data, config)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        scaled[name] = rescale(data, low, high)
+        records[name] = PreprocessRecord(_rows(affine), shape, start, low, high)
+    labels = None
+    if seg is not None:
+        labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
+    return PreparedSubject(scaled, records, inside, region, labels)
+
+
+def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray, PreprocessRecord]:
+    """Return one volume as model input, (spatial_shape) float32 in [-1, 1], and the record that undoes it.
+
+    Raises:
+        UserError: the volume has no contrast.
+    """
+    affine, shape = model_grid([volume], config)
+    mask, _ = brain_mask([volume], None, affine, shape)
+    start = crop_box(mask, config.spatial_shape)
+    whole = resample(volume, affine, shape, fill=float(volume.data.min()))
+    low, high = percentiles(whole.data, config)
+    scaled = rescale(crop_or_pad(whole, start, config.spatial_shape, low).data, low, high)
+    return scaled, PreprocessRecord(_rows(affine), shape, start, low, high)
+
+
+def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:
+    """Return an array of the model's box on `volume`'s own grid, float32, linearly interpolated.
+
+    Args:
+        array: (spatial_shape), in any intensities.
+        record: from prepare_volume(volume).
+        volume: whose grid is wanted.
+        fill: value outside the model's box.
+    """
+    box = Volume(array.astype(np.float32, copy=False), record.crop_affine)
+    return resample(box, volume.affine, volume.data.shape, fill=fill).data
+
+
+def _is_skull_stripped(volume: Volume) -> bool:
+    inside = int(np.count_nonzero(volume.data))
+    volume_ml = inside * float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    return inside <= (1 - MIN_ZERO_FRACTION) * volume.data.size and volume_ml <= MAX_BRAIN_ML
+
+
+def _otsu_foreground(data: np.ndarray) -> np.ndarray:
+    """Return the largest bright component and what it encloses, as bool (Otsu 1979; threshold from 256 bins)."""
+    top = float(np.percentile(data, 99.5))
+    counts, edges = np.histogram(data, bins=256, range=(float(data.min()), max(top, float(data.min()) + 1e-6)))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    mean_below = sums / np.maximum(below, 1)
+    mean_above = (sums[-1] - sums) / np.maximum(above, 1)
+    between = below.astype(np.float64) * above * (mean_below - mean_above) ** 2
+    bright = data > edges[int(np.argmax(between)) + 1]
+    if not bright.any():
+        return data > data.min()
+    largest = _largest_component(bright)
+    outside, count = ndimage.label(~largest)
+    borders = [outside.take(index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
+    open_labels = np.zeros(count + 1, bool)
+    open_labels[np.concatenate(borders)] = True
+    open_labels[0] = False
+    return ~open_labels[outside]
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    if count == 1:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return np.asarray(labels == int(sizes.argmax()))
+
+
+def _shape(values: Sequence[int] | np.ndarray) -> Shape:
+    x, y, z = (int(v) for v in values)
+    return x, y, z
+
+
+def _rows(affine: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(v) for v in row) for row in affine)
