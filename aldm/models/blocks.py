@@ -1,0 +1,195 @@
+"""3D building blocks shared by the codecs, MS-SPADE and the U-Net. Tensors are B C X Y Z of RAS+ volumes.
+
+The codecs are plain sequences of these blocks, so that `slabs.py` can walk the same blocks piece by piece.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+    """Return a group norm of at most `num_groups` groups: the largest number that divides both it and `channels`."""
+    return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
+
+
+def norm_fp32(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Apply a group norm with fp32 statistics; the result has x's dtype, whatever autocast says.
+
+    The CPU kernel reads bf16 and sums in fp32, so casting first would only cost two passes over memory.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu" or x.dtype == torch.float32:
+            return norm(x)
+        return F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
+
+
+def instance_norm_fp32(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise each channel of each sample to mean 0 and variance 1 (no parameters), with fp32 statistics."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu" or x.dtype == torch.float32:
+            return F.group_norm(x, x.shape[1], eps=eps)
+        return F.group_norm(x.float(), x.shape[1], eps=eps).to(x.dtype)
+
+
+def run_checkpointed(enabled: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function; where enabled and gradients are wanted, recompute its activations in the backward pass."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, activation_checkpointing: bool = False) -> Tensor:
+    """Run x through the blocks in order, keeping only the blocks' inputs when activations are recomputed."""
+    for block in blocks:
+        x = run_checkpointed(activation_checkpointing, block, x)
+    return x
+
+
+def conv3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv3d:
+    """Return a 3^3 convolution with zero padding of one voxel."""
+    return nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, conv, (embedding,) norm, SiLU, conv, plus the input (through a 1^3 convolution where widths differ).
+
+    Args:
+        in_channels, out_channels: widths.
+        norm_groups: groups of the group norms.
+        embedding_channels: length of the conditioning vector; 0 for none.
+        conditioning: "add" adds the projected embedding after the first convolution (Ho et al. 2020), "scale-shift"
+            modulates the second norm's output with it (Dhariwal & Nichol 2021, adaptive group norm).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_groups: int,
+        embedding_channels: int = 0,
+        conditioning: str = "add",
+    ) -> None:
+        super().__init__()
+        self.scale_shift = conditioning == "scale-shift"
+        self.norm1 = group_norm(norm_groups, in_channels)
+        self.conv1 = conv3(in_channels, out_channels)
+        self.embedding: nn.Linear | None = None
+        if embedding_channels:
+            self.embedding = nn.Linear(embedding_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = group_norm(norm_groups, out_channels)
+        self.conv2 = conv3(out_channels, out_channels)
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, X, Y, Z) and, where the block is conditioned, (B, embedding_channels)."""
+        h = self.conv1(F.silu(norm_fp32(self.norm1, x)))
+        if self.embedding is None:
+            h = norm_fp32(self.norm2, h)
+        else:
+            assert embedding is not None, "a conditioned block needs its embedding"
+            modulation = self.embedding(F.silu(embedding))[:, :, None, None, None].to(h.dtype)
+            if self.scale_shift:
+                scale, shift = modulation.chunk(2, dim=1)
+                h = torch.addcmul(shift, norm_fp32(self.norm2, h), 1 + scale)
+            else:
+                h = norm_fp32(self.norm2, h + modulation)
+        h = self.conv2(F.silu(h))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve each side with a stride-2 3^3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, X, Y, Z) to (B, C, X / 2, Y / 2, Z / 2)."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double each side: nearest neighbour, then a 3^3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, X, Y, Z) to (B, C, 2 X, 2 Y, 2 Z)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class OutputBlock(nn.Module):
+    """Norm, SiLU, 3^3 convolution: the last step of an encoder, a decoder or a U-Net."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(norm_groups, in_channels)
+        self.conv = conv3(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, X, Y, Z) to (B, out_channels, X, Y, Z)."""
+        return self.conv(F.silu(norm_fp32(self.norm, x)))
+
+
+class Attention(nn.Module):
+    """Self-attention over all voxels, added to the input; never holds the token x token matrix.
+
+    Args:
+        channels: width.
+        head_channels: channels of one head; a width that it does not divide uses the largest common divisor.
+        norm_groups: groups of the group norm.
+    """
+
+    def __init__(self, channels: int, head_channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.num_heads = channels // math.gcd(channels, head_channels)
+        self.norm = group_norm(norm_groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, X, Y, Z) to the same shape."""
+        b, c = x.shape[:2]
+        tokens = norm_fp32(self.norm, x).flatten(2).transpose(1, 2)  # B T C
+        q, k, v = self.qkv(tokens).view(b, -1, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(attended).transpose(1, 2).reshape(x.shape)
+
+
+class HaarTransform(nn.Module):
+    """Orthonormal 3D Haar transform: (B, C, X, Y, Z) to (B, 8 C, X / 2, Y / 2, Z / 2), without loss.
+
+    Channel 8 c + 4 i + 2 j + k of the result holds sums (0) or differences (1) along X (i), Y (j) and Z (k) of
+    channel c: 8 c is the low-pass. Written as sums so that autocast leaves it in its input's precision.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform; the sides of x are even."""
+        b, c = x.shape[:2]
+        x = x.unsqueeze(2)  # B C 1 X Y Z: the third axis collects sums and differences
+        for axis in (3, 4, 5):
+            even, odd = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+            x = torch.stack((even + odd, even - odd), dim=3).flatten(2, 3)
+        return x.reshape(b, 8 * c, *x.shape[3:]) * (0.5**1.5)
+
+
+class InverseHaarTransform(nn.Module):
+    """The inverse (and transpose) of HaarTransform: (B, 8 C, X, Y, Z) to (B, C, 2 X, 2 Y, 2 Z)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform back; the number of channels is a multiple of 8."""
+        b, c = x.shape[0], x.shape[1] // 8
+        x = x.view(b, c, 8, *x.shape[2:]) if x.is_contiguous() else x.reshape(b, c, 8, *x.shape[2:])
+        for axis in (5, 4, 3):
+            low, high = x.unflatten(2, (-1, 2)).unbind(3)
+            x = torch.stack((low + high, low - high), dim=axis + 1).flatten(axis, axis + 1)
+        return x.squeeze(2) * (0.5**1.5)

@@ -1,0 +1,195 @@
+"""Vector quantisation: chunked nearest code, straight-through gradient, EMA codebook, revival of dead codes.
+
+van den Oord et al. 2017 (arXiv 1711.00937), eq. 3 for the losses and appendix A.1 for the moving averages. Differs in
+that the codebook starts from the first batch and that codes nobody uses are replaced by live encoder outputs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 64 * 2**20
+"""Memory of the distances of one chunk of the code search."""
+REVIVE_AFTER_STEPS = 32
+"""A code unused for this many training steps moves to a live encoder output (and again after as many more)."""
+USAGE_WINDOW_STEPS = 128
+"""`codebook_usage` is the fraction of codes used in this many last training steps; a multiple of the line above."""
+
+
+class Quantized(NamedTuple):
+    """What quantisation returns.
+
+    Losses are scalars ready to be summed (`commitment_loss` is already multiplied by beta). `codebook_usage` in [0, 1]
+    and `perplexity` in [1, K] describe the training so far; without a codebook they are nan and `indices` is None.
+    """
+
+    z_q: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+    codebook_usage: Tensor
+    perplexity: Tensor
+    indices: Tensor | None
+
+
+def nearest_code(z: Tensor, codebook: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Return the index of the nearest code of each row, without the whole distance matrix.
+
+    Args:
+        z: (N, D) vectors.
+        codebook: (K, D) codes.
+        chunk_rows: rows of z searched at once; None takes as many as CHUNK_BYTES hold.
+
+    Returns:
+        (N,) int64; of codes at the same distance the first.
+    """
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_BYTES // (4 * codebook.shape[0]))
+    with torch.autocast(z.device.type, enabled=False):
+        z, codebook = z.detach().float(), codebook.detach().float()
+        # |z - c|^2 = |z|^2 + |c|^2 - 2 z.c; |z|^2 changes no argmin. Centred, so that an offset costs no digits.
+        centre = codebook.mean(dim=0)
+        codes = codebook - centre
+        squares = codes.square().sum(dim=1)
+        chunks = [
+            torch.addmm(squares, rows - centre, codes.t(), alpha=-2).argmin(dim=1) for rows in z.split(chunk_rows)
+        ]
+    return torch.cat(chunks)
+
+
+class Quantizer(nn.Module):
+    """The codebook.
+
+    Everything that training changes lies in parameters and buffers, and the random choices derive from the step
+    counter, so a resumed training takes the same codes.
+
+    Args:
+        codebook_size: number of codes, K.
+        dim: length of a code, D.
+        update: "ema" (codes are moving averages of the vectors they stand for) or "gradient" (the codebook loss).
+        decay: decay of the moving averages.
+        commitment_weight: beta, multiplies the commitment term.
+
+    Attributes:
+        reduce: sums a tensor over all ranks; the identity until a distributed engine sets it.
+        rank: this process's number among those that `reduce` sums over.
+    """
+
+    codebook: Tensor
+    step: Tensor
+    idle_steps: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
+
+    def __init__(
+        self, codebook_size: int, dim: int, update: str = "ema", decay: float = 0.99, commitment_weight: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.update = update
+        self.decay = decay
+        self.commitment_weight = commitment_weight
+        self.reduce: Callable[[Tensor], Tensor] = _identity
+        self.rank = 0
+        codebook = torch.randn(codebook_size, dim) / math.sqrt(dim)
+        if update == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("idle_steps", torch.full((codebook_size,), USAGE_WINDOW_STEPS, dtype=torch.int64))
+        self.register_buffer("ema_count", torch.zeros(codebook_size))
+        self.register_buffer("ema_sum", torch.zeros(codebook_size, dim))
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise (B, D, X, Y, Z); in training mode the codebook learns from z. `z_q` and losses are fp32."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            rows = z.movedim(1, -1).reshape(-1, self.dim)
+            if self.training and int(self.step) == 0:
+                self._start_from(rows)
+            indices = nearest_code(rows, self.codebook)
+            selected = F.embedding(indices, self.codebook)
+            commitment_loss = self.commitment_weight * F.mse_loss(rows, selected.detach())
+            if self.update == "gradient":
+                codebook_loss = F.mse_loss(selected, rows.detach())
+            else:
+                codebook_loss = rows.new_zeros(())
+            z_q = selected.view(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
+            z_q = z + (z_q - z).detach()  # straight-through
+            if self.training:
+                self._learn(rows.detach(), selected.detach(), indices)
+        shape = (z.shape[0], *z.shape[2:])
+        return Quantized(z_q, codebook_loss, commitment_loss, self.usage(), self.perplexity(), indices.view(shape))
+
+    def lookup(self, z: Tensor) -> Tensor:
+        """Return the nearest codes of (B, D, X, Y, Z) and nothing else: no gradient, no learning."""
+        rows = z.detach().float().movedim(1, -1)
+        indices = nearest_code(rows.reshape(-1, self.dim), self.codebook)
+        return F.embedding(indices, self.codebook.detach()).view(rows.shape).movedim(-1, 1)
+
+    def usage(self) -> Tensor:
+        """Return the fraction of codes used in the last USAGE_WINDOW_STEPS training steps."""
+        return (self.idle_steps < USAGE_WINDOW_STEPS).float().mean()
+
+    def perplexity(self) -> Tensor:
+        """Return exp(entropy) of the moving average of how often each code is used: K when all are used alike."""
+        share = self.ema_count / self.ema_count.sum().clamp_min(1e-12)
+        return torch.exp(-torch.xlogy(share, share).sum())
+
+    @torch.no_grad()
+    def _start_from(self, rows: Tensor) -> None:
+        """Put the codes on vectors of the first batch."""
+        self.codebook.copy_(self._candidates(rows.detach(), torch.ones_like(rows[:, 0])))
+
+    @torch.no_grad()
+    def _learn(self, rows: Tensor, selected: Tensor, indices: Tensor) -> None:
+        """Update the moving averages, the codes where they are those averages, and revive dead codes."""
+        statistics = rows.new_zeros(self.codebook_size, self.dim + 1)
+        statistics.index_add_(0, indices, torch.cat((rows, torch.ones_like(rows[:, :1])), dim=1))
+        statistics = self.reduce(statistics)
+        sums, counts = statistics[:, :-1], statistics[:, -1]
+        first = self.step == 0
+        old = torch.where(first, 0.0, self.decay)  # the first step's averages are its own sums
+        self.ema_count.mul_(old).add_(counts * (1 - old))
+        self.ema_sum.mul_(old).add_(sums * (1 - old))
+        self.idle_steps.add_(1).masked_fill_(counts > 0, 0)
+        if self.update == "ema":
+            used = (self.ema_count > 1e-6)[:, None]
+            self.codebook.copy_(
+                torch.where(used, self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None], self.codebook)
+            )
+        candidates = self._candidates(rows, (rows - selected).square().sum(dim=1))
+        dead = (self.idle_steps > 0) & (self.idle_steps % REVIVE_AFTER_STEPS == 0)
+        self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
+        count = torch.where(dead, self.ema_count.mean().clamp_min(1e-3) * (1 - self.decay), self.ema_count)
+        self.ema_sum.copy_(torch.where(dead[:, None], candidates * count[:, None], self.ema_sum))
+        self.ema_count.copy_(count)
+        self.step.add_(1)
+
+    def _candidates(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Draw K of the rows, the same ones on every rank, with probability proportional to the weights.
+
+        Weighted by their error, new codes go where the codebook is poor (k-means++ does the same), not onto the
+        background that most of a volume is. Without replacement as far as there are rows (Efraimidis & Spirakis 2006).
+        Code k is drawn by one rank in turn and reaches the others through the sum.
+        """
+        generator = torch.Generator().manual_seed(int(self.step))
+        noise = torch.empty(rows.shape[0]).exponential_(generator=generator).to(rows.device)
+        order = torch.topk(weights / noise, min(self.codebook_size, rows.shape[0])).indices
+        repeats = -(-self.codebook_size // order.shape[0])
+        drawn = rows[order.repeat(repeats)[: self.codebook_size]]
+        if repeats > 1:  # fewer rows than codes: copies are set apart, or they would stay one code for ever
+            jitter = torch.randn(drawn.shape, generator=generator).to(drawn)
+            drawn = drawn + 0.01 * rows.std(dim=0, unbiased=False) * jitter
+        world_size = self.reduce(torch.ones(1, device=rows.device)).round().long()
+        turn = torch.arange(self.codebook_size, device=rows.device) % world_size == self.rank
+        return self.reduce(drawn * turn[:, None])
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,171 @@
+"""The denoiser (Table C), and without time the plain regression U-Net. Tensors are B C X Y Z of RAS+ volumes.
+
+The U-Net of Ho et al. 2020 as latent diffusion uses it (Rombach et al. 2022), in 3D, with a learned embedding of the
+target modality added to the embedding of the time.
+"""
+
+import math
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aldm.models.blocks import Attention, Downsample, OutputBlock, ResBlock, Upsample, conv3, run_checkpointed
+
+
+def time_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+    """Return the sinusoidal embedding (B, channels) in fp32 of times (B,), integer or not (Vaswani et al. 2017)."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies
+    return F.pad(torch.cat((angles.cos(), angles.sin()), dim=1), (0, channels - 2 * half))
+
+
+class Stage(nn.Module):
+    """A residual block and, at the levels that have it, self-attention."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, C, X, Y, Z) and (B, E)."""
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """U-Net whose every residual block is conditioned on time and target (and pair).
+
+    Args:
+        in_channels, out_channels: channels of the concatenated inputs and of the prediction.
+        num_modalities: M, the modalities that ids count through.
+        channels, num_res_blocks, attention_levels, head_channels, conditioning, embed_source, norm_groups: see
+            UNetConfig.
+        with_time: False builds the plain regression U-Net, which gets no time.
+
+    Attributes:
+        activation_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_modalities: int,
+        channels: tuple[int, ...],
+        num_res_blocks: int,
+        attention_levels: tuple[int, ...],
+        head_channels: int,
+        conditioning: str,
+        embed_source: bool,
+        norm_groups: int,
+        with_time: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.num_modalities = num_modalities
+        self.activation_checkpointing = False
+        embedding_channels = 4 * channels[0]
+
+        def stage(before: int, after: int, attention: bool) -> Stage:
+            block = ResBlock(before, after, norm_groups, embedding_channels, conditioning)
+            return Stage(block, Attention(after, head_channels, norm_groups) if attention else None)
+
+        self.time: nn.Sequential | None = None
+        if with_time:
+            self.time = nn.Sequential(
+                nn.Linear(channels[0], embedding_channels),
+                nn.SiLU(),
+                nn.Linear(embedding_channels, embedding_channels),
+            )
+        self.target = nn.Embedding(num_modalities, embedding_channels)
+        self.pair = nn.Embedding(num_modalities**2, embedding_channels) if embed_source else None
+        self.conv_in = conv3(in_channels, channels[0])
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        skips = [channels[0]]
+        for level, (before, width) in enumerate(pairwise((channels[0], *channels))):
+            if level:
+                self.downsample.append(Downsample(before))
+                skips.append(before)
+            widths = [before] + [width] * num_res_blocks
+            self.down.append(nn.ModuleList(stage(i, o, level in attention_levels) for i, o in pairwise(widths)))
+            skips += [width] * num_res_blocks
+        deepest = len(channels) - 1
+        self.middle = nn.ModuleList(
+            [
+                stage(channels[-1], channels[-1], deepest in attention_levels),
+                stage(channels[-1], channels[-1], False),
+            ]
+        )
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        before = channels[-1]
+        for level in reversed(range(len(channels))):
+            stages = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                stages.append(stage(before + skips.pop(), channels[level], level in attention_levels))
+                before = channels[level]
+            self.up.append(stages)
+            if level:
+                self.upsample.append(Upsample(before))
+        self.out = OutputBlock(channels[0], out_channels, norm_groups)
+        nn.init.zeros_(self.out.conv.weight)  # starts by predicting 0: the mean of what every objective asks for
+        if self.out.conv.bias is not None:
+            nn.init.zeros_(self.out.conv.bias)
+
+    def embed(self, t: Tensor | None, target: Tensor, source: Tensor | None) -> Tensor:
+        """Return the conditioning vector (B, 4 * channels[0]) of time, target and pair."""
+        embedding = self.target(target)
+        if self.pair is not None:
+            assert source is not None, "embed_source needs the source's modality"
+            embedding = embedding + self.pair(source * self.num_modalities + target)
+        if self.time is not None:
+            assert t is not None, "a U-Net with time needs t"
+            embedding = embedding + self.time(time_embedding(t, self.channels[0]))
+        return embedding
+
+    def forward(self, x: Tensor, t: Tensor | None, target: Tensor, source: Tensor | None = None) -> Tensor:
+        """Return the prediction (B, out_channels, X, Y, Z).
+
+        Sides that the strides do not divide are padded with zeros at their ends and cropped back.
+
+        Args:
+            x: (B, in_channels, X, Y, Z), the noised latent and its conditions, concatenated.
+            t: (B,) times, integer or float; None where the U-Net has no time.
+            target: (B,) int64 ids of the wanted modalities.
+            source: (B,) int64 ids of the source modalities; only `embed_source` needs them.
+        """
+        sides = x.shape[2:]
+        factor = 2 ** (len(self.channels) - 1)
+        padding = [-side % factor for side in sides]
+        if any(padding):
+            x = F.pad(x, (0, padding[2], 0, padding[1], 0, padding[0]))
+        embedding = self.embed(t, target, source)
+        h = self.conv_in(x)
+        skips = [h]
+        for level, stages in enumerate(_levels(self.down)):
+            if level:
+                h = self.downsample[level - 1](h)
+                skips.append(h)
+            for stage in stages:
+                h = run_checkpointed(self.activation_checkpointing, stage, h, embedding)
+                skips.append(h)
+        for stage in self.middle:
+            h = run_checkpointed(self.activation_checkpointing, stage, h, embedding)
+        for level, stages in enumerate(_levels(self.up)):
+            for stage in stages:
+                h = run_checkpointed(
+                    self.activation_checkpointing, stage, torch.cat((h, skips.pop()), dim=1), embedding
+                )
+            if level < len(self.upsample):
+                h = self.upsample[level](h)
+        h = run_checkpointed(self.activation_checkpointing, self.out, h)
+        return h[:, :, : sides[0], : sides[1], : sides[2]]
+
+
+def _levels(stages: nn.ModuleList) -> list[nn.ModuleList]:
+    """Return the stages level by level, with their type."""
+    return cast(list[nn.ModuleList], list(stages))
