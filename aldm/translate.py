@@ -1,0 +1,290 @@
+"""The translator: a folder written by `aldm export`; a volume in, another modality of it out, on its own grid.
+
+Every kind of model stands behind one interface, `Translator.translate_array`, which is what the evaluation measures:
+`aldm` (codec, MS-SPADE, denoiser) and `unet` (plain regression). Arrays are X Y Z of RAS+ volumes, tensors B C X Y Z,
+intensities in the models in [-1, 1].
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aldm import __version__
+from aldm.config import Config, SamplingConfig
+from aldm.data.modalities import modality_index
+from aldm.data.preprocess import prepare_volume, restore, unscale
+from aldm.data.volume import Volume
+from aldm.errors import UserError
+from aldm.predictors import Predictor
+from aldm.sampling import OnStep, check_sampling, sample_many
+
+NOTICE = "synthetic image, for research use only, not for diagnosis"
+INTENSITIES = ("median", "unit")
+BRIDGE_STEPS_FOR_SAMPLES = 4
+"""Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
+OTHER_SAMPLER_STEPS = 10
+"""Steps of a sampler that is not the configured one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """A translated volume on the grid of the volume that it was made from."""
+
+    volume: Volume
+    """float32, scaled as `intensity` in the provenance says."""
+    uncertainty: np.ndarray | None
+    """Voxelwise standard deviation of the samples in the volume's own units (X, Y, Z) float32; None for one sample."""
+    provenance: dict[str, Any]
+    """How it was made: JSON-able."""
+
+
+class Translator:
+    """A trained model, ready to translate volumes from any of its modalities into any other."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        config: Config,
+        *,
+        kind: str,
+        median_percentiles: dict[str, tuple[float, float]],
+        model_hash: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take a trained predictor and what it has to know about its training set.
+
+        Args:
+            predictor: moved to `device` and put into evaluation mode here.
+            config: the whole configuration; `modalities` must be named.
+            kind: aldm or unet.
+            median_percentiles: modality -> the training set's median lower and upper percentile, in its own units.
+            model_hash: identifies the weights.
+            device: where to compute.
+        """
+        self.predictor, self.config, self.kind, self.model_hash = predictor, config, kind, model_hash
+        self.median_percentiles = median_percentiles
+        self.device = torch.device(device)
+        predictor.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model knows, in the order of their ids."""
+        return self.config.modalities
+
+    def sampling(
+        self,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        num_samples: int | None = None,
+        eta: float | None = None,
+    ) -> SamplingConfig:
+        """Return how to sample, the unsaid filled in: the model's own sampler, and numbers that suit the sampler.
+
+        Raises:
+            UserError: a sampler or number that the model's objective cannot be integrated with.
+        """
+        base, diffusion = self.config.sampling, self.config.diffusion
+        samples = base.num_samples if num_samples is None else num_samples
+        if self.kind != "aldm":
+            if samples != 1 or sampler is not None or num_inference_steps not in (None, 1) or eta:
+                raise UserError(
+                    f"a {self.kind} model has one answer and no sampler: leave out --sampler, --num-inference-steps, "
+                    "--num-samples and --eta"
+                )
+            return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
+        name = base.sampler if sampler is None else sampler
+        spread = samples > 1 and diffusion.objective == "bridge"
+        if num_inference_steps is not None:
+            steps = num_inference_steps
+        elif name == "one-step":
+            steps = 1
+        elif spread:
+            steps = max(base.num_inference_steps, BRIDGE_STEPS_FOR_SAMPLES)
+        elif name == base.sampler:
+            steps = base.num_inference_steps
+        else:
+            steps = diffusion.num_train_timesteps if name == "ddpm" else OTHER_SAMPLER_STEPS
+        if eta is None:
+            eta = base.eta if base.eta > 0 or not spread else 1.0
+        check_sampling(diffusion, name, steps, samples, eta)
+        return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)
+
+    @torch.inference_mode()
+    def encode(self, x: np.ndarray) -> Tensor:
+        """Return the encoded source, which any number of `translate_encoded` can start from.
+
+        Args:
+            x: (spatial_shape) in [-1, 1].
+
+        Raises:
+            UserError: a shape that is not the model's.
+        """
+        if x.shape != self.config.preprocess.spatial_shape:
+            raise UserError(f"the array has shape {x.shape}, wanted the model's {self.config.preprocess.spatial_shape}")
+        volume = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
+        return self.predictor.encode(volume.to(self.device))
+
+    @torch.inference_mode()
+    def translate_encoded(
+        self,
+        code: Tensor,
+        source: str,
+        target: str,
+        *,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return mean and standard deviation of the samples, each (spatial_shape) float32; see `translate_array`."""
+        source_id, target_id = (modality_index(name, self.modalities) for name in (source, target))
+        chosen = self.sampling() if sampling is None else sampling
+        count = StepCount(chosen.num_samples, on_step)
+
+        def draw(generator: torch.Generator) -> Tensor:
+            result = self.predictor.predict(code, source_id, target_id, chosen, generator, count)
+            count.sample_done()
+            return result.clamp(-1, 1)
+
+        mean, std = sample_many(draw, chosen.num_samples, seed)
+        return mean[0, 0].cpu().numpy(), None if std is None else std[0, 0].cpu().numpy()
+
+    def translate_array(
+        self,
+        x: np.ndarray,
+        source: str,
+        target: str,
+        *,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Translate model input.
+
+        Args:
+            x: (spatial_shape) in [-1, 1].
+            source, target: modalities.
+            sampling: what `self.sampling(...)` returned; None takes the model's own.
+            seed: of the first sample; sample i has seed + i.
+            on_step: called as on_step(done, total) after each network evaluation; what it raises goes through.
+
+        Returns:
+            mean of the samples in [-1, 1] and their standard deviation (None for one sample), (spatial_shape) float32.
+
+        Raises:
+            UserError: a modality that the model does not know, or a shape that is not the model's.
+        """
+        return self.translate_encoded(self.encode(x), source, target, sampling=sampling, seed=seed, on_step=on_step)
+
+    def translate(
+        self,
+        volume: Volume,
+        source: str,
+        target: str,
+        *,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        num_samples: int | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        intensity: str = "median",
+        on_step: OnStep | None = None,
+    ) -> Translation:
+        """Translate a volume into one modality; the result lies on the volume's own grid.
+
+        Args:
+            volume: RAS+, any spacing, any units.
+            source, target: modalities.
+            sampler, num_inference_steps, num_samples, eta: as in `sampling`.
+            seed, intensity, on_step: as in `translate_each`.
+
+        Raises:
+            UserError: what `sampling` and `translate_each` refuse.
+        """
+        chosen = self.sampling(sampler, num_inference_steps, num_samples, eta)
+        results = self.translate_each(
+            volume, source, [target], sampling=chosen, seed=seed, intensity=intensity, on_step=on_step
+        )
+        return next(results)
+
+    def translate_each(
+        self,
+        volume: Volume,
+        source: str,
+        targets: Sequence[str],
+        *,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        intensity: str = "median",
+        on_step: OnStep | None = None,
+    ) -> Iterator[Translation]:
+        """Translate a volume into one modality after another; the source is encoded once for all.
+
+        Args:
+            volume: RAS+, any spacing, any units.
+            source: its modality.
+            targets: the wanted modalities.
+            sampling, seed: as in `translate_array`.
+            intensity: median scales the result to the training set's median percentiles of the target; unit to [0, 1].
+            on_step: as in `translate_array`; it counts one target.
+
+        Raises:
+            UserError: an unknown modality or intensity, or a volume without contrast.
+        """
+        if intensity not in INTENSITIES:
+            raise UserError(f"intensity is {intensity!r}, wanted one of: {', '.join(INTENSITIES)}")
+        for name in (source, *targets):
+            modality_index(name, self.modalities)
+        chosen = self.sampling() if sampling is None else sampling
+        x, record = prepare_volume(volume, self.config.preprocess)
+        code = self.encode(x)
+        for target in targets:
+            mean, std = self.translate_encoded(code, source, target, sampling=chosen, seed=seed, on_step=on_step)
+            low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
+            # outside the model's box nothing was predicted: background
+            data = restore(unscale(mean, low, high), record, volume, fill=low)
+            spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
+            made = self.provenance(source, target, chosen, seed)
+            made |= {"intensity": intensity, "intensity_range": [low, high]}
+            yield Translation(Volume(data, volume.affine), spread, made)
+
+    def provenance(self, source: str, target: str, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+        """Return how a result of these choices is made, as JSON-able values."""
+        values: dict[str, Any] = {
+            "synthetic": True,
+            "notice": NOTICE,
+            "software": f"aldm {__version__}",
+            "model_kind": self.kind,
+            "model_hash": self.model_hash,
+            "preset": self.config.preset,
+            "source": source,
+            "target": target,
+        }
+        if self.kind == "aldm":
+            values |= {
+                "sampler": sampling.sampler,
+                "num_inference_steps": sampling.num_inference_steps,
+                "num_samples": sampling.num_samples,
+                "eta": sampling.eta,
+                "seed": seed,
+            }
+        return values
+
+
+class StepCount:
+    """Turns the steps of each sample into steps of all of them."""
+
+    def __init__(self, num_samples: int, on_step: OnStep | None) -> None:
+        self._num_samples, self._on_step, self._sample = num_samples, on_step, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Report `done` of `total` steps of the current sample."""
+        if self._on_step is not None:
+            self._on_step(self._sample * total + done, self._num_samples * total)
+
+    def sample_done(self) -> None:
+        """Go on to the next sample."""
+        self._sample += 1

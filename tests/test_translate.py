@@ -1,0 +1,229 @@
+"""The translator around a predictor whose answer is known: geometry, intensities, samples, provenance."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aldm.config import Config, DiffusionConfig, PreprocessConfig, SamplingConfig
+from aldm.data.volume import Volume, crop_or_pad
+from aldm.errors import UserError
+from aldm.predictors import Predictor
+from aldm.presets import small
+from aldm.translate import Translator
+
+MODALITIES = ("t1", "t2", "pd")
+PERCENTILES = {"t1": (0.0, 100.0), "t2": (10.0, 210.0), "pd": (0.0, 1.0)}
+
+
+class Echo(Predictor):
+    """Predicts the source, darker by a tenth of the target's id, plus noise where several samples are wanted."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def encode(self, x):
+        return x
+
+    def predict(self, code, source, target, sampling, generator, on_step):
+        for step in range(sampling.num_inference_steps):
+            if on_step is not None:
+                on_step(step + 1, sampling.num_inference_steps)
+        noise = torch.randn(code.shape, generator=generator) * (0.01 * (sampling.num_samples > 1))
+        return code - 0.1 * target + noise
+
+
+def translator(objective="v", kind="aldm", **preprocess) -> Translator:
+    config = replace(
+        small(),
+        modalities=MODALITIES,
+        preprocess=PreprocessConfig(
+            **{"spacing_mm": (2.0, 2.0, 2.0), "spatial_shape": (32, 32, 32), "lower_percentile": 0.0}
+            | {"upper_percentile": 100.0}
+            | preprocess
+        ),
+        diffusion=DiffusionConfig(objective=objective, num_train_timesteps=100),
+        sampling=SamplingConfig(
+            sampler={"bridge": "bridge", "regression": "one-step"}.get(objective, "ddim"),
+            num_inference_steps=5 if objective not in ("bridge", "regression") else 1,
+        ),
+    )
+    return Translator(Echo(config), config, kind=kind, median_percentiles=PERCENTILES, model_hash="abc")
+
+
+def smooth_volume(shape=(30, 28, 26), affine=None) -> Volume:
+    """A bright ellipsoid with a gradient on a black background."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    inside = 1 / (1 + np.exp(12 * (np.sqrt((grid**2).sum(axis=0)) - 0.7)))
+    data = inside * (60 + 20 * grid[0] + 10 * grid[1] - 5 * grid[2])
+    return Volume(data.astype(np.float32), np.diag([2.0, 2, 2, 1]) if affine is None else affine)
+
+
+def test_on_the_model_s_own_grid_the_result_is_the_prediction_exactly():
+    volume = smooth_volume()
+    result = translator().translate(volume, "t1", "t1")
+    low, high = float(volume.data.min()), float(volume.data.max())
+    expected = (volume.data - low) / (high - low) * 100
+    assert result.volume.data.dtype == np.float32
+    np.testing.assert_array_equal(result.volume.affine, volume.affine)
+    np.testing.assert_allclose(result.volume.data, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        pytest.param(np.diag([1.5, 2.5, 2, 1]), id="anisotropic"),
+        pytest.param(np.diag([1.0, 1, 1, 1]), id="finer than the model"),
+        pytest.param(
+            np.block(
+                [[2 * np.linalg.qr(np.array([[9.0, 2, 1], [-2, 9, 2], [1, -2, 9]]))[0], np.ones((3, 1))], [0, 0, 0, 1]]
+            )
+            * np.array([[-1], [-1], [-1], [1]]),
+            id="oblique",
+        ),
+    ],
+)
+def test_any_grid_comes_back_as_itself(affine):
+    volume = smooth_volume(affine=affine)
+    result = translator(spatial_shape=(48, 48, 48)).translate(volume, "t1", "t1", intensity="unit")
+    assert result.volume.data.shape == volume.data.shape
+    np.testing.assert_array_equal(result.volume.affine, affine)
+    expected = volume.data / volume.data.max()
+    inner = (slice(3, -3),) * 3
+
+    def error(shift: int, axis: int) -> float:
+        return float(np.abs(np.roll(result.volume.data, shift, axis) - expected)[inner].mean())
+
+    assert error(0, 0) < 0.03  # a coarser grid blurs the edge
+    for axis in range(3):
+        assert error(0, axis) < min(error(1, axis), error(-1, axis))
+
+
+def test_what_lies_outside_the_model_s_box_is_background():
+    volume = smooth_volume()
+    result = translator(spatial_shape=(12, 12, 12)).translate(volume, "t1", "t2")
+    outside = np.ones(volume.data.shape, bool)
+    outside[8:21, 7:20, 6:19] = False
+    assert (result.volume.data[outside] == PERCENTILES["t2"][0]).all()
+    assert result.volume.data.max() > 100
+
+
+@pytest.mark.parametrize(("target", "expected"), [("t1", (0, 100)), ("t2", (10, 200)), ("pd", (0, 0.9))])
+def test_intensities_span_the_training_set_s_median_percentiles_of_the_target(target, expected):
+    data = translator().translate(smooth_volume(), "t1", target).volume.data
+    assert (data.min(), data.max()) == pytest.approx(
+        expected, rel=1e-4, abs=1e-4
+    )  # Echo darkens t2, pd; -1 is the least
+    unit = translator().translate(smooth_volume(), "t1", target, intensity="unit").volume.data
+    assert unit.min() >= 0
+    assert unit.max() <= 1
+
+
+def test_the_scale_of_the_input_does_not_matter():
+    volume = smooth_volume()
+    once = translator().translate(volume, "t1", "t2").volume.data
+    again = translator().translate(Volume(volume.data * 37 + 5, volume.affine), "t1", "t2").volume.data
+    np.testing.assert_allclose(again, once, atol=0.05)
+
+
+def test_translate_each_gives_what_translate_gives():
+    volume = smooth_volume()
+    model = translator()
+    for target, result in zip(MODALITIES, model.translate_each(volume, "t2", MODALITIES), strict=True):
+        np.testing.assert_array_equal(result.volume.data, model.translate(volume, "t2", target).volume.data)
+
+
+def test_several_samples_give_mean_and_spread_and_the_seed_decides():
+    volume, model = smooth_volume(), translator()
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (32, 32, 32)).astype(np.float32)
+    mean, std = model.translate_array(x, "t1", "t1", sampling=model.sampling(num_samples=50), seed=3)
+    assert np.abs(mean - x).mean() < 0.01 / np.sqrt(50)
+    assert std.mean() == pytest.approx(0.01, rel=0.05)
+    result = model.translate(volume, "t1", "t2", num_samples=3, seed=1)
+    same = model.translate(volume, "t1", "t2", num_samples=3, seed=1)
+    other = model.translate(volume, "t1", "t2", num_samples=3, seed=2)
+    np.testing.assert_array_equal(result.volume.data, same.volume.data)
+    np.testing.assert_array_equal(result.uncertainty, same.uncertainty)
+    assert (result.volume.data != other.volume.data).any()
+    assert result.uncertainty.shape == volume.data.shape
+    assert 0.1 < result.uncertainty[10:20, 10:20, 10:20].mean() < 3  # 0.01 in [-1, 1] is 1 of t2's 200
+
+
+def test_one_sample_has_no_uncertainty():
+    assert translator().translate(smooth_volume(), "t1", "t2").uncertainty is None
+
+
+def test_steps_are_counted_over_all_samples_and_may_cancel():
+    seen: list[tuple[int, int]] = []
+    model = translator()
+    x = np.zeros((32, 32, 32), np.float32)
+    model.translate_array(
+        x, "t1", "t2", sampling=model.sampling(num_samples=2, num_inference_steps=3), on_step=lambda *s: seen.append(s)
+    )
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.translate_array(x, "t1", "t2", on_step=cancel)
+
+
+def test_provenance_says_what_was_done_and_is_json():
+    made = translator().translate(smooth_volume(), "t1", "t2", sampler="ddim", num_inference_steps=4, seed=9).provenance
+    assert json.loads(json.dumps(made)) == made
+    wanted = {"synthetic": True, "model_hash": "abc", "sampler": "ddim", "num_inference_steps": 4, "seed": 9}
+    wanted |= {"source": "t1", "target": "t2", "intensity": "median", "intensity_range": [10.0, 210.0]}
+    assert wanted.items() <= made.items()
+
+
+@pytest.mark.parametrize(
+    ("objective", "asked", "expected"),
+    [
+        ("v", {}, ("ddim", 5, 1, 0.0)),
+        ("v", {"sampler": "dpm-solver++"}, ("dpm-solver++", 10, 1, 0.0)),
+        ("v", {"sampler": "ddpm"}, ("ddpm", 100, 1, 0.0)),
+        ("v", {"num_inference_steps": 7, "eta": 0.5}, ("ddim", 7, 1, 0.5)),
+        ("x0", {"sampler": "one-step"}, ("one-step", 1, 1, 0.0)),
+        ("bridge", {}, ("bridge", 1, 1, 0.0)),
+        ("bridge", {"num_samples": 3}, ("bridge", 4, 3, 1.0)),  # one step would give the same sample three times
+        ("bridge", {"num_samples": 3, "num_inference_steps": 2, "eta": 0.5}, ("bridge", 2, 3, 0.5)),
+        ("regression", {}, ("one-step", 1, 1, 0.0)),
+    ],
+)
+def test_what_is_not_said_about_sampling_is_filled_in(objective, asked, expected):
+    chosen = translator(objective).sampling(**asked)
+    assert (chosen.sampler, chosen.num_inference_steps, chosen.num_samples, chosen.eta) == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "asked", "words"),
+    [
+        ("v", "aldm", {"sampler": "bridge"}, "dpm-solver"),
+        ("v", "aldm", {"sampler": "euler"}, "not a sampler"),
+        ("v", "aldm", {"num_inference_steps": 0}, "num_inference_steps"),
+        ("v", "aldm", {"num_samples": 0}, "num_samples"),
+        ("bridge", "aldm", {"num_samples": 2, "num_inference_steps": 1}, "every sample"),
+        ("regression", "aldm", {"num_samples": 2}, "one answer"),
+        ("v", "unet", {"sampler": "ddim"}, "no sampler"),
+        ("v", "unet", {"num_samples": 2}, "one answer"),
+    ],
+)
+def test_sampling_that_cannot_work_is_refused(objective, kind, asked, words):
+    with pytest.raises(UserError, match=words):
+        translator(objective, kind).sampling(**asked)
+
+
+def test_unknown_modalities_and_intensities_and_shapes_are_refused():
+    volume, model = smooth_volume(), translator()
+    with pytest.raises(UserError, match=r"'flair'.*t1, t2, pd"):
+        model.translate(volume, "flair", "t1")
+    with pytest.raises(UserError, match="'t3'"):
+        model.translate(volume, "t1", "t3")
+    with pytest.raises(UserError, match="median, unit"):
+        model.translate(volume, "t1", "t2", intensity="percent")
+    with pytest.raises(UserError, match=r"\(32, 32, 32\)"):
+        model.translate_array(crop_or_pad(volume, (0, 0, 0), (16, 16, 16), 0).data, "t1", "t2")
