@@ -166,7 +166,13 @@ def dpm_solver_pp(
 def unipc(predict_x0: PredictX0, z: Tensor, levels: Sequence[NoiseLevel], on_step: OnStep | None = None) -> Tensor:
     """UniPC of second order, B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 to 8, bh2): predict, evaluate, correct.
 
-    The evaluation at a level serves first to correct the step that led there, then to predict the next one.
+    The evaluation at a level serves first to correct the step that led there, then to predict the next one; with both,
+    the result is of third order.
+
+    Ours, because diffusers' UniPCMultistepScheduler (0.42.1) rounds time steps to whole numbers while its coefficients
+    keep the unrounded sigma. With the exact epsilon of a Gaussian target on steps uniform in log-SNR its error then
+    falls by 1.4 to 4.2 as steps double from 40 to 320; told the sigma it integrates with, by 8.0, and the two agree to
+    1e-10. On 10 Karras steps the standard deviation ends 3.3 % high (DPM-Solver++ 2M: 0.3 %).
     """
     earlier: list[tuple[NoiseLevel, Tensor]] = []  # the last two levels and x0 there
     start = z  # the corrected latent at earlier[-1]

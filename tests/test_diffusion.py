@@ -1,0 +1,152 @@
+"""Schedules and objectives against their definitions."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aldm.config import OBJECTIVES, SCHEDULES, DiffusionConfig
+from aldm.diffusion import (
+    VARIANCE_PRESERVING,
+    draw_noise,
+    make_schedule,
+    noised,
+    to_epsilon,
+    to_x0,
+    training_loss_inputs,
+    training_target,
+)
+from aldm.errors import UserError
+
+SHAPE = (4, 3, 5, 4, 3)
+
+
+def latents(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_is_float64_falls_and_follows_from_its_betas(name):
+    schedule = make_schedule(DiffusionConfig(schedule=name))
+    assert schedule.betas.dtype == schedule.alphas_cumprod.dtype == torch.float64
+    assert schedule.num_train_timesteps == 1000
+    assert (schedule.alphas_cumprod.diff() < 0).all()
+    assert 0 < schedule.alphas_cumprod[-1] < 0.02
+    assert torch.allclose(torch.cumprod(1 - schedule.betas, 0), schedule.alphas_cumprod, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("linear", "linear"),
+        ("scaled-linear", "scaled_linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sigmoid", "sigmoid"),
+    ],
+)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_schedule_equals_that_of_diffusers(ours, theirs, zero_terminal_snr):
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    config = DiffusionConfig(objective="v", schedule=ours, zero_terminal_snr=zero_terminal_snr)
+    # DDIM's scheduler has no sigmoid, and neither scheduler works in float64
+    scheduler = DDPMScheduler if ours == "sigmoid" else DDIMScheduler
+    oracle = scheduler(1000, 0.0015, 0.0195, theirs, rescale_betas_zero_snr=zero_terminal_snr)
+    np.testing.assert_allclose(make_schedule(config).alphas_cumprod, oracle.alphas_cumprod, rtol=2e-3, atol=2e-6)
+
+
+def test_beta_outside_its_range_is_refused():
+    with pytest.raises(UserError, match="beta_end"):
+        make_schedule(DiffusionConfig(beta_end=1.5))
+
+
+@pytest.mark.parametrize("objective", ["v", "x0"])
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_start(objective):
+    config = DiffusionConfig(objective=objective, zero_terminal_snr=True)
+    schedule, plain = make_schedule(config), make_schedule(replace(config, zero_terminal_snr=False))
+    assert schedule.alphas_cumprod[-1] == 0
+    assert schedule.alphas_cumprod[0] == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
+    noise, last = latents(0), torch.full((4,), 999)
+    assert torch.equal(noised(objective, schedule, latents(1), None, last, noise), noise)
+
+
+def test_zero_terminal_snr_is_refused_for_epsilon():
+    with pytest.raises(UserError, match="use objective v or x0"):
+        DiffusionConfig(objective="epsilon", zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_levels_agree_with_the_table_and_invert(name):
+    schedule = make_schedule(DiffusionConfig(schedule=name))
+    for t in (0, 1, 500, 999):
+        level = schedule.level(t)
+        assert level.alpha**2 == pytest.approx(max(float(schedule.alphas_cumprod[t]), 2**-24), rel=1e-9)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1, rel=1e-12)
+    for t in (0.0, 0.25, 37.5, 999.0):
+        assert schedule.level_of_half_log_snr(schedule.level(t).half_log_snr).t == pytest.approx(t, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", VARIANCE_PRESERVING)
+def test_target_converts_back_to_image_and_noise(objective):
+    schedule = make_schedule(DiffusionConfig())
+    image, noise, t = latents(0), latents(1), torch.tensor([0, 10, 300, 999])
+    alpha, sigma = schedule.alpha_sigma(t, image)
+    z_t = noised(objective, schedule, image, None, t, noise)
+    target = training_target(objective, schedule, image, t, noise)
+    # at t = 999 epsilon is divided by alpha = 0.011: float32's 1e-7 becomes 1e-5
+    torch.testing.assert_close(to_x0(objective, target, z_t, alpha, sigma), image, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(to_epsilon(objective, target, z_t, alpha, sigma), noise, atol=1e-4, rtol=1e-4)
+
+
+def test_bridge_runs_from_target_to_start_with_its_noise_widest_in_the_middle():
+    config = DiffusionConfig(objective="bridge", bridge_noise=0.3)
+    schedule = make_schedule(config)
+    target, start = torch.full((1, 1, 200_000), -1.0), torch.full((1, 1, 200_000), 1.0)
+    noise = draw_noise(target, torch.Generator().manual_seed(0))
+    at_end = noised("bridge", schedule, target, start, torch.tensor([999]), noise, 0.3)
+    assert torch.equal(at_end, start)
+    for t, tau in ((499, 0.5), (99, 0.1), (0, 0.001)):
+        z_t = noised("bridge", schedule, target, start, torch.tensor([t]), noise, 0.3)
+        assert float(z_t.mean()) == pytest.approx(2 * tau - 1, abs=3e-3)
+        assert float(z_t.std()) == pytest.approx(0.6 * math.sqrt(tau * (1 - tau)), rel=1e-2)
+    assert training_target("bridge", schedule, target, torch.tensor([499]), noise) is target
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_inputs_are_seeded_and_belong_together(objective):
+    config = DiffusionConfig(objective=objective)
+    schedule = make_schedule(config)
+    image, start = latents(0), latents(1)
+    first, again, other = (
+        training_loss_inputs(config, schedule, image, start, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    z_t, t, target = first
+    assert z_t.shape == target.shape == SHAPE
+    assert t.shape == (4,)
+    assert t.dtype == torch.float32
+    if objective == "regression":
+        assert torch.equal(z_t, start)
+        assert (t == 999).all()
+    else:
+        assert not torch.equal(z_t, other[0])
+    if objective in VARIANCE_PRESERVING:
+        alpha, sigma = schedule.alpha_sigma(t, image)
+        torch.testing.assert_close(to_x0(objective, target, z_t, alpha, sigma), image, atol=1e-3, rtol=1e-3)
+    else:
+        assert torch.equal(target, image)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_bridge_start_fraction_is_the_share_at_the_start(fraction):
+    config = DiffusionConfig(objective="bridge", bridge_start_fraction=fraction)
+    z = torch.zeros(4000, 1, 1, 1, 1)
+    _, t, _ = training_loss_inputs(config, make_schedule(config), z, z, torch.Generator().manual_seed(0))
+    assert float((t == 999).float().mean()) == pytest.approx(fraction + (1 - fraction) / 1000, abs=0.025)
+
+
+def test_bridge_start_fraction_out_of_range_is_refused():
+    with pytest.raises(UserError, match="bridge_start_fraction"):
+        DiffusionConfig(bridge_start_fraction=1.5)

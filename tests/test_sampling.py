@@ -1,0 +1,370 @@
+"""Every sampler against a closed form: a Gaussian target N(0.5, 0.3^2) with its exact epsilon (or exact x0).
+
+The probability flow of that target is linear: z_t = alpha_t mean + std_t n with the same n all the way, where
+std_t^2 = alpha_t^2 std^2 + sigma_t^2. Chains start from the exact marginal at T, standardised, so that what is measured
+is the sampler and not the start.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from aldm.config import DiffusionConfig
+from aldm.diffusion import VARIANCE_PRESERVING, NoiseLevel, draw_noise, make_schedule
+from aldm.errors import UserError
+from aldm.sampling import (
+    PLACEMENT,
+    allowed_samplers,
+    bridge,
+    check_sampling,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    place_steps,
+    sample,
+    sample_many,
+    unipc,
+)
+
+MEAN, STD = 0.5, 0.3
+SCHEDULE = make_schedule(DiffusionConfig())
+
+
+def marginal_std(level: NoiseLevel) -> float:
+    return math.hypot(level.alpha * STD, level.sigma)
+
+
+def exact_x0(z: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+    """E[z_target | z_t]: z_t minus sigma times the exact epsilon, over alpha."""
+    epsilon = level.sigma * (z - level.alpha * MEAN) / marginal_std(level) ** 2
+    return (z - level.sigma * epsilon) / level.alpha
+
+
+def exact_network(objective: str):
+    """The same as a network: it is told the time step alone."""
+
+    def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        level = SCHEDULE.level(float(t[0]))
+        x0 = exact_x0(z, level)
+        epsilon = (z - level.alpha * x0) / level.sigma
+        return {"epsilon": epsilon, "x0": x0, "v": level.alpha * epsilon - level.sigma * x0}[objective]
+
+    return predict
+
+
+def start(count: int, seed: int = 0) -> torch.Tensor:
+    """Float32 samples of the exact marginal at T, of exactly its mean and standard deviation."""
+    level = SCHEDULE.level(999)
+    noise = torch.randn(1, 1, count, generator=torch.Generator().manual_seed(seed))
+    noise = (noise - noise.mean()) / noise.std()
+    return level.alpha * MEAN + marginal_std(level) * noise
+
+
+DETERMINISTIC = {
+    "ddim": (lambda z, levels: ddim(exact_x0, z, levels, torch.Generator()), 2.0),
+    "dpm-solver++": (lambda z, levels: dpm_solver_pp(exact_x0, z, levels), 4.0),
+    "unipc": (lambda z, levels: unipc(exact_x0, z, levels), 8.0),
+}
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_sampler_keeps_the_mean_at_ten_steps(name):
+    run, _ = DETERMINISTIC[name]
+    z = run(start(100_000), place_steps(SCHEDULE, 10, PLACEMENT[name]))
+    assert z.dtype == torch.float32
+    assert float(z.mean()) == pytest.approx(MEAN, rel=0.005)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_order_against_the_exact_probability_flow(name):
+    """The error falls 2, 4 or 8 times (order 1, 2, 3) as steps double from 40 on."""
+    run, expected = DETERMINISTIC[name]
+    z = torch.linspace(-3, 3, 61, dtype=torch.float64).view(1, 1, -1)
+    errors = []
+    for steps in (40, 80, 160):
+        levels = place_steps(SCHEDULE, steps, "log-snr", to_clean=False)
+        first, last = levels[0], levels[-1]
+        exact = last.alpha * MEAN + marginal_std(last) / marginal_std(first) * (z - first.alpha * MEAN)
+        errors.append(float((run(z, levels) - exact).abs().max()))
+    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
+    assert ratios == pytest.approx([expected, expected], rel=0.1)
+
+
+def test_default_few_step_sampler_has_the_right_spread_at_ten_steps():
+    z = dpm_solver_pp(exact_x0, start(100_000), place_steps(SCHEDULE, 10, "karras"))
+    assert float(z.std()) == pytest.approx(STD, rel=0.02)
+
+
+def test_ddpm_has_the_right_mean_and_spread_over_the_whole_chain():
+    levels = place_steps(SCHEDULE, 1000, "trailing")
+    assert [level.t for level in levels[:-1]] == list(range(999, -1, -1))
+    z = ddpm(exact_x0, start(40_000), levels, torch.Generator().manual_seed(1))
+    assert float(z.mean()) == pytest.approx(MEAN, rel=0.01)
+    assert float(z.std()) == pytest.approx(STD, rel=0.02)
+
+
+def test_ddim_with_eta_one_ends_low_by_what_the_smaller_posterior_variance_loses():
+    """Its linear recursion in closed form: 2.9 % below the target's standard deviation at 1000 steps."""
+    levels = place_steps(SCHEDULE, 1000, "trailing")
+    variance = marginal_std(levels[0]) ** 2
+    for now, to in pairwise(levels):
+        posterior = (to.sigma / now.sigma) ** 2 * (1 - (now.alpha / to.alpha) ** 2)
+        shrink = now.alpha * STD**2 / marginal_std(now) ** 2  # slope of the exact x0
+        slope = (now.alpha / to.alpha) * (to.sigma / now.sigma) ** 2
+        slope += to.alpha * (1 - (now.alpha / to.alpha) ** 2) / now.sigma**2 * shrink
+        variance = slope**2 * variance + posterior
+    assert math.sqrt(variance) == pytest.approx(0.971 * STD, rel=1e-3)
+    z = ddim(exact_x0, start(40_000), levels, torch.Generator().manual_seed(1), eta=1.0)
+    assert float(z.std()) == pytest.approx(math.sqrt(variance), rel=0.015)
+
+
+@pytest.mark.parametrize("objective", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "unipc", "ddim"])
+def test_sample_gives_the_loop_whatever_the_objective(objective, sampler):
+    """A network that is told fractional time steps alone gives what exact levels give, to float32's rounding of t."""
+    config = DiffusionConfig(objective=objective)
+    z_start = torch.zeros(1, 1, 10, 10, 10)
+    z = sample(
+        exact_network(objective),
+        config=config,
+        schedule=SCHEDULE,
+        sampler=sampler,
+        num_inference_steps=10,
+        z_start=z_start,
+        generator=torch.Generator().manual_seed(0),
+    )
+    run, _ = DETERMINISTIC[sampler]
+    noise = draw_noise(z_start, torch.Generator().manual_seed(0))
+    expected = run(noise, place_steps(SCHEDULE, 10, PLACEMENT[sampler]))
+    torch.testing.assert_close(z, expected, atol=2e-4, rtol=0)
+
+
+def test_unipc_is_that_of_diffusers_told_the_sigma_it_integrates_with():
+    from diffusers import UniPCMultistepScheduler
+
+    levels = place_steps(SCHEDULE, 20, "log-snr", to_clean=False)
+    oracle = UniPCMultistepScheduler(1000, 0.0015, 0.0195, "scaled_linear", lower_order_final=False)
+    oracle.set_timesteps(20)
+    oracle.sigmas = torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)
+    oracle.timesteps = torch.arange(20)
+    z = expected = torch.linspace(-3, 3, 61, dtype=torch.float64).view(1, 1, -1)
+    for index, level in enumerate(levels[:-1]):
+        epsilon = (expected - level.alpha * exact_x0(expected, level)) / level.sigma
+        expected = oracle.step(epsilon, oracle.timesteps[index], expected).prev_sample
+    torch.testing.assert_close(unipc(exact_x0, z, levels), expected, atol=1e-10, rtol=0)
+
+
+def test_karras_steps_follow_equation_5():
+    levels = place_steps(SCHEDULE, 10, "karras")
+    ratios = np.array([level.sigma / level.alpha for level in levels[:-1]])
+    np.testing.assert_allclose(np.diff(ratios ** (1 / 7), n=2), 0, atol=1e-9)
+    assert [levels[0].t, levels[9].t] == pytest.approx([999, 0], abs=1e-6)
+    assert levels[10].sigma == 0
+    assert any(level.t != round(level.t) for level in levels)
+
+
+def bridge_oracle(z_start: float, bridge_noise: float):
+    """Exact E[target | z, start] of a N(MEAN, STD^2) target as the network's prediction."""
+
+    def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tau = (float(t[0]) + 1) / 1000
+        variance = (1 - tau) ** 2 * STD**2 + 4 * bridge_noise**2 * tau * (1 - tau)
+        gain = (1 - tau) * STD**2 / variance if variance > 1e-12 else 0.0
+        return MEAN + gain * (z - (1 - tau) * MEAN - tau * z_start)
+
+    return predict
+
+
+def run_bridge(steps: int, eta: float, bridge_noise: float, count: int = 40_000) -> torch.Tensor:
+    return sample(
+        bridge_oracle(-0.7, bridge_noise),
+        config=DiffusionConfig(objective="bridge", bridge_noise=bridge_noise),
+        schedule=SCHEDULE,
+        sampler="bridge",
+        num_inference_steps=steps,
+        z_start=torch.full((1, 1, count, 1, 1), -0.7),
+        generator=torch.Generator().manual_seed(0),
+        eta=eta,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10])
+def test_deterministic_bridge_gives_the_exact_mean(steps):
+    torch.testing.assert_close(run_bridge(steps, 0.0, 0.1, 10), torch.full((1, 1, 10, 1, 1), MEAN), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 50])
+def test_stochastic_bridge_has_the_spread_of_its_posterior_recursion(steps):
+    """z_s = x0 + (s / tau) (z - x0) + posterior noise, whose variance is a recursion in numbers."""
+    bridge_noise, variance = 0.4, 0.0
+    for i in range(steps):
+        tau, s = 1 - i / steps, 1 - (i + 1) / steps
+        total = (1 - tau) ** 2 * STD**2 + 4 * bridge_noise**2 * tau * (1 - tau)
+        gain = (1 - tau) * STD**2 / total if total else 0.0
+        slope = s / tau + (1 - s / tau) * gain
+        variance = slope**2 * variance + 4 * bridge_noise**2 * s * (tau - s) / tau
+    z = run_bridge(steps, 1.0, bridge_noise)
+    assert float(z.mean()) == pytest.approx(MEAN, rel=0.01)
+    assert float(z.std()) == pytest.approx(math.sqrt(variance), rel=0.015)
+
+
+def test_stochastic_bridge_reaches_the_target_distribution():
+    z = run_bridge(1000, 1.0, 0.4)
+    assert float(z.mean()) == pytest.approx(MEAN, rel=0.01)
+    assert float(z.std()) == pytest.approx(STD, rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["bridge", "regression"])
+def test_one_step_is_one_evaluation_at_the_start(objective):
+    seen = []
+
+    def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append((z, t))
+        return 3 * z
+
+    z_start = torch.randn(2, 3, 4, 4, 4)
+    result = sample(
+        predict,
+        config=DiffusionConfig(objective=objective),
+        schedule=SCHEDULE,
+        sampler="one-step",
+        num_inference_steps=1,
+        z_start=z_start,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(result, 3 * z_start)
+    [(z, t)] = seen
+    assert torch.equal(z, z_start)
+    assert t.tolist() == [999.0, 999.0]
+
+
+def test_one_step_of_x0_is_the_exact_conditional_mean():
+    level = SCHEDULE.level(999)
+    z_start = torch.zeros(1, 1, 10, 10, 10)
+    z = sample(
+        exact_network("x0"),
+        config=DiffusionConfig(objective="x0"),
+        schedule=SCHEDULE,
+        sampler="one-step",
+        num_inference_steps=1,
+        z_start=z_start,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(z, exact_x0(draw_noise(z_start, torch.Generator().manual_seed(0)), level))
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "unipc", "ddim", "ddpm"])
+def test_zero_terminal_snr_chain_has_the_target_mean(sampler):
+    """The start carries nothing of the image: v and x0 begin at pure noise and stay finite."""
+    config = DiffusionConfig(objective="v", zero_terminal_snr=True)
+    schedule = make_schedule(config)
+
+    def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        level = schedule.level(float(t[0]))
+        x0 = exact_x0(z, level)
+        return level.alpha * (z - level.alpha * x0) / level.sigma - level.sigma * x0
+
+    z = sample(
+        predict,
+        config=config,
+        schedule=schedule,
+        sampler=sampler,
+        num_inference_steps=50,
+        z_start=torch.zeros(1, 1, 40, 40, 40),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert float(z.mean()) == pytest.approx(MEAN, rel=0.01)
+
+
+STOCHASTIC = [("epsilon", "ddpm", 5, 0.0), ("v", "ddim", 5, 0.5), ("bridge", "bridge", 4, 1.0)]
+
+
+@pytest.mark.parametrize(("objective", "sampler", "steps", "eta"), STOCHASTIC)
+def test_same_seed_same_result_and_other_seed_another(objective, sampler, steps, eta):
+    def draw(seed: int) -> torch.Tensor:
+        return sample(
+            lambda z, t: 0.5 * z,
+            config=DiffusionConfig(objective=objective),
+            schedule=SCHEDULE,
+            sampler=sampler,
+            num_inference_steps=steps,
+            z_start=torch.ones(1, 1, 3, 3, 3),
+            generator=torch.Generator().manual_seed(seed),
+            eta=eta,
+        )
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [(o, s) for o in ("x0", "bridge", "regression") for s in allowed_samplers(o)]
+)
+def test_on_step_counts_evaluations_and_may_cancel(objective, sampler):
+    steps = 1 if sampler == "one-step" else 3
+    calls: list[tuple[int, int]] = []
+
+    def run(on_step) -> None:
+        sample(
+            lambda z, t: z,
+            config=DiffusionConfig(objective=objective),
+            schedule=SCHEDULE,
+            sampler=sampler,
+            num_inference_steps=steps,
+            z_start=torch.ones(1, 1, 2, 2, 2),
+            generator=torch.Generator(),
+            on_step=on_step,
+        )
+
+    run(lambda done, total: calls.append((done, total)))
+    assert calls == [(i + 1, steps) for i in range(steps)]
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cancel)
+
+
+@pytest.mark.parametrize(
+    ("objective", "values", "message"),
+    [
+        ("epsilon", {"sampler": "bridge", "num_inference_steps": 4}, "takes dpm-solver"),
+        ("epsilon", {"sampler": "one-step", "num_inference_steps": 1}, "takes dpm-solver"),
+        ("bridge", {"sampler": "ddim", "num_inference_steps": 4}, "takes bridge, one-step"),
+        ("regression", {"sampler": "bridge", "num_inference_steps": 1}, "takes one-step"),
+        ("v", {"sampler": "euler", "num_inference_steps": 1}, "is not a sampler"),
+        ("v", {"sampler": "ddim", "num_inference_steps": 0}, "wanted 1 to 1000"),
+        ("v", {"sampler": "ddim", "num_inference_steps": 1001}, "wanted 1 to 1000"),
+        ("regression", {"sampler": "one-step", "num_inference_steps": 2}, "wanted 1 to 1"),
+        ("v", {"sampler": "ddim", "num_inference_steps": 5, "eta": 1.5}, "eta"),
+        ("v", {"sampler": "ddim", "num_inference_steps": 5, "num_samples": 0}, "num_samples"),
+        ("regression", {"sampler": "one-step", "num_inference_steps": 1, "num_samples": 2}, "one answer"),
+        ("bridge", {"sampler": "bridge", "num_inference_steps": 4, "num_samples": 2}, "the same"),
+        ("bridge", {"sampler": "bridge", "num_inference_steps": 1, "num_samples": 2, "eta": 1.0}, "the same"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_way_out(objective, values, message):
+    with pytest.raises(UserError, match=message):
+        check_sampling(DiffusionConfig(objective=objective), **values)
+
+
+def test_several_samples_give_mean_and_standard_deviation():
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        return 2 + 3 * torch.randn(1, 1, 2, 2, 2, generator=generator)
+
+    mean, std = sample_many(draw, 5, seed=7)
+    samples = torch.stack([draw(torch.Generator().manual_seed(7 + i)) for i in range(5)])
+    torch.testing.assert_close(mean, samples.mean(0))
+    torch.testing.assert_close(std, samples.std(0))
+    alone, nothing = sample_many(draw, 1, seed=7)
+    assert torch.equal(alone, samples[0])
+    assert nothing is None
+
+
+def test_bridge_loop_ends_on_the_prediction():
+    z = bridge(lambda z, level: z * 0 + 4, torch.zeros(1, 1, 2), 3, 1000, 0.1, torch.Generator(), eta=1.0)
+    assert torch.equal(z, torch.full((1, 1, 2), 4.0))
