@@ -26,8 +26,7 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = False) -> Iterat
     target = Path(path)
     _check_file(target, overwrite)
     temporary = _temporary_name(target)
-    with _explained(target):
-        _probe(temporary)
+    _probe(target, temporary)
     try:
         with _explained(target):
             yield temporary
@@ -58,10 +57,10 @@ def atomic_folder(
     target = Path(path)
     check_folder(target, overwrite, marker=marker)
     temporary = _temporary_name(target)
-    with _explained(target):
-        temporary.mkdir()
+    _probe(target, temporary)
     try:
         with _explained(target):
+            temporary.mkdir()
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
@@ -120,10 +119,16 @@ def _temporary_name(target: Path) -> Path:
     return target.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{target.name}"
 
 
-def _probe(temporary: Path) -> None:
-    """Find out whether a file can be made here at all (permission bits do not tell: root, read-only mounts)."""
-    temporary.open("xb").close()
-    temporary.unlink()
+def _probe(target: Path, temporary: Path) -> None:
+    """Find out whether a file can be made here: permission bits do not tell of read-only mounts, nor for root."""
+    with _explained(target):
+        try:
+            temporary.open("xb").close()
+            temporary.unlink()
+        except OSError as error:
+            if _is_disk_full(error):
+                raise
+            raise UserError(f"cannot write {target}: {error.strerror}") from error
 
 
 def _sync(file: Path) -> None:

@@ -14,6 +14,7 @@ from aldm.presets import PRESETS, load_preset
 if TYPE_CHECKING:
     import torch
 
+COMMON_FLAGS = "flags of every job"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -51,7 +52,7 @@ def job_parser(job: str, description: str, *, default_preset: str = "small") -> 
         default_preset: the preset that the job hands to `resolve_config`, for the help.
     """
     parser = JobParser(prog=f"aldm {job}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    common = parser.add_argument_group("flags of every job")
+    common = parser.add_argument_group(COMMON_FLAGS)
     common.add_argument(
         "--preset",
         metavar="NAME|FILE.yaml",
