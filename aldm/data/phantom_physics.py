@@ -1,8 +1,4 @@
-"""MR signal equations and tissue parameters of the simulated subjects.
-
-Times are in ms. The values are those of 1.5 T to 3 T reviews (Bojorquez et al. 2017, "What are normal relaxation times
-of tissues at 3 T?"; Stanisz et al. 2005), rounded; docs/data.md has the table.
-"""
+"""The signal of the simulated subjects: tissue parameters, pulse sequences, coil and noise. Times are in ms."""
 
 from dataclasses import dataclass
 
@@ -13,7 +9,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Tissue:
-    """Proton density (CSF is 1) and relaxation times (ms) of one tissue; numbers, or arrays of one value a voxel."""
+    """Proton density (csf is 1) and relaxation times of a tissue; numbers, or arrays with one value a voxel."""
 
     proton_density: float | Array
     t1_ms: float | Array
@@ -22,56 +18,96 @@ class Tissue:
 
 TISSUES: dict[str, Tissue] = {
     "grey": Tissue(0.82, 1150.0, 95.0),
-    "white": Tissue(0.70, 720.0, 75.0),
+    "white": Tissue(0.69, 720.0, 75.0),
     "csf": Tissue(1.00, 4000.0, 1600.0),
     "necrosis": Tissue(0.95, 2500.0, 300.0),
-    "edema": Tissue(0.88, 1500.0, 165.0),
+    "edema": Tissue(0.88, 1550.0, 180.0),
     "enhancing": Tissue(0.85, 1350.0, 115.0),
 }
+"""Rounded from reviews of healthy brain at 1.5 T and 3 T (Stanisz et al. 2005; Bojorquez et al. 2017); lesions ours."""
+
 CONTRAST_T1_FACTOR: dict[str, float] = {"enhancing": 0.28, "grey": 0.97, "white": 0.985}
-"""What gadolinium leaves of a tissue's T1; tissues not named keep theirs (an intact blood-brain barrier, or no blood)."""
-
-
-def spin_echo(tissue: Tissue, tr_ms: float, te_ms: float) -> float | Array:
-    """Signal of a spin echo: PD (1 - exp(-TR / T1)) exp(-TE / T2)."""
-    return tissue.proton_density * (1 - np.exp(-tr_ms / tissue.t1_ms)) * np.exp(-te_ms / tissue.t2_ms)
-
-
-def inversion_recovery(tissue: Tissue, tr_ms: float, te_ms: float, ti_ms: float) -> float | Array:
-    """Signal of an inversion-recovery spin echo, signed: PD (1 - 2 exp(-TI / T1) + exp(-TR / T1)) exp(-TE / T2)."""
-    recovered = 1 - 2 * np.exp(-ti_ms / tissue.t1_ms) + np.exp(-tr_ms / tissue.t1_ms)
-    return tissue.proton_density * recovered * np.exp(-te_ms / tissue.t2_ms)
+"""What gadolinium leaves of a tissue's T1; tissues that are not named keep theirs (no blood reaches them)."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Timing of one acquisition, ms; without an inversion time it is a plain spin echo."""
+    """Timing of a spin echo, or of an inversion-recovery spin echo where there is an inversion time."""
 
     tr_ms: float
     te_ms: float
     ti_ms: float | None = None
 
     def signal(self, tissue: Tissue) -> float | Array:
-        """Signed signal of a tissue, in units of the proton density."""
+        """Signed signal in units of the proton density.
+
+        Spin echo: PD (1 - exp(-TR / T1)) exp(-TE / T2).
+        Inversion recovery: PD (1 - 2 exp(-TI / T1) + exp(-TR / T1)) exp(-TE / T2).
+        """
+        remains = np.exp(-self.tr_ms / tissue.t1_ms)
         if self.ti_ms is None:
-            return spin_echo(tissue, self.tr_ms, self.te_ms)
-        return inversion_recovery(tissue, self.tr_ms, self.te_ms, self.ti_ms)
+            longitudinal = 1 - remains
+        else:
+            longitudinal = 1 - 2 * np.exp(-self.ti_ms / tissue.t1_ms) + remains
+        return tissue.proton_density * longitudinal * np.exp(-self.te_ms / tissue.t2_ms)
 
 
 SEQUENCES: dict[str, Sequence] = {
     "t1": Sequence(tr_ms=2200, te_ms=4, ti_ms=900),
     "t1ce": Sequence(tr_ms=2200, te_ms=4, ti_ms=900),
     "t2": Sequence(tr_ms=4500, te_ms=95),
-    "pd": Sequence(tr_ms=4500, te_ms=12),
     "flair": Sequence(tr_ms=9000, te_ms=115, ti_ms=2400),
+    "pd": Sequence(tr_ms=4500, te_ms=12),
 }
+"""How each modality is acquired; t1ce is t1 after contrast agent."""
+
+
+def tissues_of_subject(generator: np.random.Generator) -> dict[str, Tissue]:
+    """Return the tissues as one subject has them: proton density varies by 1.5 %, T1 and T2 by 5 % (log-normal)."""
+    result = {}
+    for name, tissue in TISSUES.items():
+        density, t1, t2 = np.exp(generator.normal(0, (0.015, 0.05, 0.05)))
+        result[name] = Tissue(tissue.proton_density * density, tissue.t1_ms * t1, tissue.t2_ms * t2)
+    return result
+
+
+def magnitude(
+    modality: str, fractions: Array, tissues: dict[str, Tissue], texture: tuple[Array, Array, Array]
+) -> Array:
+    """Noise-free magnitude image, float32: partial volumes add up as signed signals before the magnitude is taken.
+
+    Args:
+        modality: a key of SEQUENCES.
+        fractions: (T, N) of the first T tissues.
+        tissues: the subject's.
+        texture: (N,) factors of proton density, T1 and T2: what varies slowly inside a tissue.
+    """
+    total = np.zeros(fractions.shape[1], np.float32)
+    for (name, tissue), fraction in zip(tissues.items(), fractions, strict=False):
+        some = np.flatnonzero(fraction > 1e-4)
+        contrast = CONTRAST_T1_FACTOR.get(name, 1.0) if modality == "t1ce" else 1.0
+        density, t1, t2 = (factor[some] for factor in texture)
+        local = Tissue(tissue.proton_density * density, tissue.t1_ms * contrast * t1, tissue.t2_ms * t2)
+        total[some] += fraction[some] * SEQUENCES[modality].signal(local)
+    return np.abs(total)
+
+
+def coil_profile(head_mm: Array, generator: np.random.Generator) -> Array:
+    """Receive sensitivity (N,) around 1: exp of a random quadratic of the position, each term 0.08 (std) at 10 cm."""
+    x, y, z = head_mm / 100
+    terms = (x, y, z, x * y, x * z, y * z, x * x, y * y, z * z)
+    weights = generator.normal(0, 0.08, len(terms))
+    exponent = np.zeros(head_mm.shape[1])
+    for weight, term in zip(weights, terms, strict=True):
+        exponent += weight * term
+    return np.exp(exponent)
 
 
 def rician(signal: Array, sigma: float, generator: np.random.Generator) -> Array:
-    """Magnitude of the signal after complex Gaussian noise of standard deviation `sigma` in both channels (float32)."""
+    """Magnitude of `signal` after complex Gaussian noise of standard deviation `sigma` in each channel (float32)."""
     real = generator.standard_normal(signal.shape, dtype=np.float32)
     imaginary = generator.standard_normal(signal.shape, dtype=np.float32)
-    real *= sigma
+    real *= np.float32(sigma)
+    imaginary *= np.float32(sigma)
     real += signal
-    imaginary *= sigma
     return np.hypot(real, imaginary)
