@@ -10,7 +10,6 @@ is read without a copy. A store is a folder:
 """
 
 import json
-import os
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -260,7 +259,7 @@ def write_store_file(path: Path, header: Mapping[str, Any]) -> None:
     """Write store.json (format_version is added)."""
     with atomic_path(path / STORE_FILE, overwrite=True) as temporary:
         text = json.dumps({"format_version": FORMAT_VERSION, **header}, indent=2, sort_keys=True)
-        temporary.write_text(text + os.linesep)
+        temporary.write_text(text + "\n")
 
 
 def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: str) -> None:

@@ -1,0 +1,129 @@
+"""`aldm prepare`: a data set of NIfTI files becomes a store of prepared volumes."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from aldm.config import Config, PreprocessConfig, Spacing
+from aldm.data.layouts import LAYOUTS, TABLE_COLUMNS
+from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.preparing import plan_store, prepare_store
+from aldm.errors import UserError
+from pipelines.arguments import job_parser, resolve_config
+
+DESCRIPTION = """Check every file of a data set, then resample, rescale and crop its volumes into a store. All problems
+are reported together, before anything is written. An interrupted run goes on when it is run again, and ends with the
+same bytes."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job; raises UserError for everything that the user can mend."""
+    args = _parser().parse_args(argv)
+    config = _preprocess(args, resolve_config(args))
+    if args.dry_run:
+        plan = plan_store(
+            args.source,
+            args.store,
+            layout=args.layout,
+            config=config,
+            splits=args.splits,
+            num_processes=args.num_processes,
+            overwrite=args.overwrite,
+            max_voxels=args.max_voxels,
+        )
+        print(plan.summary())
+        print(f"every file is usable; {args.store} would be written with {config}")
+        print(f"memory: about {plan.memory_per_process_gib:.1f} GiB a process")
+        return
+    store = prepare_store(
+        args.source,
+        args.store,
+        layout=args.layout,
+        config=config,
+        splits=args.splits,
+        num_processes=args.num_processes,
+        overwrite=args.overwrite,
+        max_voxels=args.max_voxels,
+    )
+    subjects = store.subjects()
+    regions = ", ".join(sorted({record.region for record in subjects}))
+    print(f"{store.path}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = job_parser("prepare", DESCRIPTION)
+    parser.add_argument("source", help="folder of the data set; with --layout table a CSV file")
+    parser.add_argument("store", help="folder to write")
+    parser.add_argument(
+        "--layout",
+        required=True,
+        choices=LAYOUTS,
+        help="how the files are named: BraTS 2021, IXI, BIDS (T1w, T2w, PDw, FLAIR, ce-*_T1w), or a CSV table with the "
+        f"columns {', '.join(TABLE_COLUMNS)} (the last two may be missing; paths are relative to the table)",
+    )
+    parser.add_argument(
+        "--spacing-mm",
+        nargs="+",
+        type=float,
+        metavar="F",
+        help="voxel size of the model's grid, mm: one number, or three for x y z (default: the preset's)",
+    )
+    parser.add_argument(
+        "--spatial-shape",
+        nargs=3,
+        type=int,
+        metavar=("X", "Y", "Z"),
+        help="voxels of the model's grid after crop and padding, RAS order (default: the preset's)",
+    )
+    parser.add_argument(
+        "--register",
+        choices=("none", "rigid"),
+        help="align a subject's volumes to its first modality by their affines alone, or by rigid registration too "
+        "(default: the preset's)",
+    )
+    parser.add_argument(
+        "--splits",
+        metavar="FILE",
+        help="CSV file of subject_id, split (train, validation, test) that wins (default: BraTS's folders; else a hash "
+        "of the subject id, 80 / 10 / 10)",
+    )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="subjects worked on at a time (default: as many as the cores and the free memory allow)",
+    )
+    parser.add_argument(
+        "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
+    return parser
+
+
+def _preprocess(args: argparse.Namespace, config: Config) -> PreprocessConfig:
+    """Return the preset's preprocessing with what the flags change.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    if args.num_processes is not None and args.num_processes < 1:
+        raise UserError(f"--num-processes is {args.num_processes}, wanted at least 1")
+    if args.max_voxels < 1:
+        raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
+    preprocess = config.preprocess
+    if args.spacing_mm is not None:
+        preprocess = replace(preprocess, spacing_mm=_spacing(args.spacing_mm))
+    if args.spatial_shape is not None:
+        preprocess = replace(preprocess, spatial_shape=tuple(args.spatial_shape))
+    if args.register is not None:
+        preprocess = replace(preprocess, register=args.register)
+    return preprocess
+
+
+def _spacing(values: list[float]) -> Spacing:
+    if len(values) == 1:
+        values = values * 3
+    if len(values) != 3:
+        raise UserError(f"--spacing-mm has {len(values)} values, wanted one or three (x y z)")
+    x, y, z = values
+    return x, y, z
