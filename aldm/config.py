@@ -3,7 +3,9 @@
 A run is a named preset (presets.py) plus `dataclasses.replace`. Shapes are X, Y, Z of an RAS+ volume.
 """
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ class CodecConfig:
     """Volume to latent and back (Table A)."""
 
     kind: str = "vqgan"
-    """vqgan (Table A), haar-vqgan (the same between orthonormal Haar transforms) or haar (lossless, nothing to train)."""
+    """vqgan (Table A), haar-vqgan (the same between orthonormal Haar transforms) or haar (lossless, no training)."""
     channels: tuple[int, ...] = (256, 512, 512)
     """Width at each level; every step between two levels halves the grid."""
     num_res_blocks: int = 2
@@ -121,7 +123,7 @@ class UNetConfig:
     head_channels: int = 32
     """Channels of one attention head."""
     conditioning: str = "add"
-    """How the embedding reaches every residual block: add (the paper's) or scale-shift (modulates the normalised features)."""
+    """How the embedding reaches each residual block: add (the paper's) or scale-shift (modulates normalised features)."""
     embed_source: bool = False
     """Add a learned embedding of the (source, target) pair too; the paper embeds the target alone."""
     norm_groups: int = 32
@@ -156,7 +158,7 @@ class DiffusionConfig:
     bridge_noise: float = 0.1
     """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
     bridge_start_fraction: float = 0.5
-    """Share of the bridge's training samples put at its start, where a one-step sampler evaluates; the rest is uniform."""
+    """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
     image_space_loss: bool = False
     """Weigh latent errors so that their mean square is the image's; only where the codec is isometric (haar)."""
 
@@ -202,7 +204,7 @@ class TrainingConfig:
     max_steps: int | None = None
     """Stop after this many steps (wins over epochs)."""
     max_minutes: float | None = None
-    """Fit the number of steps to this much time, from the speed of the first steps (never above max_steps or epochs)."""
+    """Fit the steps to this much time, from the speed of the first ones (never above max_steps or epochs)."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     optimizer: str = "adam"
@@ -298,7 +300,7 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
-    return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
+    return plain(dataclasses.asdict(config))
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -313,13 +315,12 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         UserError: an unknown key (the known ones are listed), a value of a wrong type or out of range.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{path or cls.__name__} is {values!r}, wanted a mapping of its keys")
+        raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(
-            f"unknown key {', '.join(path + key for key in unknown)}: known are {', '.join(path + key for key in hints)}"
-        )
+        known = ", ".join(path + key for key in hints)
+        raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
     return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
 
 
@@ -337,11 +338,21 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if inner[-1] is not Ellipsis and len(value) != len(inner):
             raise UserError(f"{name} is {list(value)!r}, wanted {len(inner)} values, got {len(value)}")
         return tuple(_convert(inner[0], item, name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float:
+        return _convert_float(value, name)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{name} is {value!r} ({type(value).__name__}), wanted {hint.__name__}")
     return value
+
+
+def _convert_float(value: Any, name: str) -> float:
+    number = None
+    if not isinstance(value, bool) and isinstance(value, int | float | str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string
+            number = float(value)
+    if number is None or not math.isfinite(number):
+        raise UserError(f"{name} is {value!r} ({type(value).__name__}), wanted a finite number")
+    return number
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -365,10 +376,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
                 raise UserError(f"--set {assignment}: unknown key {path!r}; top-level keys are {', '.join(values)}")
         if last not in node:
             raise UserError(f"--set {assignment}: unknown key {path!r}; known there are {', '.join(node)}")
-        value = yaml.safe_load(text)
-        try:  # YAML 1.1 reads 1e-4 as a string
-            value = float(value) if isinstance(value, str) and isinstance(node[last], float) else value
-        except ValueError:
-            pass
-        node[last] = value
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment}: {text!r} is not YAML ({error})") from error
     return from_dict(Config, values)

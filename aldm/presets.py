@@ -7,6 +7,7 @@ small() and tiny() train on a CPU.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aldm.config import (
     CodecConfig,
@@ -141,7 +142,13 @@ def small() -> Config:
 def tiny() -> Config:
     """Runs every line of every stage in seconds, for tests; its results mean nothing."""
     base = small()
-    quick = {"max_steps": 4, "validate_every": 2, "checkpoint_every": 2, "log_every": 1, "num_validation_samples": 2}
+    quick: dict[str, Any] = {
+        "max_steps": 4,
+        "validate_every": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "num_validation_samples": 2,
+    }
     return replace(
         base,
         preset="tiny",
@@ -149,13 +156,20 @@ def tiny() -> Config:
         preprocess=PreprocessConfig(spacing_mm=(8.0, 8.0, 8.0), spatial_shape=(16, 24, 16)),
         codec=replace(base.codec, kind="vqgan", channels=(8, 8, 8), codebook_size=16, norm_groups=4),
         ms_spade=replace(
-            base.ms_spade, in_channels=8, res_channels=(8, 8), spade_channels=(8, 8), hidden_channels=4, source_skip=False
+            base.ms_spade,
+            in_channels=8,
+            res_channels=(8, 8),
+            spade_channels=(8, 8),
+            hidden_channels=4,
+            source_skip=False,
         ),
         unet=replace(base.unet, channels=(8, 16), attention_levels=(1,), head_channels=8, norm_groups=4),
         regression_unet=replace(base.regression_unet, channels=(8, 8), norm_groups=4),
         diffusion=DiffusionConfig(num_train_timesteps=50, objective="v"),
         sampling=SamplingConfig(num_inference_steps=3),
-        train_vqgan=replace(base.train_vqgan, crop=(16, 16, 16), adversarial_start_step=2, discriminator_channels=4, **quick),
+        train_vqgan=replace(
+            base.train_vqgan, crop=(16, 16, 16), adversarial_start_step=2, discriminator_channels=4, **quick
+        ),
         train_ms_spade=replace(base.train_ms_spade, adversarial_start_step=2, discriminator_channels=4, **quick),
         train_diffusion=replace(base.train_diffusion, **quick),
         train_unet=replace(base.train_unet, **quick),

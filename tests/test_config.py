@@ -1,0 +1,104 @@
+"""Configuration: strict from and to dictionaries, and the overrides of the command line."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from aldm.config import CodecConfig, Config, from_dict, override, to_dict
+from aldm.errors import UserError
+from aldm.presets import PRESETS, small
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
+def test_a_configuration_survives_json_and_yaml(name: str, dump: Any) -> None:
+    config = PRESETS[name]()
+    assert from_dict(Config, yaml.safe_load(dump(to_dict(config)))) == config
+
+
+def test_missing_keys_keep_their_defaults() -> None:
+    assert from_dict(Config, {"codec": {"codebook_size": 7}}) == Config(codec=CodecConfig(codebook_size=7))
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        small().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"codecs": {}}, "unknown key codecs: known are preset, modalities, seed"),
+        ({"codec": {"kindd": "haar"}}, r"unknown key codec\.kindd: known are codec\.kind, codec\.channels"),
+        ({"codec": 3}, "codec is 3, wanted a mapping"),
+        ({"codec": {"kind": "vae"}}, "codec.kind is 'vae', wanted one of: vqgan, haar-vqgan, haar"),
+        ({"codec": {"channels": 8}}, r"codec\.channels is 8, wanted a list"),
+        ({"codec": {"channels": [8, "a"]}}, r"codec\.channels is 'a' \(str\), wanted int"),
+        ({"codec": {"channels": [8, -8]}}, r"CodecConfig\.channels is \(8, -8\), wanted a value above 0"),
+        ({"preprocess": {"spatial_shape": [8, 8]}}, r"preprocess\.spatial_shape is \[8, 8\], wanted 3 values, got 2"),
+        ({"preprocess": {"lower_percentile": 90.0, "upper_percentile": 10.0}}, "wanted 0 <= lower < upper <= 100"),
+        ({"seed": 1.5}, r"seed is 1\.5 \(float\), wanted int"),
+        ({"seed": True}, r"seed is True \(bool\), wanted int"),
+        ({"train_unet": {"learning_rate": "fast"}}, r"learning_rate is 'fast' \(str\), wanted a finite number"),
+        ({"train_unet": {"learning_rate": float("nan")}}, "learning_rate is nan .*wanted a finite number"),
+        ({"train_unet": {"learning_rate": True}}, "learning_rate is True .*wanted a finite number"),
+        ({"train_unet": {"adaptive_weight": "yes"}}, "adaptive_weight is 'yes' .*wanted bool"),
+        ({"train_unet": {"crop": [0, 8, 8]}}, r"crop is \(0, 8, 8\), wanted a value above 0"),
+        ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, bf16"),
+        ({"modalities": ["t2", "t1"]}, "wanted distinct and in the vocabulary's order"),
+        ({"modalities": ["t1", "t7"]}, "unknown modality 't7': known are t1, t1ce, t2, flair, pd"),
+        ({"diffusion": {"image_space_loss": True}}, "needs an isometric codec"),
+        ({"diffusion": {"zero_terminal_snr": True}}, "zero_terminal_snr is singular for objective 'epsilon'"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(Config, values)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed=7", replace(small(), seed=7)),
+        ("codec.channels=[8, 16]", replace(small(), codec=replace(small().codec, channels=(8, 16)))),
+        ("unet.embed_source=false", replace(small(), unet=replace(small().unet, embed_source=False))),
+        ("train_unet.learning_rate=1e-4", replace(small(), train_unet=replace(small().train_unet, learning_rate=1e-4))),
+        ("train_unet.max_minutes=1e1", replace(small(), train_unet=replace(small().train_unet, max_minutes=10.0))),
+        ("train_unet.betas=[5e-1, 1e-1]", replace(small(), train_unet=replace(small().train_unet, betas=(0.5, 0.1)))),
+        ("train_unet.max_steps=null", replace(small(), train_unet=replace(small().train_unet, max_steps=None))),
+        ("train_vqgan.crop=null", replace(small(), train_vqgan=replace(small().train_vqgan, crop=None))),
+        ("modalities=[t1, t2]", replace(small(), modalities=("t1", "t2"))),
+    ],
+)
+def test_an_override_is_a_replace(assignment: str, expected: Config) -> None:
+    assert override(small(), [assignment]) == expected
+
+
+def test_overrides_are_checked_together_and_the_last_one_wins() -> None:
+    config = override(small(), ["diffusion.image_space_loss=false", "codec.kind=vqgan", "seed=1", "seed=2"])
+    assert (config.codec.kind, config.diffusion.image_space_loss, config.seed) == ("vqgan", False, 2)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("seed", "is not of the form key.path=value"),
+        ("sed=1", "unknown key 'sed'; known there are preset, modalities, seed"),
+        ("codec.kindd=haar", r"unknown key 'codec\.kindd'; known there are kind, channels"),
+        ("codex.kind=haar", r"unknown key 'codex\.kind'; top-level keys are preset"),
+        ("codec.kind.x=haar", r"unknown key 'codec\.kind\.x'"),
+        ("seed=[1", "is not YAML"),
+        ("seed=many", r"seed is 'many' \(str\), wanted int"),
+        ("codec={kind: haar}", None),
+    ],
+)
+def test_a_bad_override_is_explained(assignment: str, message: str | None) -> None:
+    if message is None:
+        assert override(Config(), [assignment]).codec == CodecConfig(kind="haar")
+        return
+    with pytest.raises(UserError, match=message):
+        override(small(), [assignment])
