@@ -123,7 +123,7 @@ class UNetConfig:
     head_channels: int = 32
     """Channels of one attention head."""
     conditioning: str = "add"
-    """How the embedding reaches each residual block: add (the paper's) or scale-shift (modulates normalised features)."""
+    """How the embedding reaches each residual block: add (the paper's) or scale-shift (modulates its features)."""
     embed_source: bool = False
     """Add a learned embedding of the (source, target) pair too; the paper embeds the target alone."""
     norm_groups: int = 32
