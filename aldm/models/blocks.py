@@ -5,6 +5,7 @@ The codecs are plain sequences of these blocks, so that `slabs.py` can walk the 
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which operations on x's device keep their inputs' precision."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def norm_fp32(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Apply a group norm with fp32 statistics; the result has x's dtype, whatever autocast says.
 
     The CPU kernel reads bf16 and sums in fp32, so casting first would only cost two passes over memory.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if x.device.type == "cpu" or x.dtype == torch.float32:
             return norm(x)
         return F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
@@ -31,7 +38,7 @@ def norm_fp32(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def instance_norm_fp32(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise each channel of each sample to mean 0 and variance 1 (no parameters), with fp32 statistics."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if x.device.type == "cpu" or x.dtype == torch.float32:
             return F.group_norm(x, x.shape[1], eps=eps)
         return F.group_norm(x.float(), x.shape[1], eps=eps).to(x.dtype)
@@ -40,7 +47,7 @@ def instance_norm_fp32(x: Tensor, eps: float = 1e-5) -> Tensor:
 def run_checkpointed(enabled: bool, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function; where enabled and gradients are wanted, recompute its activations in the backward pass."""
     if enabled and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
     return function(*arguments)
 
 

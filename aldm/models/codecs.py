@@ -23,7 +23,11 @@ from aldm.models.blocks import (
     conv3,
     run_blocks,
 )
+from aldm.models.passes import largest_tensor, plan, run_in_slabs
 from aldm.models.quantizer import Quantized, Quantizer
+
+MAX_TENSOR_ELEMENTS = 2**31 - 1
+"""Kernels index with 32 bits: layers whose tensors are larger run in slabs."""
 
 
 class CodecOutput(NamedTuple):
@@ -46,6 +50,7 @@ class Codec(nn.Module):
         isometric: distances between latents are distances between volumes.
         last_layer: the decoder's last layer with parameters, for the adaptive adversarial weight; None without one.
         activation_checkpointing: recompute activations in the backward pass.
+        max_tensor_elements: an encoder or a decoder that holds a larger tensor runs in slabs, with the same result.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Codec(nn.Module):
         self.downsampling = downsampling
         self.isometric = isometric
         self.activation_checkpointing = False
+        self.max_tensor_elements = MAX_TENSOR_ELEMENTS
         self._last_layer = (last_layer,)  # in a tuple, so that its parameters are not registered twice
 
     @property
@@ -81,7 +87,7 @@ class Codec(nn.Module):
             UserError: the downsampling d does not divide a side of x.
         """
         check_sides(x.shape[2:], self.downsampling)
-        return run_blocks(self.encoder, x, self.activation_checkpointing)
+        return self._run(self.encoder, x)
 
     def quantize(self, z: Tensor) -> Quantized:
         """Return the nearest codes with their losses; without a codebook z itself and zero losses."""
@@ -96,7 +102,7 @@ class Codec(nn.Module):
 
     def decode_codes(self, z_q: Tensor) -> Tensor:
         """Return the volume of a latent as it is."""
-        return run_blocks(self.decoder, z_q, self.activation_checkpointing)
+        return self._run(self.decoder, z_q)
 
     def forward(self, x: Tensor) -> CodecOutput:
         """Encode, quantise (the codebook learns in training mode) and decode."""
@@ -104,6 +110,12 @@ class Codec(nn.Module):
         quantized = self.quantize(z)
         reconstruction = self.decode_codes(quantized.z_q)
         return CodecOutput(reconstruction, z, *quantized[1:5])
+
+    def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        largest = x.shape[0] * largest_tensor(plan(blocks, x.shape[1], (x.shape[2], x.shape[3], x.shape[4])))
+        if largest > self.max_tensor_elements:
+            return run_in_slabs(blocks, x, self.max_tensor_elements, self.activation_checkpointing)
+        return run_blocks(blocks, x, self.activation_checkpointing)
 
 
 def check_sides(sides: torch.Size | tuple[int, ...], divisor: int) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aldm.models.blocks import without_autocast
+
 CHUNK_BYTES = 64 * 2**20
 """Memory of the distances of one chunk of the code search."""
 REVIVE_AFTER_STEPS = 32
@@ -48,7 +50,7 @@ def nearest_code(z: Tensor, codebook: Tensor, chunk_rows: int | None = None) -> 
     """
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_BYTES // (4 * codebook.shape[0]))
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         z, codebook = z.detach().float(), codebook.detach().float()
         # |z - c|^2 = |z|^2 + |c|^2 - 2 z.c; |z|^2 changes no argmin. Centred, so that an offset costs no digits.
         centre = codebook.mean(dim=0)
@@ -107,7 +109,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise (B, D, X, Y, Z); in training mode the codebook learns from z. `z_q` and losses are fp32."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             z = z.float()
             rows = z.movedim(1, -1).reshape(-1, self.dim)
             if self.training and int(self.step) == 0:
