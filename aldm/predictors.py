@@ -3,11 +3,18 @@
 Tensors are B C X Y Z of RAS+ volumes, intensities in [-1, 1]. Modalities are integer ids in the model's own order.
 """
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from aldm.config import Config, SamplingConfig
 from aldm.diffusion import make_schedule
+from aldm.models.codecs import Codec, build_codec
+from aldm.models.ms_spade import MSSpade
+from aldm.models.unet import UNet
 from aldm.sampling import OnStep, sample
 
 
@@ -36,9 +43,7 @@ class Predictor(nn.Module):
 class LatentDiffusion(Predictor):
     """The paper's pipeline: codec, MS-SPADE to a target-like latent, denoiser, codec."""
 
-    def __init__(
-        self, config: Config, codec: nn.Module, ms_spade: nn.Module, unet: nn.Module, mean: Tensor, std: Tensor
-    ) -> None:
+    def __init__(self, config: Config, codec: Codec, ms_spade: MSSpade, unet: UNet, mean: Tensor, std: Tensor) -> None:
         """Take the trained parts.
 
         Args:
@@ -48,8 +53,9 @@ class LatentDiffusion(Predictor):
         """
         super().__init__()
         self.codec, self.ms_spade, self.unet = codec, ms_spade, unet
-        self.register_buffer("latent_mean", mean.float().view(1, -1, 1, 1, 1))
-        self.register_buffer("latent_std", std.float().view(1, -1, 1, 1, 1))
+        # not persistent: the weights are the three networks', the statistics stand in the folder's config.json
+        self.register_buffer("latent_mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("latent_std", std.float().view(1, -1, 1, 1, 1), persistent=False)
         self.latent_mean: Tensor
         self.latent_std: Tensor
         self.config = config
@@ -57,11 +63,11 @@ class LatentDiffusion(Predictor):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the standardised source latent (1, C, x, y, z)."""
-        return (self.codec.encode(x).float() - self.latent_mean) / self.latent_std  # type: ignore[operator]
+        return (self.codec.encode(x).float() - self.latent_mean) / self.latent_std
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the volume (1, 1, X, Y, Z) of a standardised latent."""
-        return self.codec.decode(z.float() * self.latent_std + self.latent_mean)  # type: ignore[operator]
+        return self.codec.decode(z.float() * self.latent_std + self.latent_mean)
 
     def predict(
         self,
@@ -99,7 +105,7 @@ class LatentDiffusion(Predictor):
 class Regression(Predictor):
     """A network that maps the source volume to the target volume in one evaluation: the plain U-Net."""
 
-    def __init__(self, config: Config, unet: nn.Module) -> None:
+    def __init__(self, config: Config, unet: UNet) -> None:
         """Take the trained network."""
         super().__init__()
         self.config, self.unet = config, unet
@@ -124,6 +130,31 @@ class Regression(Predictor):
         if on_step is not None:
             on_step(1, 1)
         return result.float()
+
+
+def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predictor:
+    """Build a predictor with fresh weights; a translator folder's weights load into it strictly.
+
+    Args:
+        kind: aldm (weights codec.*, ms_spade.*, unet.*) or unet (weights unet.*).
+        config: the whole configuration, `modalities` named.
+        meta: of the folder; aldm reads latent_mean and latent_std, one number per latent channel.
+    """
+    modalities = len(config.modalities)
+    if kind == "unet":
+        return Regression(config, build_regression_unet(config))
+    assert kind == "aldm", kind
+    codec = build_codec(config.codec)
+    channels = codec.latent_channels
+    ms_spade = MSSpade(channels, modalities, **asdict(config.ms_spade))
+    unet = UNet(3 * channels, channels, modalities, **asdict(config.unet))
+    mean, std = (torch.tensor(meta[name], dtype=torch.float32) for name in ("latent_mean", "latent_std"))
+    return LatentDiffusion(config, codec, ms_spade, unet, mean, std)
+
+
+def build_regression_unet(config: Config) -> UNet:
+    """Build the plain U-Net: volume in, volume out, told source and target."""
+    return UNet(1, 1, len(config.modalities), **asdict(config.regression_unet), with_time=False)
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

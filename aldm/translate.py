@@ -7,6 +7,7 @@ intensities in the models in [-1, 1].
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 
 from aldm import __version__
+from aldm.checkpoint import load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index
 from aldm.data.preprocess import prepare_volume, restore, unscale
 from aldm.data.volume import Volume
 from aldm.errors import UserError
-from aldm.predictors import Predictor
+from aldm.predictors import Predictor, build_predictor
 from aldm.sampling import OnStep, check_sampling, sample_many
 
 NOTICE = "synthetic image, for research use only, not for diagnosis"
+KINDS = ("aldm", "unet")
 INTENSITIES = ("median", "unit")
 BRIDGE_STEPS_FOR_SAMPLES = 4
 """Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
@@ -69,6 +72,32 @@ class Translator:
         self.median_percentiles = median_percentiles
         self.device = torch.device(device)
         predictor.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Translator":
+        """Read a translator folder; nothing else is needed.
+
+        Args:
+            folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
+                median_percentiles {modality: [low, high]} and, for kind aldm, latent_mean and latent_std.
+            device: where to compute.
+
+        Raises:
+            UserError: not such a folder, another format version, weights that do not fit the configuration.
+        """
+        checkpoint = load_checkpoint(folder, *KINDS)
+        config, meta = checkpoint.config, checkpoint.meta
+        predictor = build_predictor(checkpoint.kind, config, meta)
+        load_weights(predictor, checkpoint.weights, folder)
+        percentiles = {name: (float(low), float(high)) for name, (low, high) in meta["median_percentiles"].items()}
+        return cls(
+            predictor,
+            config,
+            kind=checkpoint.kind,
+            median_percentiles=percentiles,
+            model_hash=checkpoint.hash,
+            device=device,
+        )
 
     @property
     def modalities(self) -> tuple[str, ...]:
