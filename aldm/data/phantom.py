@@ -25,7 +25,7 @@ _IXI_SITES = ("Guys", "HH", "IOP")
 
 @dataclass(frozen=True, eq=False)
 class SimulatedVolume:
-    """A volume as the scanner stores it: `data` int16 (uint8 for seg) in its axes, `affine` voxel -> world RAS in mm."""
+    """A volume as the scanner stores it: int16 (uint8 for seg) in its own axes, affine voxel -> world RAS in mm."""
 
     data: Array
     affine: Array
@@ -130,7 +130,7 @@ def brats_grid(spacing_mm: float) -> Grid:
 def oblique_grid(
     axes: str, extent_mm: tuple[float, float, float], spacing_mm: Array, head_mm: Array, generator: np.random.Generator
 ) -> Grid:
-    """A grid with those axis codes, turned by up to 5 degrees an axis; its middle is within millimetres of the head's."""
+    """A grid with those axis codes, turned by up to 5 degrees an axis, its middle within millimetres of the head's."""
     from nibabel.orientations import axcodes2ornt
 
     shape = _voxels(extent_mm, spacing_mm)
@@ -155,7 +155,7 @@ def subject_name(layout: str, index: int) -> str:
     """Name of a subject as the data set writes it: BraTS2021_00000, IXI002-Guys-0828."""
     if layout == "brats":
         return f"BraTS2021_{index:05d}"
-    return f"IXI{index + 2:03d}-{_IXI_SITES[index % 3]}-{(828 + 613 * index) % 10000:04d}"
+    return f"IXI{index + 2:03d}-{_IXI_SITES[index % 3]}-{(828 + 471 * index) % 10000:04d}"
 
 
 def volume_path(layout: str, subject_id: str, modality: str) -> Path:

@@ -1,8 +1,8 @@
 """The anatomy of the simulated subjects: what tissue fills every voxel of a scan.
 
 The ICBM152 grey and white matter maps that nilearn ships (1 mm, non-linear symmetric 2009a), seen through a random
-affine map and a smooth random warp, with a ring-enhancing lesion. World coordinates are RAS+ in mm; head coordinates are
-the same less the middle of the head.
+affine map and a smooth random warp, with a ring-enhancing lesion. World coordinates are RAS+ in mm; head coordinates
+are the same less the middle of the head.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ Array = np.ndarray
 SEG_LABELS = {"necrosis": 1, "edema": 2, "enhancing": 4}
 """BraTS's label of each part of a lesion."""
 _TEMPLATE_MIDDLE_MM = np.array([0.0, -19.0, 6.0])
-_REACH_MM = np.array([96.0, 122.0, 96.0])
+_REACH_MM = np.array([100.0, 126.0, 100.0])
+"""Semi-axes of an ellipsoid around the head's middle that holds every brain."""
 _LATTICE_MM = 8.0
 _HALF_EXTENT_MM = 136.0
 
@@ -92,15 +93,17 @@ def _antialiased(spacing_ras_mm: tuple[float, float, float]) -> tuple[Array, Arr
 
 
 class SmoothField:
-    """A smooth random function of head coordinates, of unit variance: cubic through Gaussian knots."""
+    """A smooth random function of head coordinates, of unit variance: cubic B-splines with Gaussian weights."""
 
     def __init__(self, generator: np.random.Generator, knot_mm: float) -> None:
-        from scipy.ndimage import map_coordinates
-
-        knots = generator.standard_normal((int(2 * _HALF_EXTENT_MM / knot_mm) + 4,) * 3)
+        number = int(2 * _HALF_EXTENT_MM / knot_mm) + 4
         steps = np.arange(-_HALF_EXTENT_MM, _HALF_EXTENT_MM + 1, _LATTICE_MM)
-        axis = (steps + _HALF_EXTENT_MM) / knot_mm + 1
-        lattice = map_coordinates(knots, np.meshgrid(axis, axis, axis, indexing="ij"), order=3)
+        distance = np.abs((steps[:, None] + _HALF_EXTENT_MM) / knot_mm + 1 - np.arange(number))
+        near, far = 2 / 3 - distance**2 + distance**3 / 2, np.clip(2 - distance, 0, None) ** 3 / 6
+        basis = np.where(distance < 1, near, far)
+        lattice = generator.standard_normal((number,) * 3)
+        for _ in range(3):  # one axis at a time; einsum, unlike BLAS, adds in the same order with any number of threads
+            lattice = np.einsum("xi,ijk->jkx", basis, lattice)
         self._lattice = (lattice / lattice.std()).astype(np.float32)
 
     def __call__(self, head_mm: Array) -> Array:
@@ -221,4 +224,5 @@ def _voxels_near_head(grid: Grid) -> tuple[Array, Array]:
     for row in range(3):
         position = sum(grid.affine[row, axis] * ranges[axis] for axis in range(3))
         head[row] = np.ravel(position + (grid.affine[row, 3] - grid.head_mm[row]))
-    return voxels, head
+    near = np.flatnonzero(((head / _REACH_MM[:, None]) ** 2).sum(axis=0) < 1)
+    return voxels[near], head[:, near]

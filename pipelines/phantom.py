@@ -1,0 +1,55 @@
+"""`aldm phantom`: write simulated subjects as a BraTS or IXI tree."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from aldm.data.phantom import LAYOUTS, check_arguments, check_output, subject_name, volume_path, write_phantom
+from aldm.progress import progress
+from pipelines.arguments import job_parser
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job and return its exit code."""
+    parser = job_parser(
+        "phantom",
+        "Write simulated multi-contrast subjects as a tree of NIfTI files in the layout of BraTS 2021 or IXI. The seed "
+        "fixes every byte, and a larger set contains a smaller one.",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose files, modalities and grids to imitate")
+    parser.add_argument("--num-subjects", type=int, default=24, metavar="N", help="how many subjects")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the whole set")
+    parser.add_argument(
+        "--spacing-mm",
+        type=float,
+        default=3.0,
+        metavar="F",
+        help="voxel size in mm (1 is BraTS's own; 0.9375 is IXI's own in the slice, whose slices are thicker)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a tree that this job wrote before")
+    args = parser.parse_args(argv)
+    check_arguments(args.layout, args.num_subjects, args.seed, args.spacing_mm)
+    check_output(args.out, overwrite=args.overwrite)
+    if args.dry_run:
+        first = volume_path(args.layout, subject_name(args.layout, 0), "t1")
+        print(f"would write {args.num_subjects} subjects at {args.spacing_mm:g} mm, the first to {args.out / first}")
+        return 0
+    with progress(total=args.num_subjects, description="phantom", unit="subject") as bar:
+        write_phantom(
+            args.out,
+            args.layout,
+            args.num_subjects,
+            args.seed,
+            args.spacing_mm,
+            on_progress=lambda done, total: bar.update(),
+            overwrite=args.overwrite,
+        )
+    logger.info("wrote %d simulated subjects to %s", args.num_subjects, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
+
+from pathlib import Path
+
+import pytest
+
+from aldm.data.phantom import write_phantom
+from aldm.data.preparing import prepare_store
+from aldm.data.store import VolumeStore
+from aldm.presets import tiny
+
+NUM_SUBJECTS = 9
+"""The fewest simulated subjects whose names put one in each split, in both layouts."""
+SPACING_MM = 8.0
+
+
+@pytest.fixture(scope="session")
+def brats_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Simulated subjects as a BraTS tree at 8 mm: t1, t1ce, t2, flair and seg. Read it only."""
+    folder = tmp_path_factory.mktemp("phantom") / "brats"
+    write_phantom(folder, "brats", NUM_SUBJECTS, seed=0, spacing_mm=SPACING_MM)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ixi_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Simulated subjects as an IXI tree at 8 mm: t1 on one grid, t2 and pd on another. Read it only."""
+    folder = tmp_path_factory.mktemp("phantom") / "ixi"
+    write_phantom(folder, "ixi", NUM_SUBJECTS, seed=0, spacing_mm=SPACING_MM)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def brats_store(brats_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
+    """The store that the tiny preset makes of `brats_tree`. Read it only."""
+    return _prepared(brats_tree, "brats", tmp_path_factory.mktemp("store") / "brats")
+
+
+@pytest.fixture(scope="session")
+def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
+    """The store that the tiny preset makes of `ixi_tree`. Read it only."""
+    return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
+
+
+def _prepared(tree: Path, layout: str, out: Path) -> VolumeStore:
+    return prepare_store(tree, out, layout=layout, config=tiny().preprocess, num_processes=1)
