@@ -1,0 +1,69 @@
+"""The generated pages of docs/ are those of the code as it is."""
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from aldm.cli import JOBS
+from aldm.config import Config
+from pipelines.arguments import COMMON_FLAGS, job_parser
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """docs/generate.py, which is a script of no package."""
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["commands.md", "configuration.md", "api.md"])
+def test_a_generated_page_is_current(generate: ModuleType, name: str) -> None:
+    committed = (DOCS / name).read_text(encoding="utf-8")
+    assert committed == generate.PAGES[name](), f"docs/{name} is not of this code: run make docs and commit it"
+
+
+def test_every_generated_page_is_tested_and_linked(generate: ModuleType) -> None:
+    assert set(generate.PAGES) == {"commands.md", "configuration.md", "api.md"}
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in sorted(DOCS.glob("*.md")) if page.name not in index and page.name != "index.md"] == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_flag_of_every_job_is_explained(generate: ModuleType, job: str) -> None:
+    """With the common flags among them, which a job's own parser brings by being made with job_parser."""
+    common = {action.dest for action in generate._actions(job_parser("x", ""), COMMON_FLAGS)}
+    for parser in generate._with_subcommands(generate.parser_of(job)):
+        actions = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
+        assert [action.dest for action in actions if not (action.help or "").strip()] == []
+        if len(actions) > 1:
+            assert common <= {action.dest for action in actions}
+        assert (parser.description or "").strip()
+
+
+def test_every_configuration_field_is_explained(generate: ModuleType) -> None:
+    texts = generate._field_docstrings()
+    for cls in {Config, *(type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value))}:
+        plain = [
+            item.name for item in dataclasses.fields(cls) if not dataclasses.is_dataclass(getattr(cls(), item.name))
+        ]
+        assert [name for name in plain if not texts[cls.__name__].get(name)] == []
+
+
+def test_docstrings_become_lists(generate: ModuleType) -> None:
+    text = "Do it to a*b.\n\nArgs:\n    data: of `a*b`,\n        more.\n\nRaises:\n    UserError: why.\n\nEnd.\n\n    x"
+    lists = "*Args*\n\n- `data`: of `a*b`,\n  more.\n\n*Raises*\n\n- `UserError`: why."
+    assert generate._docstring(text) == f"Do it to a\\*b.\n\n{lists}\n\nEnd.\n\n    x"
+
+
+def test_tables_survive_bars(generate: ModuleType) -> None:
+    assert generate._table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
