@@ -63,10 +63,10 @@ SEQUENCES: dict[str, Sequence] = {
 
 
 def tissues_of_subject(generator: np.random.Generator) -> dict[str, Tissue]:
-    """Return the tissues as one subject has them: proton density varies by 1.5 %, T1 and T2 by 5 % (log-normal)."""
+    """Return the tissues as one subject has them: proton density varies by 1.5 %, T1 and T2 by 3.5 % (log-normal)."""
     result = {}
     for name, tissue in TISSUES.items():
-        density, t1, t2 = np.exp(generator.normal(0, (0.015, 0.05, 0.05)))
+        density, t1, t2 = np.exp(generator.normal(0, (0.015, 0.035, 0.035)))
         result[name] = Tissue(tissue.proton_density * density, tissue.t1_ms * t1, tissue.t2_ms * t2)
     return result
 
