@@ -58,6 +58,11 @@ class Progress(Generic[T]):
             self._logged = now
             logger.info("%s", self._line(now - self._start))
 
+    def set_remaining(self, remaining: int) -> None:
+        """Say how many units are still to come, where that was not known before."""
+        self._total = self._done + remaining
+        self._bar.total = self._total
+
     def note(self, text: str) -> None:
         """Show a short text behind the count, such as the loss."""
         self._note = text

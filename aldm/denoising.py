@@ -1,0 +1,84 @@
+"""The networks of stages 2 and 3 and of the regression U-Net: how they are built and asked, for training and
+translation.
+
+Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel, modality ids (B,) int64.
+"""
+
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aldm.config import Config
+from aldm.models.ms_spade import MSSpade
+from aldm.models.unet import UNet
+
+PREDICTS_NOISE = ("epsilon", "v")
+
+
+def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
+    """Build MS-SPADE for the configuration's modalities."""
+    module = MSSpade(latent_channels, len(config.modalities), **asdict(config.ms_spade))
+    module.activation_checkpointing = config.activation_checkpointing
+    return module
+
+
+def build_unet(config: Config, latent_channels: int) -> UNet:
+    """Build the denoiser; see `denoise` for its inputs."""
+    module = UNet(3 * latent_channels, latent_channels, len(config.modalities), **asdict(config.unet))
+    module.activation_checkpointing = config.activation_checkpointing
+    return module
+
+
+def build_regression_unet(config: Config) -> UNet:
+    """Build the regression U-Net; see `regress` for its inputs."""
+    number = len(config.modalities)
+    module = UNet(1 + 2 * number, 1, number, **asdict(config.regression_unet), with_time=False)
+    module.activation_checkpointing = config.activation_checkpointing
+    return module
+
+
+def denoise(
+    unet: nn.Module,
+    objective: str,
+    z_t: Tensor,
+    t: Tensor,
+    z_source: Tensor,
+    z_target_like: Tensor,
+    target: Tensor,
+    source: Tensor,
+) -> Tensor:
+    """Return the U-Net's prediction at z_t.
+
+    The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction; for x0, bridge
+    and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
+    near the answer, and a network that outputs 0 repeats it.
+
+    Args:
+        unet: aldm.models.unet.UNet with 3 C input and C output channels.
+        objective: one of config.OBJECTIVES.
+        z_t: (B, C, x, y, z) noisy latent.
+        t: (B,) float time steps.
+        z_source, z_target_like: (B, C, x, y, z) standardised latents.
+        target, source: (B,) int64 modality ids.
+    """
+    output = unet(torch.cat([z_t, z_source, z_target_like], dim=1), t, target, source)
+    return output if objective in PREDICTS_NOISE else output + z_target_like  # type: ignore[no-any-return]
+
+
+def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:
+    """Return the regression U-Net's prediction of the target volume.
+
+    The network sees the source volume and one constant plane per modality for the source and for the target; the target
+    is embedded in every residual block besides, as in the denoiser.
+
+    Args:
+        unet: aldm.models.unet.UNet without time, 1 + 2 M input channels and one output channel.
+        volume: (B, 1, X, Y, Z) in [-1, 1].
+        source, target: (B,) int64 modality ids.
+        num_modalities: M.
+    """
+    pair = torch.cat([F.one_hot(source, num_modalities), F.one_hot(target, num_modalities)], dim=1).to(volume)
+    planes = pair.view(*pair.shape, 1, 1, 1).expand(-1, -1, *volume.shape[2:])
+    return unet(torch.cat([volume, planes], dim=1), None, target, source)  # type: ignore[no-any-return]

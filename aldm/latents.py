@@ -1,0 +1,250 @@
+"""The latent cache: every volume of a store encoded once by a frozen codec.
+
+A folder like a volume store:
+
+    latents.json        format version, codec hash, modalities, subjects, statistics, the record of the data
+    shards/<id>.arrow   one a subject: a record per modality and flip variant, key "t1/0", float16 (C, x, y, z)
+
+Stored is the latent before quantisation as the codec gives it; reading standardises it per channel with the mean and
+standard deviation of the training split, so another whitening never means encoding again. The cache belongs to one
+codec: its key is the hash of the codec's weights and configuration, and a stale cache is an error.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aldm.checkpoint import weights_hash
+from aldm.config import CodecConfig
+from aldm.data.store import SHARD_FOLDER, ShardReader, VolumeStore, shard_path, write_shard
+from aldm.errors import UserError
+from aldm.files import atomic_folder
+from aldm.models.codecs import Codec
+from aldm.progress import progress
+
+FORMAT_VERSION = 1
+LATENTS_FILE = "latents.json"
+_OPEN_SHARDS = 64
+_SMALLEST_STD = 1e-6
+
+
+def codec_hash(config: CodecConfig, weights: Mapping[str, Tensor]) -> str:
+    """Return the identity of a codec: the hash of its weights; of a codec without any, what it is."""
+    if weights:
+        return weights_hash(weights)
+    return f"{config.kind}-{config.haar_levels}"
+
+
+def data_record(store: VolumeStore, modalities: Sequence[str]) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the data that it was trained on (JSON-able)."""
+    return {
+        "layout": store.layout,
+        "fingerprint": store.fingerprint,
+        "preprocess": asdict(store.preprocess),
+        "num_subjects": {split: len(store.subjects(split)) for split in ("train", "validation", "test")},
+        "median_percentiles": {name: list(store.median_percentiles(name)) for name in modalities},
+    }
+
+
+@dataclass(frozen=True)
+class LatentSubject:
+    """A subject of the cache."""
+
+    subject_id: str
+    split: str
+    modalities: tuple[str, ...]
+
+
+class LatentStore:
+    """Encoded volumes, memory-mapped; use LatentStore.open."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.codec_hash: str = header["codec_hash"]
+        self.codec: dict[str, Any] = header["codec"]
+        self.isometric: bool = header["isometric"]
+        self.latent_channels: int = header["latent_channels"]
+        self.modalities: tuple[str, ...] = tuple(header["modalities"])
+        self.num_flips: int = header["num_flips"]
+        self.data: dict[str, Any] = header["data"]
+        self.mean = np.asarray(header["mean"], np.float32)
+        self.std = np.asarray(header["std"], np.float32)
+        self._subjects = [
+            LatentSubject(entry["subject_id"], entry["split"], tuple(entry["modalities"]))
+            for entry in header["subjects"]
+        ]
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], codec_hash: str | None = None) -> "LatentStore":
+        """Open a cache.
+
+        Args:
+            path: its folder.
+            codec_hash: the codec that the reader uses; None takes whatever the cache was made with.
+
+        Raises:
+            UserError: not a cache, of another format version, or stale (made with another codec).
+        """
+        path = Path(path)
+        if not (path / LATENTS_FILE).is_file():
+            raise UserError(f"{path} is not a store of latents (no {LATENTS_FILE}): make one with aldm encode")
+        try:
+            header = json.loads((path / LATENTS_FILE).read_text())
+            version = header["format_version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path / LATENTS_FILE} is damaged ({error}): encode again with --overwrite") from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: encode again")
+        if codec_hash is not None and header["codec_hash"] != codec_hash:
+            raise UserError(
+                f"{path} is stale: it was encoded with codec {header['codec_hash'][:12]}, wanted "
+                f"{codec_hash[:12]}: encode the store again with this codec"
+            )
+        return cls(path, header)
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return LatentStore.open, (self.path,)
+
+    def subjects(self, split: str | None = None) -> list[LatentSubject]:
+        """Return the subjects of a split (train, validation, test), or all, sorted by subject_id."""
+        return [subject for subject in self._subjects if split in (None, subject.split)]
+
+    def latent(self, subject_id: str, modality: str, flip: int = 0) -> np.ndarray:
+        """Return a standardised latent, (C, x, y, z) float32.
+
+        Args:
+            subject_id, modality: whose.
+            flip: 0 as it is, 1 flipped left to right before it was encoded (where num_flips is 2).
+        """
+        raw = self._reader(subject_id)[f"{modality}/{flip}"].astype(np.float32)
+        raw -= self.mean[:, None, None, None]
+        raw /= self.std[:, None, None, None]
+        return raw
+
+    def _reader(self, subject_id: str) -> ShardReader:
+        """Return a subject's shard, keeping the most recently used ones mapped."""
+        reader = self._readers.pop(subject_id, None) or ShardReader(shard_path(self.path, subject_id))
+        self._readers[subject_id] = reader
+        if len(self._readers) > _OPEN_SHARDS:
+            self._readers.popitem(last=False)
+        return reader
+
+
+def encode_store(
+    store: VolumeStore,
+    codec: Codec,
+    config: CodecConfig,
+    out: str | os.PathLike[str],
+    *,
+    flips: bool = False,
+    device: torch.device | str = "cpu",
+    encode: Callable[[Tensor], Tensor] | None = None,
+    overwrite: bool = False,
+) -> LatentStore:
+    """Encode all volumes of a store into a cache.
+
+    Args:
+        store: prepared volumes.
+        codec: frozen.
+        config: what the codec was built from.
+        out: folder of the cache; it appears when it is whole.
+        flips: store every volume flipped left to right too.
+        device: where to encode.
+        encode: volume (1, 1, X, Y, Z) to latent; codec.encode if None (one in bounded memory may stand here).
+        overwrite: replace an earlier cache.
+
+    Raises:
+        UserError: no training subject, a volume that the codec cannot take, or `out` cannot be written.
+    """
+    codec = codec.to(device).eval()
+    encode = encode or codec.encode
+    subjects = [LatentSubject(record.subject_id, record.split, record.modalities) for record in store.subjects()]
+    if not any(subject.split == "train" for subject in subjects):
+        raise UserError(f"the store {store.path} has no training subject: latents are standardised over those")
+    statistics = _Statistics(codec.latent_channels)
+    num_flips = 2 if flips else 1
+    with atomic_folder(out, overwrite, marker=LATENTS_FILE) as temporary, torch.inference_mode():
+        (temporary / SHARD_FOLDER).mkdir()
+        for subject in progress(subjects, description="encode", unit="subject"):
+            latents: list[tuple[str, np.ndarray]] = []
+            for modality in subject.modalities:
+                volume = torch.from_numpy(store.volume(subject.subject_id, modality)).to(device)[None, None]
+                for flip in range(num_flips):
+                    z = encode(volume.flip(2) if flip else volume)[0].float().cpu().numpy().astype(np.float16)
+                    _check_finite(z, subject.subject_id, modality)
+                    latents.append((f"{modality}/{flip}", z))
+                    if subject.split == "train" and not flip:
+                        statistics.add(z)
+            write_shard(shard_path(temporary, subject.subject_id), latents)
+        header = {
+            "format_version": FORMAT_VERSION,
+            "codec_hash": codec_hash(config, codec.state_dict()),
+            "codec": asdict(config),
+            "isometric": codec.isometric,
+            "latent_channels": codec.latent_channels,
+            "modalities": list(store.modalities),
+            "num_flips": num_flips,
+            "mean": statistics.mean.tolist(),
+            "std": statistics.std.tolist(),
+            "data": data_record(store, store.modalities),
+            "subjects": [asdict(subject) for subject in subjects],
+        }
+        (temporary / LATENTS_FILE).write_text(json.dumps(header, indent=1) + "\n")
+    return LatentStore.open(out)
+
+
+def cache_bytes(store: VolumeStore, codec: Codec, flips: bool) -> int:
+    """Return the size of the cache that `encode_store` would write, bytes (headers left out)."""
+    voxels = float(np.prod([side / codec.downsampling for side in store.preprocess.spatial_shape]))
+    volumes = sum(len(record.modalities) for record in store.subjects())
+    return int(2 * voxels * codec.latent_channels * volumes * (2 if flips else 1))
+
+
+def standardise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (z - mean) / std per channel; z is (B, C, x, y, z), mean and std are (C,)."""
+    return (z - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+
+
+def unstandardise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo `standardise`."""
+    return z * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+
+
+def _check_finite(z: np.ndarray, subject_id: str, modality: str) -> None:
+    if not np.isfinite(z).all():
+        raise UserError(
+            f"the latent of {subject_id}, {modality} is not finite in float16: the codec is broken or was not trained; "
+            "train it again"
+        )
+
+
+class _Statistics:
+    """Mean and standard deviation per channel, merged latent by latent in float64 (Chan et al. 1979)."""
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self.mean = np.zeros(channels)
+        self._squares = np.zeros(channels)
+
+    def add(self, z: np.ndarray) -> None:
+        """Take in one (C, x, y, z)."""
+        values = z.reshape(z.shape[0], -1).astype(np.float64)
+        count, mean = values.shape[1], values.mean(axis=1)
+        total, delta = self._count + count, mean - self.mean
+        self._squares += values.var(axis=1) * count + delta**2 * self._count * count / total
+        self.mean += delta * count / total
+        self._count = total
+
+    @property
+    def std(self) -> np.ndarray:
+        """(C,), at least 1e-6, so that a constant channel can be divided by it."""
+        return np.maximum(np.sqrt(self._squares / self._count), _SMALLEST_STD)

@@ -1,0 +1,79 @@
+"""What the stages share: the configuration that fits the data, validation scores, and what a checkpoint says of latents."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aldm.config import CodecConfig, Config, PreprocessConfig, from_dict
+from aldm.errors import UserError
+from aldm.latents import LatentStore
+from aldm.players import Values
+
+
+def with_data(
+    config: Config,
+    modalities: tuple[str, ...],
+    preprocess: Mapping[str, Any],
+    codec: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration with the modalities, preprocessing and codec that the data were made with.
+
+    Args:
+        config: as the user gave it.
+        modalities: those of the data; the configuration's are kept where it names any.
+        preprocess: of the data.
+        codec: of the latents; None keeps the configuration's.
+
+    Raises:
+        UserError: the configuration names a modality that the data lack.
+    """
+    missing = [name for name in config.modalities if name not in modalities]
+    if missing:
+        raise UserError(
+            f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: take "
+            f"another preset, or say --set modalities=[{', '.join(modalities)}]"
+        )
+    return replace(
+        config,
+        modalities=config.modalities or modalities,
+        preprocess=from_dict(PreprocessConfig, preprocess, "preprocess."),
+        codec=config.codec if codec is None else from_dict(CodecConfig, codec, "codec."),
+    )
+
+
+def psnr_db(squared_error: Tensor) -> Tensor:
+    """Return the PSNR, dB, from squared errors of volumes in [-1, 1] (data range 2)."""
+    return 10 * torch.log10(4 / squared_error.mean().clamp_min(1e-12))
+
+
+def latent_score(latents: LatentStore) -> tuple[str, bool]:
+    """Return the name of the score that compares latents and whether higher is better."""
+    return ("psnr_db", True) if latents.isometric else ("latent_rmse", False)
+
+
+def latent_values(latents: LatentStore, std: Tensor, z: Tensor, z_target: Tensor) -> Values:
+    """Compare standardised latents: the volume's PSNR, dB, where the codec is isometric, else the latents' RMS error.
+
+    Args:
+        latents: where they come from.
+        std: (C,) its standard deviations, on the latents' device.
+        z, z_target: (B, C, x, y, z).
+    """
+    squares = (z.float() - z_target).square()
+    if latents.isometric:
+        return {"psnr_db": psnr_db(squares * std.square().view(1, -1, 1, 1, 1))}
+    return {"latent_rmse": squares.mean().sqrt()}
+
+
+def latents_record(latents: LatentStore) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the latents that it was trained on (JSON-able)."""
+    return {
+        "codec_hash": latents.codec_hash,
+        "latent_channels": latents.latent_channels,
+        "mean": latents.mean.tolist(),
+        "std": latents.std.tolist(),
+        "data": latents.data,
+    }

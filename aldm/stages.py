@@ -1,0 +1,412 @@
+"""What each training optimises: vqgan, ms-spade, diffusion, and the regression U-Net that stands beside every model.
+
+Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aldm.config import Config
+from aldm.data.dataset import LatentPairs, VolumePairs, VolumeSamples
+from aldm.data.store import VolumeStore
+from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
+from aldm.diffusion import make_schedule, training_loss_inputs
+from aldm.errors import UserError
+from aldm.latents import LatentStore, data_record
+from aldm.losses import (
+    adaptive_weight,
+    edge_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    image_space_weights,
+    latent_discriminator_loss,
+    latent_generator_loss,
+    weighted_mse,
+)
+from aldm.models.blocks import InverseHaarTransform
+from aldm.models.codecs import build_codec
+from aldm.models.discriminator import PatchDiscriminator
+from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
+from aldm.sampling import check_sampling, sample
+from aldm.stage_data import latent_score, latent_values, latents_record, psnr_db, with_data
+
+TARGET_LIKE_CACHE_BYTES = 2 * 2**30
+"""Memory for the outputs of the frozen MS-SPADE that the diffusion stage keeps."""
+
+
+class VQGANStage:
+    """Stage 1: encoder, decoder and codebook against a patch discriminator (Table A; Esser et al. 2021, eq. 6).
+
+    Generator: L1 + codebook + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda is
+    the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left. Both
+    the discriminator and the adversarial term start at adversarial_start_step.
+
+    Args:
+        config: codec and train_vqgan.
+        store: prepared volumes.
+
+    Raises:
+        UserError: the codec has nothing to train, or the crop does not fit the volumes or the codec.
+    """
+
+    name = "vqgan"
+    score = "psnr_db"
+    higher_is_better = True
+
+    def __init__(self, config: Config, store: VolumeStore) -> None:
+        if config.codec.kind == "haar":
+            raise UserError(
+                "codec.kind is haar, a fixed transform with nothing to train: go on with aldm encode --codec haar, or "
+                "train another with --set codec.kind=haar-vqgan"
+            )
+        self.config = with_data(config, store.modalities, asdict(store.preprocess))
+        self._store, self._training = store, config.train_vqgan
+        self.codec = build_codec(config.codec)
+        self.codec.activation_checkpointing = config.activation_checkpointing
+        self._check_crop()
+        self.players = [Player("codec", self.codec, self._training, self._generator_loss)]
+        self.discriminator: PatchDiscriminator | None = None
+        if self._training.adversarial_weight > 0:
+            self.discriminator = PatchDiscriminator(
+                1, self._training.discriminator_channels, self._training.discriminator_layers
+            )
+            self.players.append(
+                Player(
+                    "discriminator",
+                    self.discriminator,
+                    replace(self._training, ema_decay=0.0),
+                    self._discriminator_loss,
+                    self._training.adversarial_start_step,
+                )
+            )
+
+    def connect(self, engine: Engine) -> None:
+        """Sum the codebook's statistics over the engine's ranks."""
+        self._engine = engine
+        if self.codec.quantizer is not None and engine.world_size > 1:
+            self.codec.quantizer.reduce = lambda value: engine.reduce(value) * engine.world_size
+            self.codec.quantizer.rank = engine.rank
+
+    def samples(self, split: str) -> VolumeSamples:
+        """Volumes, cropped and flipped; those of other splits than the training's are not flipped."""
+        flip_probability = self._training.flip_probability if split == "train" else 0.0
+        return VolumeSamples(self._store, split, self.config.modalities, self._training.crop, flip_probability)
+
+    def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        x = batch["volume"]
+        last_input: list[Tensor] = []
+        last_layer = self.codec.last_layer
+        assert last_layer is not None, "a codec that trains has a last layer"
+        hook = last_layer.register_forward_pre_hook(lambda _, inputs: last_input.append(inputs[0].detach()))
+        try:
+            output = model(x)
+        finally:
+            hook.remove()
+        loss = self._reconstruction_loss(output.reconstruction, x)
+        values: Values = {
+            "reconstruction_loss": loss.detach(),
+            "codebook_loss": output.codebook_loss.detach(),
+            "commitment_loss": output.commitment_loss.detach(),
+            "codebook_usage": output.codebook_usage,
+            "perplexity": output.perplexity,
+        }
+        loss = loss + output.codebook_loss + output.commitment_loss
+        if "discriminator" in info.playing:
+            info.shared["reconstruction"] = output.reconstruction.detach()
+            adversarial = self._adversarial_loss(output.reconstruction)
+            weight = torch.ones((), device=x.device)
+            if self._training.adaptive_weight:
+                weight = self._engine.reduce(self._adaptive_weight(last_layer, last_input[0], x))
+            values |= {"adversarial_loss": adversarial.detach(), "adaptive_weight": weight}
+            loss = loss + self._training.adversarial_weight * weight * adversarial
+        return loss, values
+
+    def _discriminator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        both = torch.cat([batch["volume"], info.shared["reconstruction"].to(batch["volume"].dtype)])
+        real, fake = model(both).float().chunk(2)
+        return hinge_discriminator_loss(real, fake), {
+            "logits_real": real.detach().mean(),
+            "logits_fake": fake.detach().mean(),
+        }
+
+    def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        loss = F.l1_loss(reconstruction.float(), x)
+        if self._training.perceptual_weight > 0:
+            loss = loss + self._training.perceptual_weight * edge_loss(reconstruction, x)
+        return loss
+
+    def _adversarial_loss(self, reconstruction: Tensor) -> Tensor:
+        assert self.discriminator is not None
+        return hinge_generator_loss(self.discriminator(reconstruction))
+
+    def _adaptive_weight(self, last_layer: nn.Module, last_input: Tensor, x: Tensor) -> Tensor:
+        """The ratio of gradient norms at the last convolution; inverse Haar transforms may follow it."""
+        haar = nn.Sequential(*(block for block in self.codec.decoder if isinstance(block, InverseHaarTransform)))
+        with self._engine.whole(list(last_layer.parameters())):
+            bias = last_layer.get_parameter("bias").detach().clone()
+            return adaptive_weight(
+                last_layer.get_parameter("weight"),
+                lambda weight: haar(
+                    torch.func.functional_call(last_layer, {"weight": weight, "bias": bias}, last_input)
+                ),
+                lambda reconstruction: self._reconstruction_loss(reconstruction, x),
+                self._adversarial_loss,
+            )
+
+    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
+        """PSNR, dB, and L1 of the reconstruction."""
+        reconstruction = modules["codec"](batch["volume"]).reconstruction.float()
+        return {
+            "psnr_db": psnr_db((reconstruction - batch["volume"]).square()),
+            "l1": F.l1_loss(reconstruction, batch["volume"]),
+        }
+
+    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
+        """The codec alone."""
+        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        return Export("codec", self.config, weights["codec"], meta)
+
+    def _check_crop(self) -> None:
+        shape = self._training.crop or self._store.preprocess.spatial_shape
+        divisor = self.codec.downsampling
+        if any(side % divisor for side in shape):
+            raise UserError(
+                f"stage 1 trains on {' x '.join(map(str, shape))} voxels, which the codec's downsampling of {divisor} does "
+                "not divide: give another --crop, or set preprocess.spatial_shape and prepare the store again"
+            )
+
+
+class MSSpadeStage:
+    """Stage 2: source latent to target-like latent (Table B).
+
+    Generator: L1(z_target_like, z_target) + adversarial_weight cross-entropy of the latent discriminator against the
+    target's class. Discriminator: the M modalities for real latents, "fake" (class M) for generated ones.
+
+    Args:
+        config: ms_spade and train_ms_spade.
+        latents: encoded volumes.
+    """
+
+    name = "ms-spade"
+
+    def __init__(self, config: Config, latents: LatentStore) -> None:
+        self.config = with_data(config, latents.modalities, latents.data["preprocess"], latents.codec)
+        self._latents, self._training = latents, config.train_ms_spade
+        self.score, self.higher_is_better = latent_score(latents)
+        number = len(self.config.modalities)
+        self.ms_spade = build_ms_spade(self.config, latents.latent_channels)
+        self.players = [Player("ms-spade", self.ms_spade, self._training, self._generator_loss)]
+        self.discriminator: PatchDiscriminator | None = None
+        if self._training.adversarial_weight > 0:
+            self.discriminator = PatchDiscriminator(
+                latents.latent_channels,
+                self._training.discriminator_channels,
+                self._training.discriminator_layers,
+                number + 1,
+            )
+            self.players.append(
+                Player(
+                    "discriminator",
+                    self.discriminator,
+                    replace(self._training, ema_decay=0.0),
+                    self._discriminator_loss,
+                    self._training.adversarial_start_step,
+                )
+            )
+
+    def connect(self, engine: Engine) -> None:
+        """Nothing is frozen here."""
+        self._std = torch.from_numpy(self._latents.std).to(engine.device)
+
+    def samples(self, split: str) -> LatentPairs:
+        """Pairs of latents."""
+        return LatentPairs(self._latents, split, self.config.modalities, self._training.same_modality_fraction)
+
+    def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        z_target_like = model(batch["z_source"], batch["target"], batch["source"])
+        loss = F.l1_loss(z_target_like.float(), batch["z_target"])
+        values: Values = {"l1": loss.detach()}
+        if "discriminator" in info.playing:
+            assert self.discriminator is not None
+            info.shared["z_target_like"] = z_target_like.detach()
+            adversarial = latent_generator_loss(self.discriminator(z_target_like), batch["target"])
+            values["adversarial_loss"] = adversarial.detach()
+            loss = loss + self._training.adversarial_weight * adversarial
+        return loss, values
+
+    def _discriminator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        both = torch.cat([batch["z_target"], info.shared["z_target_like"].to(batch["z_target"].dtype)])
+        real, fake = model(both).chunk(2)
+        accuracy = (real.detach().argmax(dim=1) == batch["target"].view(-1, 1, 1, 1)).float().mean()
+        return latent_discriminator_loss(real, fake, batch["target"]), {"accuracy_real": accuracy}
+
+    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
+        """The target-like latent's distance from the target's: PSNR, dB, of the volume where the codec is isometric."""
+        z = modules["ms-spade"](batch["z_source"], batch["target"], batch["source"])
+        return latent_values(self._latents, self._std, z, batch["z_target"])
+
+    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
+        """MS-SPADE alone."""
+        meta = {"modalities": list(self.config.modalities), "latents": latents_record(self._latents)}
+        return Export("ms-spade", self.config, weights["ms-spade"], meta)
+
+
+class DiffusionStage:
+    """Stage 3: the U-Net on cached latents, with the frozen MS-SPADE of stage 2 (Table C).
+
+    Loss: mean squared error on what the objective predicts, over image-space weights where the configuration says so.
+    The outputs of MS-SPADE are kept in memory, in float16, as far as TARGET_LIKE_CACHE_BYTES reach.
+
+    Args:
+        config: unet, diffusion, sampling and train_diffusion.
+        latents: encoded volumes.
+        ms_spade: trained, on the same latents.
+        ms_spade_hash: of its checkpoint.
+
+    Raises:
+        UserError: the sampler of the configuration does not go with the objective.
+    """
+
+    name = "diffusion"
+
+    def __init__(self, config: Config, latents: LatentStore, ms_spade: nn.Module, ms_spade_hash: str) -> None:
+        self.config = with_data(config, latents.modalities, latents.data["preprocess"], latents.codec)
+        sampling = config.sampling
+        check_sampling(config.diffusion, sampling.sampler, sampling.num_inference_steps, eta=sampling.eta)
+        self._latents, self._training = latents, config.train_diffusion
+        self._ms_spade, self._ms_spade_hash = ms_spade.eval().requires_grad_(False), ms_spade_hash
+        self.score, self.higher_is_better = latent_score(latents)
+        self._schedule = make_schedule(config.diffusion)
+        self._target_like: dict[tuple[str, int, int, int], Tensor] = {}
+        self._target_like_bytes = 0
+        self.unet = build_unet(self.config, latents.latent_channels)
+        self.players = [Player("unet", self.unet, self._training, self._loss)]
+
+    def connect(self, engine: Engine) -> None:
+        """Move the frozen MS-SPADE to the engine's device."""
+        self._ms_spade.to(engine.device)
+        self._std = torch.from_numpy(self._latents.std).to(engine.device)
+        self._weights = image_space_weights(self._std) if self.config.diffusion.image_space_loss else None
+
+    def samples(self, split: str) -> LatentPairs:
+        """Pairs of latents."""
+        return LatentPairs(self._latents, split, self.config.modalities, self._training.same_modality_fraction)
+
+    def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        z_target_like = self._z_target_like(batch)
+        drawn = [
+            training_loss_inputs(
+                self.config.diffusion,
+                self._schedule,
+                batch["z_target"][i : i + 1],
+                z_target_like[i : i + 1],
+                generator,
+            )
+            for i, generator in enumerate(info.generators)
+        ]
+        z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        prediction = self._predict(model, batch, z_target_like, z_t, t)
+        return weighted_mse(prediction, wanted, self._weights), {}
+
+    def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        objective = self.config.diffusion.objective
+        return denoise(unet, objective, z_t, t, batch["z_source"], z_target_like, batch["target"], batch["source"])
+
+    @torch.no_grad()
+    def _z_target_like(self, batch: Batch) -> Tensor:
+        """MS-SPADE's output for each sample, computed one by one so that it does not depend on the batch around it."""
+        found = []
+        sources, targets = batch["source"].tolist(), batch["target"].tolist()
+        for i, key in enumerate(zip(batch["subject_id"], sources, targets, batch["flip"].tolist(), strict=True)):
+            z = self._target_like.get(key)
+            if z is None:
+                one = slice(i, i + 1)
+                z = self._ms_spade(batch["z_source"][one], batch["target"][one], batch["source"][one]).half().cpu()
+                if self._target_like_bytes + z.nbytes <= TARGET_LIKE_CACHE_BYTES:
+                    self._target_like[key] = z
+                    self._target_like_bytes += z.nbytes
+            found.append(z)
+        return torch.cat(found).to(batch["z_source"].device, torch.float32)
+
+    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
+        """The sampled latent's distance from the target's, by the sampler and steps of the configuration."""
+        z_target_like = self._z_target_like(batch)
+        sampling = self.config.sampling
+        z = sample(
+            lambda z_t, t: self._predict(modules["unet"], batch, z_target_like, z_t, t),
+            config=self.config.diffusion,
+            schedule=self._schedule,
+            sampler=sampling.sampler,
+            num_inference_steps=sampling.num_inference_steps,
+            z_start=z_target_like,
+            generator=info.generators[0],
+            eta=sampling.eta,
+        )
+        values = latent_values(self._latents, self._std, z, batch["z_target"])
+        before = latent_values(self._latents, self._std, z_target_like, batch["z_target"])
+        return values | {f"ms_spade_{name}": value for name, value in before.items()}
+
+    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
+        """The U-Net alone."""
+        meta = {
+            "modalities": list(self.config.modalities),
+            "latents": latents_record(self._latents),
+            "ms_spade_hash": self._ms_spade_hash,
+        }
+        return Export("diffusion", self.config, weights["unet"], meta)
+
+
+class RegressionStage:
+    """The plain 3D regression U-Net: source volume and one-hot planes of source and target in, target volume out (MSE).
+
+    Args:
+        config: regression_unet and train_unet.
+        store: prepared volumes.
+
+    Raises:
+        UserError: the crop does not fit the volumes.
+    """
+
+    name = "unet"
+    score = "psnr_db"
+    higher_is_better = True
+
+    def __init__(self, config: Config, store: VolumeStore) -> None:
+        self.config = with_data(config, store.modalities, asdict(store.preprocess))
+        self._store, self._training = store, config.train_unet
+        self.unet = build_regression_unet(self.config)
+        self.players = [Player("unet", self.unet, self._training, self._loss)]
+
+    def connect(self, engine: Engine) -> None:
+        """Nothing is frozen here."""
+
+    def samples(self, split: str) -> VolumePairs:
+        """Pairs of volumes; those of other splits than the training's are not flipped."""
+        flip_probability = self._training.flip_probability if split == "train" else 0.0
+        return VolumePairs(
+            self._store,
+            split,
+            self.config.modalities,
+            self._training.crop,
+            flip_probability,
+            self._training.same_modality_fraction,
+        )
+
+    def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        output = regress(model, batch["source_volume"], batch["source"], batch["target"], len(self.config.modalities))
+        return weighted_mse(output, batch["target_volume"]), {}
+
+    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
+        """PSNR, dB, of the predicted volume."""
+        number = len(self.config.modalities)
+        output = regress(modules["unet"], batch["source_volume"], batch["source"], batch["target"], number)
+        return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
+
+    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
+        """The U-Net."""
+        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        return Export("unet", self.config, weights["unet"], meta)

@@ -1,0 +1,360 @@
+"""The only training loop.
+
+A step runs the stage's players in their order. `fit` sees a Stage (what is optimised), an Engine (how gradients become
+steps, on one process or many) and two callbacks, `on_log` and `on_checkpoint`. Every random choice of a step is a
+function of the seed, the step and the sample's place in the batch (aldm/randomness.py), and the batch of a step is
+defined for all ranks together and split by rank: a resumed training computes what it would have computed without the
+stop.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aldm.checkpoint import write_checkpoint
+from aldm.config import TrainingConfig
+from aldm.data.dataset import Samples, batch_places, collate
+from aldm.engine import AveragedModule, PlainEngine
+from aldm.errors import UserError
+from aldm.interrupts import DeferredInterrupts
+from aldm.pace import MEASURED_STEPS, Pace, learning_rate
+from aldm.players import Batch, Engine, Player, Stage, StepInfo, Values, only_trainable
+from aldm.progress import progress
+from aldm.randomness import derived_generator, derived_seed
+
+LOOP_STATE = "training.json"
+__all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a training between two steps, handed to `on_checkpoint` on every rank.
+
+    Attributes:
+        step: steps done.
+        is_best: whether the last validation was the best so far.
+        values: the last validation.
+        write: writes this rank's share of all that resuming needs into a folder; rank 0 adds the checkpoint itself.
+    """
+
+    step: int
+    is_best: bool
+    values: dict[str, float]
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training ended: steps done, the last validation, and the best score so far (None without validation)."""
+
+    step: int
+    values: dict[str, float]
+    best: float | None
+
+
+OnLog = Callable[[dict[str, Any]], None]
+OnCheckpoint = Callable[[Snapshot], None]
+
+
+def fit(
+    stage: Stage,
+    engine: Engine,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    on_log: OnLog,
+    on_checkpoint: OnCheckpoint,
+    resume_from: Path | None = None,
+) -> FitResult:
+    """Train a stage.
+
+    Args:
+        stage: its players, samples, validation and export.
+        engine: steps the players.
+        config: length, batch size, and when to log, validate and write a checkpoint.
+        seed: of every random choice.
+        on_log: called on rank 0 with {step, ...} of training or {step, validation/...}; step counts finished steps.
+        on_checkpoint: called on every rank with a snapshot to write.
+        resume_from: folder that a snapshot was written to.
+
+    Raises:
+        UserError: no training sample, a batch that the ranks cannot share evenly, or a loss or gradient that is not
+            finite (the weights are as before the step).
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step at hand and a checkpoint.
+    """
+    loop = _Loop(stage, engine, config, seed, on_log, on_checkpoint)
+    if resume_from is not None:
+        loop.load(resume_from)
+    with torch.random.fork_rng(devices=[]), DeferredInterrupts() as interrupts:
+        loop.run(interrupts)
+    return FitResult(loop.step, loop.validated, loop.best)
+
+
+class _Loop:
+    """The state of one call of `fit`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        config: TrainingConfig,
+        seed: int,
+        on_log: OnLog,
+        on_checkpoint: OnCheckpoint,
+    ) -> None:
+        self.stage, self.engine, self.config, self.seed = stage, engine, config, seed
+        self.on_log, self.on_checkpoint = on_log, on_checkpoint
+        self.train, self.validation = stage.samples("train"), stage.samples("validation")
+        _check(self.train, config, engine)
+        self.models = {player.name: engine.prepare(player) for player in stage.players}
+        self.averages = {
+            player.name: AveragedModule(player.module, player.config.ema_decay)
+            for player in stage.players
+            if player.config.ema_decay > 0
+        }
+        stage.connect(engine)
+        self.pace = Pace.plan(config, len(self.train), [player.start_step for player in stage.players])
+        self.step = 0
+        self.best: float | None = None
+        self.validated: dict[str, float] = {}
+        self.window = _Window()
+
+    def run(self, interrupts: DeferredInterrupts) -> None:
+        """Train to the end, or to the interrupt."""
+        saved, validated = self.step, self.step
+        with progress(total=self.pace.num_steps - self.step, description=self.stage.name, unit="step") as bar:
+            while self.step < self.pace.num_steps and interrupts.requested is None:
+                self._timed_step()
+                bar.update()
+                if self.step % self.config.log_every == 0:
+                    bar.note(self._log())
+                is_best = False
+                if self._validation_is_due():
+                    is_best, validated = self._validate(), self.step
+                if is_best or self.step % self.config.checkpoint_every == 0:
+                    self._save(is_best)
+                    saved = self.step
+                bar.set_remaining(self.pace.num_steps - self.step)
+        if interrupts.requested is None and validated < self.step:
+            is_best = self._validate()
+            self._save(is_best)
+        elif saved < self.step:
+            self._save(is_best=False)
+        interrupts.deliver()
+
+    def _timed_step(self) -> None:
+        begin = time.monotonic()
+        self._train_step()
+        self.step += 1
+        self.pace.step_done(self.step, time.monotonic() - begin)
+
+    def _train_step(self) -> None:
+        """Run the players of one step."""
+        places = batch_places(len(self.train), self.config.batch_size, self.step, self.seed)
+        own = range(self.engine.rank, self.config.batch_size, self.engine.world_size)
+        generators = [derived_generator(self.seed, "step", self.step, place) for place in own]
+        samples = [self.train.sample(places[i], generator) for i, generator in zip(own, generators, strict=True)]
+        batch = _on_device(collate(samples), self.engine.device)
+        torch.manual_seed(derived_seed(self.seed, "layers", self.step, self.engine.rank))  # dropout and the like
+        turns = [
+            (player, start)
+            for player, start in zip(self.stage.players, self.pace.starts, strict=True)
+            if self.step >= start
+        ]
+        info = StepInfo(self.step, generators, frozenset(player.name for player, _ in turns))
+        for player, start in turns:
+            rate = learning_rate(player.config, self.step, self.pace.num_steps)
+            with only_trainable(player, self.stage.players):
+                with self.engine.autocast():
+                    loss, values = player.loss(self.models[player.name], batch, info)
+                self._check_finite(player, batch, float(self.engine.reduce(loss.detach())))
+                self.engine.backward(player, loss)
+                try:
+                    norm = self.engine.step(player, rate)
+                except FloatingPointError as error:
+                    raise self._not_finite(str(error), batch) from error
+            if player.name in self.averages:
+                self.averages[player.name].update(self.engine.weights(player), self.step - start)
+            self.window.add(player.name, {"loss": loss.detach(), "gradient_norm": norm, **values})
+
+    def _check_finite(self, player: Player, batch: Batch, value: float) -> None:
+        if not math.isfinite(value):
+            raise self._not_finite(f"the loss of {player.name} is {value}", batch)
+
+    def _not_finite(self, what: str, batch: Batch) -> UserError:
+        return UserError(
+            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the step "
+            "was not taken. Look at that subject's volumes; otherwise lower the learning_rate, or use --precision fp32"
+        )
+
+    def _log(self) -> str:
+        """Hand the means since the last log to on_log; return a short text for the progress display."""
+        values = self.window.means(self.engine)
+        self.window = _Window()
+        rate = learning_rate(self.config, self.step - 1, self.pace.num_steps)
+        epoch = self.step * self.config.batch_size / len(self.train)
+        record = {"step": self.step, "num_steps": self.pace.num_steps, "epoch": round(epoch, 4), "learning_rate": rate}
+        if self.engine.rank == 0:
+            self.on_log(record | values | {"elapsed_s": round(self.pace.elapsed_s, 2)})
+        first = self.stage.players[0].name
+        return f"loss {values[f'{first}/loss']:.4g}"
+
+    def _validation_is_due(self) -> bool:
+        early = self.step == MEASURED_STEPS and self.pace.wants_validation_time
+        return early or self.step % self.config.validate_every == 0
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Validate, log, and return whether this is the best score so far."""
+        if not len(self.validation):
+            return False
+        begin = time.monotonic()
+        modules = {
+            player.name: self.averages[player.name].module if player.name in self.averages else player.module
+            for player in self.stage.players
+        }
+        window = _Window()
+        for module in modules.values():
+            module.eval()
+        for index, number in _spread(len(self.validation), self.config.num_validation_samples, self.engine):
+            generator = derived_generator(self.seed, "validation", number)
+            batch = _on_device(collate([self.validation.sample(index, generator)]), self.engine.device)
+            torch.manual_seed(derived_seed(self.seed, "validation layers", number))
+            info = StepInfo(self.step, [generator], frozenset(modules))
+            with self.engine.autocast():
+                window.add("validation", self.stage.validate(modules, batch, info))
+        for player in self.stage.players:
+            player.module.train()
+        values = window.means(self.engine)
+        self.validated = {name.removeprefix("validation/"): value for name, value in values.items()}
+        self.pace.validation_done(self.step, time.monotonic() - begin)
+        if self.engine.rank == 0:
+            self.on_log({"step": self.step, **values})
+        score = self.validated[self.stage.score]
+        if self.best is None or (score > self.best if self.stage.higher_is_better else score < self.best):
+            self.best = score
+            return True
+        return False
+
+    def _save(self, is_best: bool) -> None:
+        begin = time.monotonic()
+        self.on_checkpoint(Snapshot(self.step, is_best, self.validated, self._write))
+        self.pace.checkpoint_done(time.monotonic() - begin)
+
+    def _write(self, folder: Path) -> None:
+        """Write this rank's share of a snapshot."""
+        window = self.window.state(self.engine)
+        weights = {
+            player.name: self.averages[player.name].module.state_dict()
+            if player.name in self.averages
+            else self.engine.weights(player)
+            for player in self.stage.players
+        }
+        self.engine.save(folder)
+        if self.engine.rank != 0:
+            return
+        export = self.stage.export(weights)
+        training = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "num_steps": self.pace.num_steps,
+            "score": self.stage.score,
+            "validation": self.validated,
+        }
+        meta = {**export.meta, "training": training}
+        write_checkpoint(folder, kind=export.kind, config=export.config, weights=export.weights, meta=meta)
+        for name, average in self.averages.items():
+            save_file(_separate(average.module.state_dict()), _average_file(folder, name))
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "validated": self.validated,
+            "pace": self.pace.state(),
+            "window": window,
+        }
+        (folder / LOOP_STATE).write_text(json.dumps(state, indent=1) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Go on from a snapshot."""
+        if not (folder / LOOP_STATE).is_file():
+            raise UserError(f"{folder} holds no state of a training (no {LOOP_STATE}): it cannot be resumed")
+        state = json.loads((folder / LOOP_STATE).read_text())
+        self.engine.load(folder)
+        for name, average in self.averages.items():
+            average.module.load_state_dict(load_file(_average_file(folder, name)))
+        self.step, self.best, self.validated = state["step"], state["best"], state["validated"]
+        self.pace.load_state(state["pace"])
+        self.window = _Window(state["window"])
+
+
+class _Window:
+    """Sums of the values since the last log; nothing is read from the device before it is asked for."""
+
+    def __init__(self, state: Mapping[str, Sequence[float]] | None = None) -> None:
+        self._sums = {
+            name: (torch.tensor(total, dtype=torch.float64), int(count))
+            for name, (total, count) in (state or {}).items()
+        }
+
+    def add(self, prefix: str, values: Values) -> None:
+        """Add the values of one step."""
+        for name, value in values.items():
+            key = f"{prefix}/{name}"
+            total, count = self._sums.get(key, (0.0, 0))
+            self._sums[key] = (torch.as_tensor(value, dtype=torch.float64) + total, count + 1)
+
+    def state(self, engine: Engine) -> dict[str, tuple[float, int]]:
+        """Return {name: (sum, count)}, sums averaged over the ranks."""
+        if not self._sums:
+            return {}
+        totals = torch.stack([torch.as_tensor(total).to(engine.device) for total, _ in self._sums.values()])
+        counts = [count for _, count in self._sums.values()]
+        return dict(zip(self._sums, zip(engine.reduce(totals).tolist(), counts, strict=True), strict=True))
+
+    def means(self, engine: Engine) -> dict[str, float]:
+        """Return {name: mean} over steps and ranks."""
+        return {name: total / count for name, (total, count) in self.state(engine).items()}
+
+
+def _check(train: Samples, config: TrainingConfig, engine: Engine) -> None:
+    if not len(train):
+        raise UserError("the training split is empty: prepare more subjects, or give other --splits")
+    if config.batch_size % engine.world_size:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be shared evenly by {engine.world_size} workers: take a multiple"
+        )
+
+
+def _spread(length: int, number: int, engine: Engine) -> list[tuple[int, int]]:
+    """Return this rank's (index, number) of validation samples spread over a split.
+
+    Every rank gets as many, as engines that shard parameters need; where they do not come out even, the first samples
+    are looked at twice.
+    """
+    places = [i * length // number if number <= length else i % length for i in range(number)]
+    even = -(-number // engine.world_size) * engine.world_size
+    numbered = [(places[i % number], i % number) for i in range(even)]
+    return numbered[engine.rank :: engine.world_size]
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy whose tensors share no memory, which safetensors asks for."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def _average_file(folder: Path, player: str) -> Path:
+    return folder / f"average-{player}.safetensors"
