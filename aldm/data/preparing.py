@@ -53,7 +53,7 @@ from aldm.errors import UserError
 from aldm.files import check_folder
 
 logger = logging.getLogger(__name__)
-_BYTES_PER_VOXEL = 40  # of a subject's files while it is prepared: raw, float32, resampled, scaled (measured: 25 to 35)
+_BYTES_PER_VOXEL = 24  # of a subject's files while it is prepared (measured at equal spacing: 8, with registration 20)
 
 
 @dataclass(frozen=True)

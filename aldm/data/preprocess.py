@@ -127,7 +127,8 @@ def brain_mask(
 
     The given mask where there is one (region brain). Else, where every volume is skull-stripped (at least 20 % of its
     voxels are exactly zero and the others fill at most 2,500 ml), the voxels that are not zero in any of them (brain).
-    Else Otsu's threshold on the first volume, its largest component and what that encloses (foreground).
+    Else, of each volume, what lies above Otsu's threshold, its largest component and what that encloses, united over
+    the volumes: what is dark in one modality is bright in another (foreground).
 
     Raises:
         UserError: the mask is empty on the grid.
@@ -137,12 +138,11 @@ def brain_mask(
     elif all(_is_skull_stripped(volume) for volume in volumes):
         inside, region = list(volumes), "brain"
     else:
-        first = volumes[0]
-        inside, region = [Volume(_otsu_foreground(first.data).astype(np.float32), first.affine)], "foreground"
+        inside, region = list(volumes), "foreground"
     mask = np.zeros(tuple(shape), bool)
     for volume in inside:
-        binary = Volume((volume.data != 0).astype(np.float32), volume.affine)
-        mask |= resample(binary, affine, shape).data >= 0.5
+        chosen = _otsu_foreground(volume.data) if region == "foreground" else volume.data != 0
+        mask |= resample(Volume(chosen.astype(np.float32), volume.affine), affine, shape).data >= 0.5
     if not mask.any():
         raise UserError(f"the {region} mask is empty on the model's grid: it lies outside the volume, or is too small")
     return mask, region
