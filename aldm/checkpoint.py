@@ -116,7 +116,7 @@ def read_checkpoint_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [key for key in ("kind", "hash", "config", "meta") if key not in record]
     if missing:
         raise UserError(f"{path / CONFIG} lacks {', '.join(missing)}: the checkpoint is damaged, write it again")
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def load_checkpoint(folder: str | os.PathLike[str], *kinds: str) -> Checkpoint:

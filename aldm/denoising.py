@@ -64,7 +64,7 @@ def denoise(
         target, source: (B,) int64 modality ids.
     """
     output = unet(torch.cat([z_t, z_source, z_target_like], dim=1), t, target, source)
-    return output if objective in PREDICTS_NOISE else output + z_target_like  # type: ignore[no-any-return]
+    return output if objective in PREDICTS_NOISE else output + z_target_like
 
 
 def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:
@@ -81,4 +81,4 @@ def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num
     """
     pair = torch.cat([F.one_hot(source, num_modalities), F.one_hot(target, num_modalities)], dim=1).to(volume)
     planes = pair.view(*pair.shape, 1, 1, 1).expand(-1, -1, *volume.shape[2:])
-    return unet(torch.cat([volume, planes], dim=1), None, target, source)  # type: ignore[no-any-return]
+    return unet(torch.cat([volume, planes], dim=1), None, target, source)

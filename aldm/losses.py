@@ -15,7 +15,7 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return the mean of relu(1 - D(real)) and relu(1 + D(fake)) (Lim and Ye 2017): what the discriminator minimises."""
+    """Return the mean of relu(1 - D(real)) and relu(1 + D(fake)) (Lim and Ye 2017): the discriminator's loss."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 

@@ -131,7 +131,7 @@ class Stage(Protocol):
         """Return the samples of a split."""
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
-        """Return means over a batch of the validation split; `modules` hold the averaged weights where they are kept."""
+        """Return means over a validation batch; `modules` hold the averaged weights where they are kept."""
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """Return what a checkpoint holds, given the weights of every player (averaged where an average is kept)."""

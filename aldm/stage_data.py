@@ -1,4 +1,4 @@
-"""What the stages share: the configuration that fits the data, validation scores, and what a checkpoint says of latents."""
+"""What the stages share: the configuration that fits the data, validation scores, the record of the latents."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,8 +33,8 @@ def with_data(
     missing = [name for name in config.modalities if name not in modalities]
     if missing:
         raise UserError(
-            f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: take "
-            f"another preset, or say --set modalities=[{', '.join(modalities)}]"
+            f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: "
+            f"take another preset, or say --set modalities=[{', '.join(modalities)}]"
         )
     return replace(
         config,

@@ -41,9 +41,9 @@ TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 class VQGANStage:
     """Stage 1: encoder, decoder and codebook against a patch discriminator (Table A; Esser et al. 2021, eq. 6).
 
-    Generator: L1 + codebook + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda is
-    the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left. Both
-    the discriminator and the adversarial term start at adversarial_start_step.
+    Generator: L1 + codebook + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda
+    is the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left.
+    Both the discriminator and the adversarial term start at adversarial_start_step.
 
     Args:
         config: codec and train_vqgan.
@@ -175,8 +175,8 @@ class VQGANStage:
         divisor = self.codec.downsampling
         if any(side % divisor for side in shape):
             raise UserError(
-                f"stage 1 trains on {' x '.join(map(str, shape))} voxels, which the codec's downsampling of {divisor} does "
-                "not divide: give another --crop, or set preprocess.spatial_shape and prepare the store again"
+                f"stage 1 trains on {' x '.join(map(str, shape))} voxels, which the codec's downsampling of {divisor} "
+                "does not divide: give another --crop, or set preprocess.spatial_shape and prepare the store again"
             )
 
 

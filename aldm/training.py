@@ -27,7 +27,7 @@ from aldm.errors import UserError
 from aldm.interrupts import DeferredInterrupts
 from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, Player, Stage, StepInfo, Values, only_trainable
-from aldm.progress import progress
+from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
 
 LOOP_STATE = "training.json"
@@ -130,6 +130,7 @@ class _Loop:
     def run(self, interrupts: DeferredInterrupts) -> None:
         """Train to the end, or to the interrupt."""
         saved, validated = self.step, self.step
+        bar: Progress[None]
         with progress(total=self.pace.num_steps - self.step, description=self.stage.name, unit="step") as bar:
             while self.step < self.pace.num_steps and interrupts.requested is None:
                 self._timed_step()
@@ -191,8 +192,8 @@ class _Loop:
 
     def _not_finite(self, what: str, batch: Batch) -> UserError:
         return UserError(
-            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the step "
-            "was not taken. Look at that subject's volumes; otherwise lower the learning_rate, or use --precision fp32"
+            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the "
+            "step was not taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
         )
 
     def _log(self) -> str:

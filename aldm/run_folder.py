@@ -1,0 +1,282 @@
+"""The folder of one training run: it explains itself and belongs to one process at a time.
+
+config.yaml     the resolved configuration
+run.json        stage, inputs, command, git commit and versions, once per start
+metrics.jsonl   one line per log: training values and validations
+last/ best/     checkpoints (aldm/checkpoint.py); last/ holds what --resume needs besides
+run.lock        held while a process trains here
+"""
+
+import datetime
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from aldm import __version__
+from aldm.config import Config, from_dict, to_dict
+from aldm.errors import UserError
+from aldm.files import atomic_folder, atomic_path
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
+LAST, BEST = "last", "best"
+LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
+PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
+"""Fields of the stage's training section that a resumed run may change."""
+
+
+class RunFolder:
+    """A run folder, locked; use it in a `with` block."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        """Use RunFolder.open."""
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        stage: str,
+        config: Config,
+        inputs: Mapping[str, str],
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> "RunFolder":
+        """Lock the folder and write what it is about.
+
+        Args:
+            path: the folder; made if it is missing (its parent must exist).
+            stage: the stage's name; `config.train_<stage>` may change its length when it is resumed.
+            config: resolved.
+            inputs: name -> path or hash of what the run is made from, for run.json.
+            resume: go on with the run in the folder.
+            overwrite: delete the run in the folder.
+
+        Raises:
+            UserError: another process trains there; a run is there and neither `resume` nor `overwrite` is given; there
+                is none to resume, or it has another configuration; the folder holds something else; it cannot be
+                written.
+        """
+        path = Path(path)
+        check_run_folder(path, resume, overwrite)
+        try:
+            path.mkdir(exist_ok=True)
+            lock = _locked(path)
+        except OSError as error:
+            raise UserError(f"cannot write into {path}: {error.strerror}") from error
+        run = cls(path, lock)
+        try:
+            check_run_folder(path, resume, overwrite)
+            if resume:
+                _check_same(path, stage, config)
+            else:
+                run._clear()
+            run._write_config(config)
+            run._write_record(stage, inputs)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def resume_from(self) -> Path | None:
+        """Return the checkpoint to go on from, or None where the run was stopped before its first one.
+
+        Lines of metrics.jsonl that were logged after that checkpoint are dropped: they will be computed again.
+        """
+        step = 0
+        if (self.path / LAST).is_dir():
+            step = int(json.loads((self.path / LAST / "training.json").read_text())["step"])
+        metrics = self.path / METRICS_FILE
+        if metrics.is_file():
+            whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            with atomic_path(metrics, overwrite=True) as temporary:
+                temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        if step == 0:
+            logger.info("%s has no checkpoint yet: starting from the beginning", self.path)
+            return None
+        return self.path / LAST
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        with (self.path / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+
+    def save(self, write: Callable[[Path], None], is_best: bool) -> None:
+        """Replace last/, and best/ with its weights and config.json where this is the best so far.
+
+        A folder is written under a temporary name and renamed: whatever happens, a whole checkpoint is left.
+
+        Args:
+            write: writes everything into the folder that it is given.
+            is_best: whether best/ is to be replaced too.
+        """
+        with atomic_folder(self.path / LAST, overwrite=True) as temporary:
+            write(temporary)
+        if is_best:
+            with atomic_folder(self.path / BEST, overwrite=True) as temporary:
+                for name in ("weights.safetensors", "config.json"):
+                    shutil.copyfile(self.path / LAST / name, temporary / name)
+
+    def _clear(self) -> None:
+        """Remove an earlier run, and what a killed one has left unfinished."""
+        for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / LAST, self.path / BEST, *self.path.glob(".tmp-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_config(self, config: Config) -> None:
+        import yaml
+
+        with atomic_path(self.path / CONFIG_FILE, overwrite=True) as temporary:
+            temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def _write_record(self, stage: str, inputs: Mapping[str, str]) -> None:
+        """Add this start to run.json."""
+        import torch
+
+        file = self.path / RUN_FILE
+        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stage": stage, "starts": []}
+        record["starts"].append(
+            {
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": sys.argv,
+                "inputs": dict(inputs),
+                "aldm": __version__,
+                "torch": torch.__version__,
+                **git_state(),
+            }
+        )
+        with atomic_path(file, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def checkpoint_folder(run: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint of a run to go on with: best/, or last/ where nothing was validated.
+
+    A checkpoint folder itself is returned as it is.
+
+    Raises:
+        UserError: the folder holds no checkpoint.
+    """
+    path = Path(run)
+    for folder in (path / BEST, path / LAST, path):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = "its training has not written one yet" if (path / CONFIG_FILE).is_file() else "it is not a run folder"
+    raise UserError(f"{path} holds no checkpoint: {hint}")
+
+
+def check_run_folder(path: Path, resume: bool, overwrite: bool) -> None:
+    """Check what RunFolder.open would refuse, without touching anything.
+
+    Raises:
+        UserError: as RunFolder.open, the lock, the configuration and the disk excepted.
+    """
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot make {path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, wanted a run folder: give another name")
+    existing = path if path.exists() else path.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {path}: {existing} is read-only for this user")
+    is_run = (path / CONFIG_FILE).is_file()
+    if resume and not is_run:
+        raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE}): leave out --resume to start one")
+    if is_run and not resume and not overwrite:
+        raise UserError(f"{path} holds a run already: --resume goes on with it, --overwrite deletes it and starts anew")
+    foreign = [] if is_run or not path.exists() else [file.name for file in path.iterdir() if file.name != LOCK_FILE]
+    if foreign:
+        raise UserError(
+            f"{path} holds other things ({', '.join(sorted(foreign)[:3])}), it is not a run: give another name"
+        )
+
+
+def git_state() -> dict[str, str | bool | None]:
+    """Return the commit of this program's checkout and whether it has changes; None where it is not one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", Path(__file__).name) else None
+    if commit is None:
+        return {"git_commit": None, "git_changed": None}
+    return {"git_commit": commit, "git_changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _locked(path: Path) -> IO[str]:
+    """Open and lock run.lock; the lock goes with the process, however it ends."""
+    lock = (path / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise UserError(f"another training runs in {path} ({owner}): wait for it, or give another --run-dir") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+    return lock
+
+
+def _check_same(path: Path, stage: str, config: Config) -> None:
+    """Refuse to resume with another configuration; the stage's length and cadence may differ."""
+    import yaml
+
+    section = "train_" + stage.replace("-", "_")
+    before = to_dict(from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text())))
+    now = to_dict(config)
+    for field in PACE_FIELDS:
+        before[section][field] = now[section][field]
+    different = _differences(before, now)
+    if different:
+        raise UserError(
+            f"{path} was trained with another configuration ({'; '.join(different[:5])}): resume with the same flags, "
+            f"or with --preset {path / CONFIG_FILE}"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in now.items():
+        old = before[key]
+        if isinstance(value, dict):
+            found += _differences(old, value, f"{prefix}{key}.")
+        elif old != value:
+            found.append(f"{prefix}{key} was {old}, now {value}")
+    return found

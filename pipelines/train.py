@@ -1,0 +1,212 @@
+"""aldm train vqgan|ms-spade|diffusion|unet: one training in one process."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aldm.config import Config, TrainingConfig
+from aldm.errors import UserError
+from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+
+if TYPE_CHECKING:
+    from aldm.players import Stage
+
+logger = logging.getLogger(__name__)
+
+STAGES = {
+    "vqgan": "stage 1: the codec, on the volumes of a store (not needed for the lossless haar codec)",
+    "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
+    "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
+    "unet": "a plain 3D regression U-Net, the yardstick beside the model",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm train STAGE ARGUMENTS`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in STAGES:
+        return _no_stage(arguments)
+    stage, *rest = arguments
+    args = _parser(stage).parse_args(rest)
+    config = _config(stage, args)
+    device = select_device(args)
+    _check_folder(args)
+    built, inputs = build_stage(stage, config, args)
+    config = built.config  # type: ignore[attr-defined]
+    training: TrainingConfig = getattr(config, _section(stage))
+    if args.dry_run:
+        print(_plan(stage, built, training, args, str(device)))
+        return 0
+    from aldm.run_folder import RunFolder
+    from aldm.training import PlainEngine, fit
+
+    with RunFolder.open(
+        args.run_dir, stage=stage, config=config, inputs=inputs, resume=args.resume, overwrite=args.overwrite
+    ) as run:
+        logger.info("training %s in %s on %s", stage, run.path, device)
+        result = fit(
+            built,
+            PlainEngine(device, config.precision),
+            training,
+            seed=config.seed,
+            on_log=run.log,
+            on_checkpoint=lambda snapshot: run.save(snapshot.write, snapshot.is_best),
+            resume_from=run.resume_from() if args.resume else None,
+        )
+    best = "no validation subjects" if result.best is None else f"best {built.score} {result.best:.4g}"
+    print(f"{stage}: {result.step} steps, {best}; checkpoints in {args.run_dir}")
+    return 0
+
+
+def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["Stage", dict[str, str]]:
+    """Open what the stage reads and build it, its initial weights a function of the seed.
+
+    Returns:
+        The stage, and name -> path or hash of its inputs.
+
+    Raises:
+        UserError: an input that is missing, stale, or does not go with the others.
+    """
+    import torch
+
+    from aldm.data.store import VolumeStore
+    from aldm.latents import LatentStore
+    from aldm.randomness import derived_seed
+    from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+
+    built: Any
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "weights", stage))
+        if stage in ("vqgan", "unet"):
+            store = VolumeStore.open(args.store)
+            built = VQGANStage(config, store) if stage == "vqgan" else RegressionStage(config, store)
+            return built, {"store": str(args.store), "store_fingerprint": store.fingerprint}
+        latents = LatentStore.open(args.latents)
+        inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
+        if stage == "ms-spade":
+            return MSSpadeStage(config, latents), inputs
+        ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
+        built = DiffusionStage(replace(config, ms_spade=widths), latents, ms_spade, ms_spade_hash)
+        return built, inputs | {"ms_spade": str(args.ms_spade), "ms_spade_hash": ms_spade_hash}
+
+
+def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
+    """Return the trained MS-SPADE, its hash and its MSSpadeConfig, checked against the latents.
+
+    Raises:
+        UserError: no such checkpoint, or it was trained on latents of another codec or data set.
+    """
+    from aldm.checkpoint import load_checkpoint, load_weights
+    from aldm.denoising import build_ms_spade
+    from aldm.run_folder import checkpoint_folder
+
+    checkpoint = load_checkpoint(checkpoint_folder(folder), "ms-spade")
+    trained_on = checkpoint.meta["latents"]
+    wanted = (latents.codec_hash, latents.data["fingerprint"], latents.mean.tolist(), latents.std.tolist())
+    got = (trained_on["codec_hash"], trained_on["data"]["fingerprint"], trained_on["mean"], trained_on["std"])
+    if got != wanted:
+        raise UserError(
+            f"{folder} was trained on other latents (codec {got[0][:12]}, data {got[1][:12]}) than {latents.path} "
+            f"(codec {wanted[0][:12]}, data {wanted[1][:12]}): train ms-spade on these, or give its own --latents"
+        )
+    module = build_ms_spade(checkpoint.config, latents.latent_channels)
+    load_weights(module, checkpoint.weights, checkpoint.path)
+    return module, checkpoint.hash, checkpoint.config.ms_spade
+
+
+def _parser(stage: str) -> JobParser:
+    parser = job_parser(f"train {stage}", f"Train {STAGES[stage]}.")
+    if stage in ("vqgan", "unet"):
+        parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
+        parser.add_argument(
+            "--crop",
+            nargs="+",
+            metavar="N",
+            help="voxels X Y Z of the random crop that a step trains on, or full (default: the configuration's)",
+        )
+    else:
+        parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
+    if stage == "diffusion":
+        parser.add_argument("--ms-spade", type=Path, required=True, metavar="RUN", help="run folder of stage 2")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--max-steps", type=int, help="optimizer steps (default: the configuration's)")
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        help="fit the number of steps to this many minutes, validation included (default: the configuration's)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of every random choice (default: the configuration's)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir and start anew")
+    parser.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third more time",
+    )
+    return parser
+
+
+def _config(stage: str, args: argparse.Namespace) -> Config:
+    """Return the configuration with the job's own flags laid over it."""
+    config = resolve_config(args)
+    changes: dict[str, Any] = {}
+    for field in ("max_steps", "max_minutes"):
+        if getattr(args, field) is not None:
+            changes[field] = getattr(args, field)
+    if getattr(args, "crop", None) is not None:
+        changes["crop"] = _crop(args.crop)
+    section = _section(stage)
+    config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    if args.activation_checkpointing:
+        config = replace(config, activation_checkpointing=True)
+    return config if args.seed is None else replace(config, seed=args.seed)
+
+
+def _crop(words: list[str]) -> tuple[int, int, int] | None:
+    if words == ["full"]:
+        return None
+    try:
+        x, y, z = (int(word) for word in words)
+    except ValueError as error:
+        raise UserError(f"--crop is {' '.join(words)!r}, wanted three whole numbers X Y Z, or full") from error
+    return x, y, z
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    from aldm.run_folder import check_run_folder
+
+    check_run_folder(args.run_dir, args.resume, args.overwrite)
+
+
+def _section(stage: str) -> str:
+    return "train_" + stage.replace("-", "_")
+
+
+def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, device: str) -> str:
+    """Say what the training would do."""
+    from aldm.pace import planned_steps
+
+    train, validation = built.samples("train"), built.samples("validation")
+    lines = [
+        f"would train {stage} in {args.run_dir} on {device}",
+        f"  samples: {len(train)} in an epoch of training, {len(validation)} of validation",
+        f"  steps: {planned_steps(training, len(train))} of batch {training.batch_size}",
+    ]
+    for player in built.players:
+        number = sum(parameter.numel() for parameter in player.module.parameters())
+        lines.append(f"  {player.name}: {number:,} parameters, from step {player.start_step}")
+    return "\n".join(lines)
+
+
+def _no_stage(arguments: list[str]) -> int:
+    wanted = "\n".join(f"  {name:<10} {text}" for name, text in STAGES.items())
+    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    print(
+        f"usage: aldm train STAGE [ARGUMENTS]\n\nstages:\n{wanted}\n\naldm train STAGE --help explains the arguments.",
+        file=sys.stdout if asked else sys.stderr,
+    )
+    return 0 if asked else 2
