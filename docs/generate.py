@@ -40,18 +40,23 @@ class _ParserFound(Exception):
     """Carries a job's parser out of its main."""
 
 
-def parser_of(job: str) -> JobParser:
-    """Return the argument parser of a job: the one with which its main would parse."""
+def parsers_of(job: str) -> list[JobParser]:
+    """Return the parsers with which a job would read its arguments: one for each stage where it has several."""
+    module = importlib.import_module(JOBS[job][0])
 
     def found(self: JobParser, *_: object) -> None:
         raise _ParserFound(self)
 
-    with mock.patch.object(JobParser, "parse_args", found):
-        try:
-            importlib.import_module(JOBS[job][0]).main([])
-        except _ParserFound as error:
-            return error.args[0]
-    raise RuntimeError(f"aldm {job} does not parse its arguments with a JobParser")
+    parsers = []
+    for arguments in [[stage] for stage in getattr(module, "STAGES", ())] or [[]]:
+        with mock.patch.object(JobParser, "parse_args", found):
+            try:
+                module.main(arguments)
+            except _ParserFound as error:
+                parsers.append(error.args[0])
+            else:
+                raise RuntimeError(f"aldm {job} {' '.join(arguments)} does not parse its arguments with a JobParser")
+    return parsers
 
 
 def commands_page() -> str:
@@ -63,17 +68,8 @@ def commands_page() -> str:
         "## Flags of every job\n\n" + _flag_table(_actions(common, COMMON_FLAGS)),
     ]
     for job in JOBS:
-        for parser in _with_subcommands(parser_of(job)):
-            parts.append(_command(parser))
+        parts += map(_command, parsers_of(job))
     return "\n".join(parts)
-
-
-def _with_subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in dict.fromkeys(action.choices.values()):
-                yield from _with_subcommands(child)
 
 
 def _command(parser: argparse.ArgumentParser) -> str:
@@ -102,8 +98,6 @@ def _actions(parser: argparse.ArgumentParser, title: str | None) -> list[argpars
 
 
 def _invocation(action: argparse.Action) -> str:
-    if isinstance(action, argparse._SubParsersAction):
-        return "{" + ",".join(action.choices) + "}"
     count = action.nargs if isinstance(action.nargs, int) else 1
     if isinstance(action.metavar, tuple):
         value = " ".join(action.metavar)

@@ -33,7 +33,11 @@ class JobParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Says the default of every flag that has one."""
+    """Says the default of every flag that has one; the usage line names only what must be given."""
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        needed = [action for action in actions if not action.option_strings or action.required]
+        return super()._format_usage(usage, needed, [], prefix).rstrip() + " [flags]\n\n"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

@@ -78,6 +78,7 @@ def test_help_shows_every_default_and_unit(parser: JobParser, capsys: pytest.Cap
     assert "voxel size, mm (default: 1.0)" in text
     assert "replace what is there (default: off)" in text
     assert "a YAML file (default: small)" in text
+    assert text.startswith("usage: aldm prepare store [flags] Do it.")
     optional = [action for action in parser._actions if action.option_strings and action.dest != "help"]
     assert text.count("(default: ") == len(optional)
 

@@ -1,6 +1,5 @@
 """The generated pages of docs/ are those of the code as it is."""
 
-import argparse
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -42,11 +41,9 @@ def test_every_generated_page_is_tested_and_linked(generate: ModuleType) -> None
 def test_every_flag_of_every_job_is_explained(generate: ModuleType, job: str) -> None:
     """With the common flags among them, which a job's own parser brings by being made with job_parser."""
     common = {action.dest for action in generate._actions(job_parser("x", ""), COMMON_FLAGS)}
-    for parser in generate._with_subcommands(generate.parser_of(job)):
-        actions = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
-        assert [action.dest for action in actions if not (action.help or "").strip()] == []
-        if len(actions) > 1:
-            assert common <= {action.dest for action in actions}
+    for parser in generate.parsers_of(job):
+        assert [action.dest for action in parser._actions if not (action.help or "").strip()] == []
+        assert common <= {action.dest for action in parser._actions}
         assert (parser.description or "").strip()
 
 
