@@ -1,0 +1,221 @@
+"""aldm export: put trained stages together into a translator folder, which is all that using the model needs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aldm.config import Config, override
+from aldm.errors import UserError
+from pipelines.arguments import JobParser, job_parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a translator folder holds: kind aldm or unet, and per training its checkpoint's record."""
+
+    kind: str
+    config: Config
+    weights: Mapping[str, "Tensor"]
+    meta: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm export ARGUMENTS`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    stages = (args.codec, args.ms_spade, args.diffusion)
+    if args.unet is None and None in stages:
+        parser.error("give --codec, --ms-spade and --diffusion, or --unet alone")
+    if args.unet is not None and any(stage is not None for stage in stages):
+        parser.error("--unet is a model by itself: leave out --codec, --ms-spade and --diffusion")
+    from aldm.checkpoint import CONFIG, write_checkpoint
+    from aldm.files import atomic_folder, check_folder
+
+    check_folder(args.out, args.overwrite, marker=CONFIG)
+    if args.unet is not None:
+        model = unet_model(args.unet)
+    else:
+        model = aldm_model(args.codec, args.ms_spade, args.diffusion)
+    model = replace(model, config=used_config(model, args.set, args.precision))
+    number = sum(tensor.numel() for tensor in model.weights.values())
+    if args.dry_run:
+        print(f"would write {args.out}: a model of kind {model.kind}, {number:,} numbers")
+        return 0
+    with atomic_folder(args.out, args.overwrite, marker=CONFIG) as temporary:
+        digest = write_checkpoint(
+            temporary, kind=model.kind, config=model.config, weights=model.weights, meta=model.meta
+        )
+        (temporary / CARD).write_text(model_card(model, digest))
+    print(f"{args.out}: {model.kind} model for {', '.join(model.config.modalities)}, hash {digest[:12]}")
+    return 0
+
+
+def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
+    """Put codec, MS-SPADE and U-Net together.
+
+    Args:
+        codec: run folder of stage 1, or "haar".
+        ms_spade, diffusion: run folders of stages 2 and 3.
+
+    Raises:
+        UserError: a run without checkpoint, or stages that were not trained on each other's results.
+    """
+    from aldm.checkpoint import load_checkpoint
+    from aldm.latents import codec_hash
+    from aldm.run_folder import checkpoint_folder
+    from pipelines.encode import load_codec
+
+    stage_3 = load_checkpoint(checkpoint_folder(diffusion), "diffusion")
+    stage_2 = load_checkpoint(checkpoint_folder(ms_spade), "ms-spade")
+    latents = stage_3.meta["latents"]
+    module, codec_config = load_codec(codec, stage_3.config)
+    own_hash = codec_hash(codec_config, module.state_dict())
+    for name, run in ((diffusion, stage_3), (ms_spade, stage_2)):
+        trained_with = run.meta["latents"]["codec_hash"]
+        if trained_with != own_hash:
+            raise UserError(
+                f"{name} was trained on latents of codec {trained_with[:12]}, --codec {codec} is {own_hash[:12]}: give "
+                "the codec that the latents were encoded with"
+            )
+    if stage_3.meta["ms_spade_hash"] != stage_2.hash:
+        raise UserError(
+            f"{diffusion} was trained with MS-SPADE {stage_3.meta['ms_spade_hash'][:12]}, {ms_spade} holds "
+            f"{stage_2.hash[:12]}: give the run that it was trained with, or train diffusion again"
+        )
+    parts = {"codec": module.state_dict(), "ms_spade": stage_2.weights, "unet": stage_3.weights}
+    return Model(
+        kind="aldm",
+        config=replace(stage_3.config, ms_spade=stage_2.config.ms_spade),
+        weights={f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()},
+        meta={
+            "modalities": stage_3.meta["modalities"],
+            "latents": {name: value for name, value in latents.items() if name != "data"},
+            "data": latents["data"],
+            "median_percentiles": latents["data"]["median_percentiles"],
+            "training": [*_codec_training(codec), stage_2.meta["training"], stage_3.meta["training"]],
+        },
+    )
+
+
+def unet_model(run: Path) -> Model:
+    """Take the regression U-Net of a run.
+
+    Raises:
+        UserError: the run holds no checkpoint of a regression U-Net.
+    """
+    from aldm.checkpoint import load_checkpoint
+    from aldm.run_folder import checkpoint_folder
+
+    checkpoint = load_checkpoint(checkpoint_folder(run), "unet")
+    return Model(
+        kind="unet",
+        config=checkpoint.config,
+        weights={f"unet.{name}": tensor for name, tensor in checkpoint.weights.items()},
+        meta={
+            "modalities": checkpoint.meta["modalities"],
+            "data": checkpoint.meta["data"],
+            "median_percentiles": checkpoint.meta["data"]["median_percentiles"],
+            "training": [checkpoint.meta["training"]],
+        },
+    )
+
+
+def used_config(model: Model, assignments: Sequence[str], precision: str | None) -> Config:
+    """Return the model's configuration with the way that it is used by default changed: sampling and precision.
+
+    Raises:
+        UserError: something else is to be changed, or the sampler does not go with the model.
+    """
+    from aldm.sampling import check_sampling
+
+    foreign = [assignment for assignment in assignments if not assignment.startswith("sampling.")]
+    if foreign:
+        raise UserError(f"--set {foreign[0]}: a trained model is exported as it is; only sampling.* can be set here")
+    config = override(model.config, assignments)
+    if model.kind == "aldm":
+        sampling = config.sampling
+        check_sampling(
+            config.diffusion, sampling.sampler, sampling.num_inference_steps, sampling.num_samples, sampling.eta
+        )
+    return config if precision is None else replace(config, precision=precision)
+
+
+def model_card(model: Model, digest: str) -> str:
+    """Return the README.md of a translator folder."""
+    data, config = model.meta["data"], model.config
+    spacing = " x ".join(f"{side:g}" for side in config.preprocess.spacing_mm)
+    shape = " x ".join(map(str, config.preprocess.spatial_shape))
+    subjects = ", ".join(f"{number} {split}" for split, number in data["num_subjects"].items())
+    names = ", ".join(config.modalities)
+    if model.kind == "aldm":
+        how = (
+            f"Codec {config.codec.kind}, MS-SPADE and a U-Net with objective {config.diffusion.objective}; by default "
+            f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
+        )
+    else:
+        how = "A plain 3D regression U-Net: source volume in, target volume out, one evaluation."
+    scores = [
+        f"| {run['stage']} | {run['step']} | {name} | {value:.4g} |"
+        for run in model.meta["training"]
+        for name, value in run["validation"].items()
+    ]
+    return "\n".join(
+        [
+            f"# {model.kind}: translation between {names}",
+            "",
+            f"Translates a 3D MR volume of any of {names} into any other of them. {how}",
+            "",
+            "    aldm translate INPUT OUTPUT --model THIS_FOLDER "
+            f"--source {config.modalities[0]} --target {config.modalities[-1]}",
+            "",
+            "## Data",
+            "",
+            f"Layout {data['layout']}, subjects: {subjects}. Volumes are resampled to {spacing} mm, a box of {shape} "
+            f"voxels, percentiles {config.preprocess.lower_percentile:g} to {config.preprocess.upper_percentile:g} "
+            f"scaled to [-1, 1]. Fingerprint {data['fingerprint']}.",
+            "",
+            "## Scores",
+            "",
+            "On validation subjects, whole volumes, measured while training; `aldm evaluate` measures the test split.",
+            "",
+            "| training | steps | score | value |",
+            "|---|---|---|---|",
+            *(scores or ["| - | - | no validation subjects | - |"]),
+            "",
+            "## Limits",
+            "",
+            "For research use only. Not a medical device and not for diagnosis: the result is synthetic, it can invent "
+            "structures and leave out lesions. It is fit for volumes like its training data only: other scanners, "
+            "sequences, ages, pathologies and parts of the body are not covered unless the data above hold them.",
+            "",
+            f"Preset {config.preset}, seed {config.seed}, weights {digest}.",
+            "",
+        ]
+    )
+
+
+def _codec_training(codec: str) -> list[dict[str, Any]]:
+    from aldm.checkpoint import read_checkpoint_record
+    from aldm.run_folder import checkpoint_folder
+
+    return [] if codec == "haar" else [read_checkpoint_record(checkpoint_folder(codec))["meta"]["training"]]
+
+
+def _parser() -> JobParser:
+    parser = job_parser("export", "Put trained stages together into a translator folder.")
+    parser.add_argument("--codec", metavar="RUN|haar", help="run folder of stage 1, or haar")
+    parser.add_argument("--ms-spade", type=Path, metavar="RUN", help="run folder of stage 2")
+    parser.add_argument("--diffusion", type=Path, metavar="RUN", help="run folder of stage 3")
+    parser.add_argument(
+        "--unet", type=Path, metavar="RUN", help="run folder of a regression U-Net, instead of the three"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the translator folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    return parser
