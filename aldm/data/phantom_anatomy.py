@@ -158,14 +158,14 @@ class Lesion:
 
         core, necrosis = inside(1.0, 0.1), inside(self._rim, 0.15)
         swollen = inside(self._edema, 0.3) * (1 - core)
-        taken = healthy * np.array([0.25, 0.9, 0.0])[:, None] * swollen  # edema follows the white matter
+        taken = healthy * np.array([0.2, 0.9, 0.0])[:, None] * swollen  # edema follows the white matter
         brain = healthy.sum(axis=0)
         edema = taken.sum(axis=0)
         necrosis *= core
         parts = np.stack([*((healthy * (1 - core)) - taken), necrosis * brain, edema, (core - necrosis) * brain])
         np.maximum(parts, 0, out=parts)
         labels = np.zeros(brain.shape, np.uint8)
-        labels[edema > 0.4 * brain] = SEG_LABELS["edema"]
+        labels[edema > 0.3 * brain] = SEG_LABELS["edema"]
         labels[core > 0.5] = SEG_LABELS["enhancing"]
         labels[necrosis > 0.5] = SEG_LABELS["necrosis"]
         labels[brain < 0.5] = 0
