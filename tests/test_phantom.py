@@ -224,7 +224,7 @@ def test_nothing_is_left_behind_when_interrupted(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_phantom(tmp_path / "out", "brats", 2, 0, 16.0, interrupt)
+        write_phantom(tmp_path / "out", "brats", 2, 0, SPACING_MM, interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,12 +232,12 @@ def test_only_a_phantom_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not an earlier result"):
-        write_phantom(tmp_path / "mine", "brats", 1, 0, 16.0, overwrite=True)
+        write_phantom(tmp_path / "mine", "brats", 1, 0, SPACING_MM, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    write_phantom(tmp_path / "out", "brats", 2, 0, 16.0)
+    write_phantom(tmp_path / "out", "brats", 2, 0, SPACING_MM)
     with pytest.raises(UserError, match="--overwrite"):
-        write_phantom(tmp_path / "out", "brats", 1, 0, 16.0)
-    write_phantom(tmp_path / "out", "brats", 1, 0, 16.0, overwrite=True)
+        write_phantom(tmp_path / "out", "brats", 1, 0, SPACING_MM)
+    write_phantom(tmp_path / "out", "brats", 1, 0, SPACING_MM, overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"BraTS2021_00000", phantom.MARKER}
 
 
@@ -253,17 +253,17 @@ def test_only_a_phantom_is_overwritten(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_out_of_range(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    arguments = {"layout": "brats", "num_subjects": 1, "seed": 0, "spacing_mm": 16.0, **changes}
+    arguments = {"layout": "brats", "num_subjects": 1, "seed": 0, "spacing_mm": SPACING_MM, **changes}
     with pytest.raises(UserError, match=message):
         write_phantom(tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_job_writes_what_the_library_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--layout", "ixi", "--num-subjects", "1", "--seed", "5", "--spacing-mm", "16"]
+    flags = ["--layout", "ixi", "--num-subjects", "1", "--seed", "5", "--spacing-mm", "8"]
     main([str(tmp_path / "job"), *flags, "--dry-run"])
     assert "IXI-T1/IXI002-Guys-0828-T1.nii.gz" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     main([str(tmp_path / "job"), *flags])
-    write_phantom(tmp_path / "library", "ixi", 1, seed=5, spacing_mm=16.0)
+    write_phantom(tmp_path / "library", "ixi", 1, seed=5, spacing_mm=SPACING_MM)
     assert digests(tmp_path / "job") == digests(tmp_path / "library")

@@ -82,14 +82,19 @@ def _template() -> tuple[Array, Array]:
     return np.ascontiguousarray(fractions[(slice(None), *box)]), images["gm"].affine[:3, 3] + np.array(low)
 
 
-@lru_cache(maxsize=4)
-def _antialiased(spacing_ras_mm: tuple[float, float, float]) -> tuple[Array, Array]:
-    """Return the template blurred to what a voxel of that size sees (full width at half maximum = the voxel)."""
+@lru_cache(maxsize=8)
+def _antialiased(spacing_ras_mm: tuple[float, float, float]) -> tuple[Array, Array, int]:
+    """Return the template blurred to what a voxel of that size sees (full width at half maximum = the voxel).
+
+    As (fractions (3, X, Y, Z), world coordinates of voxel 0, voxel size in mm): what is smooth is kept more coarsely.
+    """
     from scipy.ndimage import gaussian_filter
 
     fractions, origin = _template()
     sigma = [0.425 * spacing if spacing > 1.25 else 0.0 for spacing in spacing_ras_mm]
-    return np.stack([gaussian_filter(channel, sigma) for channel in fractions]), origin
+    step = max(1, int(min(spacing_ras_mm) / 2))
+    blurred = [gaussian_filter(channel, sigma, truncate=3.0)[::step, ::step, ::step] for channel in fractions]
+    return np.stack(blurred), origin, step
 
 
 class SmoothField:
@@ -195,12 +200,12 @@ class Head:
         from scipy.ndimage import map_coordinates
 
         spacing = grid.spacing_ras_mm
-        maps, origin = _antialiased(spacing)
+        maps, origin, step = _antialiased(spacing)
         voxels, head = _voxels_near_head(grid)
         template = self._to_template @ head + self._shift[:, None]
         for axis, field in enumerate(self._warp):
             template[axis] += 3.2 * field(head)
-        coordinates = (template - origin[:, None]).astype(np.float32)
+        coordinates = ((template - origin[:, None]) / step).astype(np.float32)
         healthy = np.stack([map_coordinates(channel, coordinates, order=1, output=np.float32) for channel in maps])
         kept = np.flatnonzero(healthy.sum(axis=0) > 0.02)
         voxels, head, healthy = voxels[kept], head[:, kept], healthy[:, kept].astype(np.float64)
