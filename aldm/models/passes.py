@@ -145,10 +145,10 @@ class Pieces:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each channel, (B, C) in float64, with gradients."""
-        return merge_moments([_moments(piece) for piece in self.tensors])
+        return merge_moments([moments_of(piece) for piece in self.tensors])
 
 
-def _moments(piece: Tensor) -> tuple[int, Tensor, Tensor]:
+def moments_of(piece: Tensor) -> tuple[int, Tensor, Tensor]:
     """Return voxels, mean and variance of each channel of a slab."""
     wide = piece.float() if piece.dtype in (torch.bfloat16, torch.float16) else piece
     variance, mean = torch.var_mean(wide.flatten(2), dim=2, correction=0)
