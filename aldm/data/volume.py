@@ -83,7 +83,8 @@ def resample(
     """
     assert order in ("linear", "nearest"), order
     shape = tuple(int(n) for n in shape)
-    matrix = np.linalg.inv(volume.affine) @ affine  # index on the new grid -> index in the volume
+    # index on the new grid -> index in the volume; rounded, so that the last bits are the same on every run
+    matrix = np.round(np.linalg.inv(volume.affine) @ affine, 10)
     start = np.rint(matrix[:3, 3])
     drift = np.abs(matrix[:3, :3] - np.eye(3)) @ (np.array(shape) - 1) + np.abs(matrix[:3, 3] - start)
     if drift.max() < 1e-3:

@@ -1,0 +1,285 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aldm.config import PreprocessConfig
+from aldm.data.preprocess import (
+    PreprocessRecord,
+    brain_mask,
+    crop_box,
+    model_grid,
+    percentiles,
+    prepare_subject,
+    prepare_volume,
+    rescale,
+    restore,
+    unscale,
+)
+from aldm.data.registration import register_rigid
+from aldm.data.volume import Volume, crop_or_pad, resample, shifted
+from aldm.errors import UserError
+
+CONFIG = PreprocessConfig(spacing_mm=(4.0, 4.0, 4.0), spatial_shape=(40, 48, 40))
+TURN = np.array([[0.98, -0.17, 0.1], [0.17, 0.98, 0.05], [-0.1, -0.03, 0.99]])
+
+
+def head(affine, shape, *, noise=5.0, centre=(3.0, -4.0, 6.0), radii_mm=(70.0, 85.0, 65.0), seed=0):
+    """A smooth ellipsoid with structure, defined in world coordinates, seen on any grid; zero outside without noise."""
+    index = np.indices(shape).reshape(3, -1)
+    world = affine[:3, :3] @ index + affine[:3, 3:]
+    x, y, z = (world - np.array(centre)[:, None]) / np.array(radii_mm)[:, None]
+    inside = 1 / (1 + np.exp(np.clip(40 * (np.sqrt(x**2 + y**2 + z**2) - 1), -50, 50)))
+    texture = 100 + 25 * np.sin(3 * x + 1) * np.cos(4 * y) + 20 * np.sin(5 * z + y)
+    data = (inside * texture).reshape(shape)
+    data[data < 0.5] = 0
+    if noise:
+        data += np.abs(np.random.default_rng(seed).normal(0, noise, shape))
+    return Volume(data.astype(np.float32), affine)
+
+
+def centred(spacing, shape, turn=None, middle=(0.0, 0.0, 0.0)):
+    affine = np.eye(4)
+    affine[:3, :3] = (np.eye(3) if turn is None else np.linalg.qr(turn)[0] @ np.diag([-1, -1, 1])) @ np.diag(spacing)
+    affine[:3, 3] = np.array(middle) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
+
+
+STRIPPED = head(centred((4.0, 4, 4), (60, 60, 44)), (60, 60, 44), noise=0, radii_mm=(60, 75, 55))
+
+
+# ----------------------------------------------------------------------------------------------------------------- grid
+
+
+def test_an_aligned_volume_of_the_same_spacing_keeps_its_voxels():
+    affine, shape = model_grid([STRIPPED], CONFIG)
+    assert shape == STRIPPED.data.shape
+    np.testing.assert_allclose(affine, STRIPPED.affine, atol=1e-9)
+    np.testing.assert_array_equal(resample(STRIPPED, affine, shape).data, STRIPPED.data)
+
+
+turns = st.lists(st.floats(-0.4, 0.4), min_size=9, max_size=9)
+spacings = st.tuples(*[st.floats(0.7, 6.0)] * 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(turn=turns, spacing=spacings, target=spacings)
+def test_the_grid_is_ras_aligned_and_covers_the_field_of_view(turn, spacing, target):
+    turn = np.linalg.qr(np.eye(3) + np.array(turn).reshape(3, 3) / 2)[0]
+    turn = turn * np.sign(np.diag(turn))
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag(spacing)
+    shape = (9, 14, 11)
+    grid, size = model_grid([Volume(np.zeros(shape, np.float32), affine)], replace(CONFIG, spacing_mm=target))
+    np.testing.assert_allclose(grid[:3, :3], np.diag(target), atol=1e-12)
+    corners = np.array([[i, j, k] for i in (-0.5, 8.5) for j in (-0.5, 13.5) for k in (-0.5, 10.5)])
+    index = ((affine[:3, :3] @ corners.T + affine[:3, 3:]) - grid[:3, 3:]) / np.array(target)[:, None]
+    assert (index >= -0.52).all()
+    assert (index <= np.array(size)[:, None] - 0.48).all()
+    assert (index.max(axis=1) - index.min(axis=1) > np.array(size) - 1.02).all(), "no larger than it has to be"
+
+
+# ---------------------------------------------------------------------------------------------------------- intensities
+
+
+def test_percentiles_become_minus_one_and_one_and_the_rest_is_clipped():
+    data = np.random.default_rng(0).permutation(np.arange(10_001)).astype(np.float32)
+    low, high = percentiles(data, CONFIG)
+    assert (low, high) == (50, 9950)
+    scaled = rescale(data, low, high)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled, np.clip((data - 5000) / 4950, -1, 1), atol=1e-6)
+    np.testing.assert_allclose(unscale(scaled, low, high), np.clip(data, 50, 9950), atol=1e-2)
+
+
+def test_a_volume_with_almost_one_value_has_no_contrast():
+    data = np.zeros((30, 30, 30), np.float32)
+    data[:3, :3, :3] = 9
+    with pytest.raises(UserError, match="no contrast"):
+        percentiles(data, CONFIG)
+    with pytest.raises(UserError, match="no contrast"):
+        prepare_volume(Volume(data, np.eye(4)), replace(CONFIG, spacing_mm=(1.0, 1.0, 1.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_skull_stripped_data_give_the_voxels_that_are_not_zero():
+    mask, region = brain_mask([STRIPPED], None, STRIPPED.affine, STRIPPED.data.shape)
+    assert region == "brain"
+    np.testing.assert_array_equal(mask, STRIPPED.data != 0)
+
+
+def test_a_noisy_background_gives_the_foreground():
+    shape = (60, 64, 60)
+    noisy, clean = (head(centred((4.0, 4, 4), shape), shape, noise=level) for level in (5, 0))
+    mask, region = brain_mask([noisy], None, noisy.affine, shape)
+    assert region == "foreground"
+    wanted = clean.data > 50
+    assert 2 * (mask & wanted).sum() / (mask.sum() + wanted.sum()) > 0.98
+
+
+def test_the_foreground_is_one_piece_without_holes():
+    shape = (60, 64, 60)
+    volume = head(centred((4.0, 4, 4), shape), shape)
+    volume.data[2:6, 2:6, 2:6] = 150  # a bright thing beside the head
+    volume.data[28:34, 28:34, 28:34] = 1  # a ventricle
+    mask, _ = brain_mask([volume], None, volume.affine, shape)
+    assert not mask[:8, :8, :8].any()
+    assert mask[28:34, 28:34, 28:34].all()
+
+
+def test_a_masked_head_is_too_large_for_a_brain():
+    shape = (60, 64, 60)
+    volume = head(centred((4.0, 4, 4), shape), shape, noise=0, radii_mm=(85, 105, 100))
+    assert brain_mask([volume], None, volume.affine, shape)[1] == "foreground"
+
+
+def test_a_given_mask_wins_and_follows_its_affine():
+    given_mask = np.zeros((30, 30, 22), np.float32)
+    given_mask[10:20, 8:18, 6:12] = 1
+    affine = shifted(np.diag([8.0, 8, 8, 1]) @ np.eye(4), (-15, -15, -11))
+    mask, region = brain_mask([STRIPPED], Volume(given_mask, affine), STRIPPED.affine, STRIPPED.data.shape)
+    assert region == "brain"
+    index = np.argwhere(mask)
+    world_low, world_high = (STRIPPED.affine @ [*edge, 1] for edge in (index.min(0) - 0.5, index.max(0) + 0.5))
+    np.testing.assert_allclose(world_low[:3], (affine @ [9.5, 7.5, 5.5, 1])[:3], atol=4.1)
+    np.testing.assert_allclose(world_high[:3], (affine @ [19.5, 17.5, 11.5, 1])[:3], atol=4.1)
+    far = Volume(given_mask, shifted(affine, (500, 0, 0)))
+    with pytest.raises(UserError, match="empty"):
+        brain_mask([STRIPPED], far, STRIPPED.affine, STRIPPED.data.shape)
+
+
+boxes = st.tuples(st.integers(0, 20), st.integers(1, 12))
+
+
+@settings(max_examples=50, deadline=None)
+@given(boxes=st.tuples(boxes, boxes, boxes), shape=st.tuples(*[st.integers(1, 50)] * 3))
+def test_the_crop_box_is_centred_on_the_mask(boxes, shape):
+    mask = np.zeros((32, 32, 32), bool)
+    mask[tuple(slice(start, start + size) for start, size in boxes)] = True
+    for start, (low, size), wanted in zip(crop_box(mask, shape), boxes, shape, strict=True):
+        before, after = low - start, start + wanted - (low + size)
+        assert before - after in (0, 1), "as much room on both sides, to a voxel"
+
+
+# ------------------------------------------------------------------------------------------------- there and back again
+
+
+def test_restore_undoes_prepare_where_nothing_was_interpolated():
+    array, record = prepare_volume(STRIPPED, CONFIG)
+    assert array.shape == CONFIG.spatial_shape
+    assert array.dtype == np.float32
+    assert (array.min(), array.max()) == (-1, 1)
+    back = restore(unscale(array, record.low, record.high), record, STRIPPED, fill=0)
+    np.testing.assert_allclose(back, np.clip(STRIPPED.data, record.low, record.high), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shape", "turn"),
+    [
+        ((3.0, 3, 3), (70, 78, 66), None),
+        ((2.5, 3.5, 5.0), (82, 64, 40), TURN),
+        ((5.0, 5.0, 6.0), (42, 46, 34), TURN.T),
+        ((1.8, 7.0, 1.8), (110, 34, 110), TURN),
+    ],
+)
+def test_restore_undoes_prepare_on_other_grids(spacing, shape, turn):
+    volume = head(centred(spacing, shape, turn), shape, noise=0)
+    array, record = prepare_volume(volume, CONFIG)
+    back = restore(unscale(array, record.low, record.high), record, volume, fill=0)
+    assert back.shape == volume.data.shape
+    inner = volume.data > 60  # away from the edge, which no 4 mm grid can carry
+    error = np.abs(back - np.clip(volume.data, record.low, record.high))[inner]
+    assert error.mean() < 0.03 * volume.data[inner].mean()
+    correlation = np.corrcoef(back[inner], volume.data[inner])[0, 1]
+    assert correlation > 0.95
+
+
+def test_restore_fills_outside_the_box():
+    small = replace(CONFIG, spatial_shape=(16, 16, 16))
+    array, record = prepare_volume(STRIPPED, small)
+    back = restore(np.ones_like(array), record, STRIPPED, fill=-7)
+    expected = np.full(STRIPPED.data.shape, -7, np.float32)
+    expected[tuple(slice(start, start + 16) for start in record.crop_start)] = 1
+    np.testing.assert_array_equal(back, expected)
+
+
+def test_the_record_survives_json():
+    _, record = prepare_volume(STRIPPED, CONFIG)
+    assert PreprocessRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+# ------------------------------------------------------------------------------------------------------------- subjects
+
+
+def test_volumes_on_their_own_grids_come_to_lie_on_each_other():
+    sagittal, axial = (76, 80, 60), (64, 64, 48)
+    first = head(centred((3.0, 3, 4), sagittal), sagittal, noise=0, radii_mm=(60, 75, 55))
+    second = head(centred((4.0, 3.5, 4.5), axial, TURN, middle=(4, 2, -3)), axial, noise=0, radii_mm=(60, 75, 55))
+    prepared = prepare_subject({"t2": second, "t1": first}, CONFIG)
+    assert list(prepared.volumes) == ["t1", "t2"]
+    assert prepared.region == "brain"
+    one, two = prepared.records["t1"], prepared.records["t2"]
+    assert (one.grid_affine, one.grid_shape, one.crop_start) == (two.grid_affine, two.grid_shape, two.crop_start)
+    assert one.grid_shape == model_grid([first], CONFIG)[1], "the first modality of the vocabulary is the reference"
+    brain = prepared.mask
+    assert np.abs(prepared.volumes["t1"] - prepared.volumes["t2"])[brain].mean() < 0.06
+    alone, record = prepare_volume(first, CONFIG)
+    whole = Volume(prepared.volumes["t1"], np.array(one.grid_affine))
+    start = tuple(record.crop_start)
+    np.testing.assert_allclose(crop_or_pad(whole, start, CONFIG.spatial_shape, -1).data, alone, atol=1e-5)
+
+
+def test_segmentation_and_mask_follow_the_grid():
+    labels = np.zeros(STRIPPED.data.shape, np.float32)
+    labels[20:30, 20:35, 15:25] = 4
+    prepared = prepare_subject(
+        {"t1": STRIPPED},
+        CONFIG,
+        seg=Volume(labels, STRIPPED.affine),
+        mask=Volume((labels > 0) * np.float32(1), STRIPPED.affine),
+    )
+    assert prepared.seg is not None
+    assert prepared.seg.dtype == np.uint8
+    np.testing.assert_array_equal(prepared.seg, labels)
+    np.testing.assert_array_equal(prepared.mask, labels > 0)
+
+
+def test_rigid_registration_finds_a_known_motion():
+    shape = (44, 48, 40)
+    fixed = head(centred((5.0, 5, 5), shape), shape, noise=1)
+    angle = np.deg2rad(6)
+    motion = np.eye(4)
+    motion[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    motion[:3, 3] = 6, -4, 5
+    other = head(centred((5.0, 5, 5), shape), shape, noise=1, seed=1)
+    moved = Volume(np.sqrt(other.data), motion @ other.affine)  # another contrast, elsewhere in the world
+    registered = register_rigid(fixed, moved)
+    np.testing.assert_array_equal(registered.data, moved.data)
+    corners = np.array([[i, j, k, 1] for i in (8, 36) for j in (8, 40) for k in (8, 32)]).T
+    before, after = (np.linalg.norm(((v.affine - other.affine) @ corners)[:3], axis=0) for v in (moved, registered))
+    assert before.min() > 4
+    assert after.max() < 2.5, "half a voxel"
+    np.testing.assert_array_equal(register_rigid(fixed, moved).affine, registered.affine)
+
+
+def test_registration_is_part_of_preparing_a_subject():
+    shape = (36, 40, 32)
+    fixed = head(centred((6.0, 6, 6), shape), shape, noise=1)
+    volumes = {"t1": fixed, "t2": Volume(fixed.data, shifted(fixed.affine, (2, 0, -1)))}
+
+    def distance(register):
+        config = replace(CONFIG, register=register, spacing_mm=(6.0, 6.0, 6.0))
+        prepared = prepare_subject(volumes, config)
+        return np.abs(prepared.volumes["t1"] - prepared.volumes["t2"]).mean()
+
+    assert distance("rigid") < 0.2 * distance("none")
+
+
+def test_volumes_that_do_not_overlap_cannot_be_registered():
+    with pytest.raises(UserError, match="registration failed"):
+        register_rigid(STRIPPED, Volume(STRIPPED.data, shifted(STRIPPED.affine, (500, 0, 0))))
