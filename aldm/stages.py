@@ -329,8 +329,8 @@ class DiffusionStage:
                 if self._target_like_bytes + z.nbytes <= TARGET_LIKE_CACHE_BYTES:
                     self._target_like[key] = z
                     self._target_like_bytes += z.nbytes
-            found.append(z)
-        return torch.cat(found).to(batch["z_source"].device, torch.float32)
+            found.append(z.to(batch["z_source"].device, torch.float32))
+        return torch.cat(found)
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """The sampled latent's distance from the target's, by the sampler and steps of the configuration."""

@@ -1,16 +1,19 @@
 """aldm encode: encode a store of volumes once into a store of latents."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from aldm.config import Config
+from aldm.config import CodecConfig, Config, Shape
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from aldm.models.codecs import Codec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,14 +37,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB on {device}")
         return 0
+    encode = encoder(codec, store.preprocess.spatial_shape, device, config.precision, args.max_memory_gb)
     latents = encode_store(
-        store, codec, codec_config, args.out, flips=args.flips, device=device, overwrite=args.overwrite
+        store, codec, codec_config, args.out, flips=args.flips, device=device, encode=encode, overwrite=args.overwrite
     )
     print(f"{args.out}: latents of {len(latents.subjects())} subjects, codec {latents.codec_hash[:12]}")
     return 0
 
 
-def load_codec(name_or_run: str, config: Config) -> tuple[Any, Any]:
+def encoder(
+    codec: "Codec", shape: Shape, device: "torch.device", precision: str, max_memory_gb: float | None
+) -> Callable[["Tensor"], "Tensor"]:
+    """Return the function that encodes a volume (1, 1, X, Y, Z): at once, or slab by slab within a memory limit.
+
+    Args:
+        codec: frozen.
+        shape: of the volumes.
+        device: where to encode.
+        precision: fp32 or bf16 autocast; a lossless codec stays in fp32.
+        max_memory_gb: the most that this process may hold on a CPU, GB (10^9); None takes the whole volume at once.
+
+    Raises:
+        UserError: the limit is below what the codec can do, or the whole volume does not fit into the memory.
+    """
+    import psutil
+    import torch
+
+    from aldm.memory import gigabytes, peak_bytes, resident_bytes
+    from aldm.models.slabs import encode_bounded, floor_bytes
+
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16" and not codec.isometric, cache_enabled=False
+    )
+
+    def whole(x: "Tensor") -> "Tensor":
+        with autocast:
+            return codec.encode(x)
+
+    def bounded(x: "Tensor") -> "Tensor":
+        with autocast:
+            return encode_bounded(codec, x, int(max_memory_gb * 1e9) - resident_bytes())  # type: ignore[operator]
+
+    if max_memory_gb is not None:
+        needed = resident_bytes() + floor_bytes(codec, shape)
+        if max_memory_gb * 1e9 < needed:
+            raise UserError(
+                f"--max-memory-gb {max_memory_gb} is too little: encoding needs {gigabytes(needed)} at least"
+            )
+        return bounded
+    free = psutil.virtual_memory().available
+    if device.type == "cpu" and (needed := peak_bytes(lambda: whole(torch.zeros(1, 1, *shape)))) > free:
+        raise UserError(
+            f"encoding a whole volume of {' x '.join(map(str, shape))} voxels needs {gigabytes(needed)} GB and "
+            f"{gigabytes(free)} GB of memory are free: give --max-memory-gb, then it is encoded slab by slab"
+        )
+    return whole
+
+
+def load_codec(name_or_run: str, config: Config) -> tuple["Codec", CodecConfig]:
     """Return the codec of a run of stage 1, or the lossless haar codec, and its CodecConfig.
 
     Raises:
@@ -72,6 +125,12 @@ def _parser() -> JobParser:
         help="run folder of stage 1, or haar: the lossless codec, which needs no training",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
+    parser.add_argument(
+        "--max-memory-gb",
+        type=float,
+        metavar="G",
+        help="encode slab by slab, this process holding at most G GB (default: whole volumes at once)",
+    )
     parser.add_argument("--flips", action="store_true", help="store every volume flipped left to right as well")
     parser.add_argument("--overwrite", action="store_true", help="replace the latents in --out")
     return parser
