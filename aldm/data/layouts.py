@@ -227,7 +227,7 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
                     "remove one, or say which with --layout table",
                 )
             )
-        elif other.split != item.split:
+        elif next(iter(roles.values())).split != item.split:
             problems.append(Problem(item.path, f"subject {item.subject_id} is in a training and a validation folder"))
     subjects = []
     for subject_id, roles in sorted(by_subject.items()):

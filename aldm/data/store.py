@@ -59,7 +59,7 @@ def write_shard(
         pa.ipc.new_file(sink, schema) as writer,
     ):
         for key, array in records:
-            flat = np.ascontiguousarray(array)
+            flat = np.asarray(array, order="C")
             offsets = pa.py_buffer(np.array([0, flat.nbytes], np.int64))
             columns = [
                 pa.array([key]),
