@@ -4,9 +4,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from aldm.data.phantom import LAYOUTS, check_arguments, check_output, subject_name, volume_path, write_phantom
+from aldm.data.phantom import (
+    LAYOUTS,
+    check_arguments,
+    check_output,
+    expected_memory_gib,
+    subject_name,
+    volume_path,
+    write_phantom,
+)
 from aldm.progress import progress
-from pipelines.arguments import job_parser
+from pipelines.arguments import job_parser, resolve_config
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tree that this job wrote before")
     args = parser.parse_args(argv)
+    resolve_config(args)  # nothing here depends on it, but a wrong one is said so
     check_arguments(args.layout, args.num_subjects, args.seed, args.spacing_mm)
     check_output(args.out, overwrite=args.overwrite)
     if args.dry_run:
         first = volume_path(args.layout, subject_name(args.layout, 0), "t1")
         print(f"would write {args.num_subjects} subjects at {args.spacing_mm:g} mm, the first to {args.out / first}")
+        print(f"memory: about {expected_memory_gib(args.layout, args.spacing_mm):.1f} GiB")
         return 0
     with progress(total=args.num_subjects, description="phantom", unit="subject") as bar:
         write_phantom(

@@ -262,8 +262,12 @@ def test_arguments_out_of_range(changes: dict[str, object], message: str, tmp_pa
 def test_the_job_writes_what_the_library_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--layout", "ixi", "--num-subjects", "1", "--seed", "5", "--spacing-mm", "8"]
     main([str(tmp_path / "job"), *flags, "--dry-run"])
-    assert "IXI-T1/IXI002-Guys-0828-T1.nii.gz" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "IXI-T1/IXI002-Guys-0828-T1.nii.gz" in said
+    assert "GiB" in said
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="huge"):
+        main([str(tmp_path / "job"), *flags, "--preset", "huge"])
     main([str(tmp_path / "job"), *flags])
     write_phantom(tmp_path / "library", "ixi", 1, seed=5, spacing_mm=SPACING_MM)
     assert digests(tmp_path / "job") == digests(tmp_path / "library")
