@@ -4,27 +4,57 @@ Tensors are B C X Y Z of RAS+ volumes, intensities in [-1, 1]. Modalities are in
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aldm.config import Config, SamplingConfig
+from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
 from aldm.diffusion import make_schedule
+from aldm.errors import UserError
+from aldm.latents import standardise, unstandardise
+from aldm.memory import gigabytes, peak_bytes, resident_bytes
 from aldm.models.codecs import Codec, build_codec
 from aldm.models.ms_spade import MSSpade
+from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
 from aldm.models.unet import UNet
 from aldm.sampling import OnStep, sample
 
+KINDS = ("aldm", "unet")
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The most that this process may hold in memory, all told."""
+
+    max_bytes: int
+    scratch_dir: Path | None = None
+    """Folder on a disk for what does not fit; None takes the system's folder for temporary files."""
+
+    def left(self) -> int:
+        """Return what may still be allocated, bytes."""
+        return self.max_bytes - resident_bytes()
+
 
 class Predictor(nn.Module):
-    """What a kind of model has to do: encode a source once, then predict any target from that."""
+    """What a kind of model has to do. `config` is the whole configuration, `modalities` named.
+
+    Attributes:
+        limit: the memory that it may use on a CPU; None sets no limit.
+    """
 
     config: Config
+    limit: MemoryLimit | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]."""
+        raise NotImplementedError
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Return the volume (1, 1, X, Y, Z) that was encoded, as far as the encoding keeps it."""
         raise NotImplementedError
 
     def predict(
@@ -39,6 +69,15 @@ class Predictor(nn.Module):
         """Return one prediction (1, 1, X, Y, Z)."""
         raise NotImplementedError
 
+    def needed_bytes(self) -> int:
+        """Return the least memory that a translation needs beyond the weights, bytes."""
+        raise NotImplementedError
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """Return the context that the networks run in: bf16 where the configuration asks for it."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+
 
 class LatentDiffusion(Predictor):
     """The paper's pipeline: codec, MS-SPADE to a target-like latent, denoiser, codec."""
@@ -52,22 +91,31 @@ class LatentDiffusion(Predictor):
             mean, std: (C,) of the raw latents of the training set; MS-SPADE and denoiser see standardised latents.
         """
         super().__init__()
+        self.config = config
         self.codec, self.ms_spade, self.unet = codec, ms_spade, unet
         # not persistent: the weights are the three networks', the statistics stand in the folder's config.json
-        self.register_buffer("latent_mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer("latent_std", std.float().view(1, -1, 1, 1, 1), persistent=False)
-        self.latent_mean: Tensor
-        self.latent_std: Tensor
-        self.config = config
+        self.register_buffer("mean", mean.float(), persistent=False)
+        self.register_buffer("std", std.float(), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
         self.schedule = make_schedule(config.diffusion)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the standardised source latent (1, C, x, y, z)."""
-        return (self.codec.encode(x).float() - self.latent_mean) / self.latent_std
+        with self.autocast(not self.codec.isometric):  # a lossless codec stays lossless
+            if self.limit is None:
+                z = self.codec.encode(x)
+            else:
+                z = encode_bounded(self.codec, x, self.limit.left(), self.limit.scratch_dir)
+        return standardise(z.float(), self.mean, self.std)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, code: Tensor) -> Tensor:
         """Return the volume (1, 1, X, Y, Z) of a standardised latent."""
-        return self.codec.decode(z.float() * self.latent_std + self.latent_mean)
+        z = unstandardise(code, self.mean, self.std)
+        with self.autocast(not self.codec.isometric):
+            if self.limit is None:
+                return self.codec.decode(z).float()
+            return decode_bounded(self.codec, z, self.limit.left(), self.limit.scratch_dir).float()
 
     def predict(
         self,
@@ -80,13 +128,13 @@ class LatentDiffusion(Predictor):
     ) -> Tensor:
         """Return one sample of the target, decoded."""
         source_id, target_id = (torch.tensor([index], device=code.device) for index in (source, target))
-        with _autocast(code.device, self.config.precision):
+        objective = self.config.diffusion.objective
+        with self.autocast():
             z_target_like = self.ms_spade(code, target_id, source_id).float()
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
-            with _autocast(code.device, self.config.precision):
-                result: Tensor = self.unet(torch.cat([z, code, z_target_like], dim=1), t, target_id, source_id)
-            return result.float()
+            with self.autocast():
+                return denoise(self.unet, objective, z, t, code, z_target_like, target_id, source_id).float()
 
         z = sample(
             predict,
@@ -101,6 +149,21 @@ class LatentDiffusion(Predictor):
         )
         return self.decode(z)
 
+    def needed_bytes(self) -> int:
+        """Return the larger of what the codec needs slab by slab and what the latent networks need on whole latents."""
+        shape = self.config.preprocess.spatial_shape
+        sides = [side // self.codec.downsampling for side in shape]
+
+        def one_evaluation() -> None:
+            # the sampler holds up to five latents beside the network's own: source, target-like, z, x0 and the last x0
+            latents = [torch.zeros(1, self.codec.latent_channels, *sides) for _ in range(5)]
+            ids = torch.zeros(1, dtype=torch.long)
+            with self.autocast():
+                z = self.ms_spade(latents[0], ids, ids)
+                denoise(self.unet, "v", z, torch.zeros(1), latents[0], latents[1], ids, ids)
+
+        return max(floor_bytes(self.codec, shape), peak_bytes(one_evaluation))
+
 
 class Regression(Predictor):
     """A network that maps the source volume to the target volume in one evaluation: the plain U-Net."""
@@ -114,6 +177,10 @@ class Regression(Predictor):
         """Return the source itself."""
         return x
 
+    def decode(self, code: Tensor) -> Tensor:
+        """Return the source itself."""
+        return code
+
     def predict(
         self,
         code: Tensor,
@@ -125,11 +192,22 @@ class Regression(Predictor):
     ) -> Tensor:
         """Return the prediction; sampling and generator have no say in it."""
         source_id, target_id = (torch.tensor([index], device=code.device) for index in (source, target))
-        with _autocast(code.device, self.config.precision):
-            result: Tensor = self.unet(code, None, target_id, source_id)
+        with self.autocast():
+            result = regress(self.unet, code, source_id, target_id, len(self.config.modalities)).float()
         if on_step is not None:
             on_step(1, 1)
-        return result.float()
+        return result
+
+    def needed_bytes(self) -> int:
+        """Return what the network needs on a whole volume."""
+        shape = self.config.preprocess.spatial_shape
+
+        def one_evaluation() -> None:
+            ids = torch.zeros(1, dtype=torch.long)
+            with self.autocast():
+                regress(self.unet, torch.zeros(1, 1, *shape), ids, ids, len(self.config.modalities))
+
+        return peak_bytes(one_evaluation)
 
 
 def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predictor:
@@ -138,24 +216,28 @@ def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predi
     Args:
         kind: aldm (weights codec.*, ms_spade.*, unet.*) or unet (weights unet.*).
         config: the whole configuration, `modalities` named.
-        meta: of the folder; aldm reads latent_mean and latent_std, one number per latent channel.
+        meta: of the folder; aldm reads latents.mean and latents.std, one number per latent channel.
     """
-    modalities = len(config.modalities)
     if kind == "unet":
         return Regression(config, build_regression_unet(config))
     assert kind == "aldm", kind
     codec = build_codec(config.codec)
-    channels = codec.latent_channels
-    ms_spade = MSSpade(channels, modalities, **asdict(config.ms_spade))
-    unet = UNet(3 * channels, channels, modalities, **asdict(config.unet))
-    mean, std = (torch.tensor(meta[name], dtype=torch.float32) for name in ("latent_mean", "latent_std"))
+    mean, std = (torch.tensor(meta["latents"][name], dtype=torch.float32) for name in ("mean", "std"))
+    ms_spade, unet = build_ms_spade(config, codec.latent_channels), build_unet(config, codec.latent_channels)
     return LatentDiffusion(config, codec, ms_spade, unet, mean, std)
 
 
-def build_regression_unet(config: Config) -> UNet:
-    """Build the plain U-Net: volume in, volume out, told source and target."""
-    return UNet(1, 1, len(config.modalities), **asdict(config.regression_unet), with_time=False)
+def check_limit(predictor: Predictor, limit: MemoryLimit) -> None:
+    """Refuse a limit that a translation cannot hold.
 
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    Raises:
+        UserError: it is below what the process holds already and the predictor needs; the message says the least.
+    """
+    held, needed = resident_bytes(), predictor.needed_bytes()
+    if limit.max_bytes < held + needed:
+        raise UserError(
+            f"--max-memory-gb {gigabytes(limit.max_bytes)} is too little for a volume of "
+            f"{' x '.join(map(str, predictor.config.preprocess.spatial_shape))} voxels: program and weights hold "
+            f"{gigabytes(held)} GB, a translation needs {gigabytes(needed)} GB more; give at least "
+            f"{gigabytes(held + needed)}" + ("" if predictor.config.precision == "bf16" else ", or --precision bf16")
+        )

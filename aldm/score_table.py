@@ -7,7 +7,7 @@ or one of the rows that keep a model honest (evaluation.py): identity, training-
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +29,18 @@ TABLE_D: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("pd", "t2"): ((27.834, 0.627), (0.067, 0.024), (0.925, 0.025)),
     ("pd", "pd"): ((29.396, 0.488), (0.042, 0.019), (0.939, 0.027)),
 }
-TABLE_D_PAPER_NOTE = (
-    "The paper's Table D (its own model, IXI's 115 test subjects, the row order of its second half read as T1, T2, PD):"
+TABLE_D_NOTE = (
+    "Table D of the paper's supplement: its own model on the 115 test subjects of IXI, other subjects and another split "
+    "than here; the region of its scores is not stated."
 )
+COMPARISON_NOTE = (
+    "Difference of mean PSNR over translations (source and target differ), one number per subject; the interval is the "
+    "paired t interval over subjects. `not certain`: it holds 0."
+)
+ONE_VALUE_PER_TARGET = (
+    "training-mean",
+    "reconstruction",
+)  # these do not depend on the source: the overview says it all
 
 
 class MethodKey(NamedTuple):
@@ -234,9 +243,42 @@ def comparisons(rows: Sequence[ScoreRow], region: str) -> str:
     return "\n".join(lines)
 
 
-def regions_of(rows: Iterable[ScoreRow]) -> list[str]:
-    """Return the regions in the order of their first row."""
-    return list(dict.fromkeys(row.region for row in rows))
+def timings(seconds: Mapping[MethodKey, Sequence[float]]) -> str:
+    """Return a table of the wall time of one volume (from model input to model output), per method."""
+    lines = ["| | seconds per volume, median | slowest | volumes |", "|---|---|---|---|"]
+    for key, values in seconds.items():
+        lines.append(f"| {key.label()} | {np.median(values):.3f} | {max(values):.3f} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapping[MethodKey, Sequence[float]]) -> str:
+    """Return the whole report as Markdown: per region an overview, who beats whom, and Table D's shape per method.
+
+    Args:
+        rows: all scores.
+        title: the first heading.
+        layout: of the store; with ixi the paper's Table D is printed next to ours.
+        seconds: wall times of the methods that were timed.
+    """
+    subjects = {row.subject_id for row in rows}
+    parts = [
+        f"# {title}",
+        f"{len(subjects)} subjects. Mean ± standard deviation over subjects (n - 1). PSNR in dB and SSIM: higher is better; "
+        "NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma 1.5; a region's "
+        "SSIM is the mean of the map over it. `volume` is the model's whole box. Synthetic images, for research use only.",
+    ]
+    for region in dict.fromkeys(row.region for row in rows):
+        parts += [f"## Region: {region}", overview(rows, region), "### Who beats whom", COMPARISON_NOTE]
+        parts += [comparisons(rows, region)]
+        for key in methods_of(rows):
+            if key.method in ONE_VALUE_PER_TARGET:
+                continue
+            parts += [f"### {key.label()}, {region}", table(rows, key, region)]
+        if layout == "ixi" and region != "lesion":
+            parts += ["### The paper", TABLE_D_NOTE, table_d()]
+    if seconds:
+        parts += ["## Time", timings(seconds)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

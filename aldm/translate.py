@@ -21,11 +21,10 @@ from aldm.data.modalities import modality_index
 from aldm.data.preprocess import prepare_volume, restore, unscale
 from aldm.data.volume import Volume
 from aldm.errors import UserError
-from aldm.predictors import Predictor, build_predictor
+from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.sampling import OnStep, check_sampling, sample_many
 
 NOTICE = "synthetic image, for research use only, not for diagnosis"
-KINDS = ("aldm", "unet")
 INTENSITIES = ("median", "unit")
 BRIDGE_STEPS_FOR_SAMPLES = 4
 """Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
@@ -74,28 +73,56 @@ class Translator:
         predictor.to(self.device).eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Translator":
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        sampling: SamplingConfig | None = None,
+        precision: str | None = None,
+        max_memory_gb: float | None = None,
+        scratch_dir: Path | None = None,
+    ) -> "Translator":
         """Read a translator folder; nothing else is needed.
 
         Args:
             folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
-                median_percentiles {modality: [low, high]} and, for kind aldm, latent_mean and latent_std.
+                data.median_percentiles {modality: [low, high]} and, for kind aldm, latents.mean and latents.std.
             device: where to compute.
+            sampling, precision: instead of the folder's own.
+            max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
+                by slab, with the same result.
+            scratch_dir: folder on a disk for what does not fit; None takes the system's for temporary files.
 
         Raises:
-            UserError: not such a folder, another format version, weights that do not fit the configuration.
+            UserError: not such a folder, another format version, weights that do not fit the configuration, or a limit
+                that a translation cannot hold.
         """
         checkpoint = load_checkpoint(folder, *KINDS)
-        config, meta = checkpoint.config, checkpoint.meta
-        predictor = build_predictor(checkpoint.kind, config, meta)
+        config = checkpoint.config
+        if sampling is not None:
+            config = replace(config, sampling=sampling)
+        if precision is not None:
+            config = replace(config, precision=precision)
+        predictor = build_predictor(checkpoint.kind, config, checkpoint.meta)
         load_weights(predictor, checkpoint.weights, folder)
-        percentiles = {name: (float(low), float(high)) for name, (low, high) in meta["median_percentiles"].items()}
+        percentiles = checkpoint.meta["data"]["median_percentiles"]
+        model_hash = checkpoint.hash
+        kind = checkpoint.kind
+        del checkpoint  # its copy of the weights
+        if max_memory_gb is not None:
+            if torch.device(device).type != "cpu":
+                raise UserError(
+                    "--max-memory-gb bounds the memory of a CPU: leave it out on a GPU, or give --device cpu"
+                )
+            predictor.limit = MemoryLimit(int(max_memory_gb * 1e9), scratch_dir)
+            check_limit(predictor, predictor.limit)
         return cls(
             predictor,
             config,
-            kind=checkpoint.kind,
-            median_percentiles=percentiles,
-            model_hash=checkpoint.hash,
+            kind=kind,
+            median_percentiles={name: (float(low), float(high)) for name, (low, high) in percentiles.items()},
+            model_hash=model_hash,
             device=device,
         )
 
@@ -156,6 +183,12 @@ class Translator:
             raise UserError(f"the array has shape {x.shape}, wanted the model's {self.config.preprocess.spatial_shape}")
         volume = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
         return self.predictor.encode(volume.to(self.device))
+
+    @torch.inference_mode()
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        """Return what is left of a volume, (spatial_shape) in [-1, 1], after encoding and decoding it."""
+        code = self.encode(x)
+        return self.predictor.decode(code).clamp(-1, 1)[0, 0].cpu().numpy()
 
     @torch.inference_mode()
     def translate_encoded(

@@ -28,6 +28,9 @@ class Echo(Predictor):
     def encode(self, x):
         return x
 
+    def decode(self, code):
+        return code
+
     def predict(self, code, source, target, sampling, generator, on_step):
         for step in range(sampling.num_inference_steps):
             if on_step is not None:

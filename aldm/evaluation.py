@@ -1,0 +1,247 @@
+"""Measure translators over a split of a store: every ordered pair of modalities, several samplers, honest company.
+
+Beside every model stand the rows that keep it honest:
+
+* identity: the source taken for the target (source and target differ). A model below it has learnt nothing.
+* training-mean: the mean training volume of the target, whatever the source.
+* reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
+
+Scores are taken on the model's box, on images in [0, 1] (metrics.py), over `volume` (the whole box), the store's mask
+(`brain`, or `foreground` where none is marked off) and `lesion` (the segmentation's voxels, where there is one).
+"""
+
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from aldm.config import SamplingConfig
+from aldm.data.store import SubjectRecord, VolumeStore
+from aldm.errors import UserError
+from aldm.metrics import score, to_unit
+from aldm.score_table import MethodKey, ScoreRow
+from aldm.translate import Translator
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A translator and the ways of sampling it that are measured."""
+
+    method: str
+    """Its name in the scores."""
+    translator: Translator
+    samplings: tuple[SamplingConfig, ...]
+    """At least one; the first one is the one that pictures show."""
+
+    def key(self, sampling: SamplingConfig) -> MethodKey:
+        """Return what the scores are filed under."""
+        if self.translator.kind != "aldm":
+            return MethodKey(self.method, "", 0)
+        return MethodKey(self.method, sampling.sampler, sampling.num_inference_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One translation, for a picture; volumes are (spatial_shape) in [0, 1]."""
+
+    subject_id: str
+    key: MethodKey
+    source_name: str
+    target_name: str
+    source: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+@dataclass
+class Evaluation:
+    """All that was measured."""
+
+    rows: list[ScoreRow] = field(default_factory=list)
+    seconds: dict[MethodKey, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Wall time of every translated volume, encoding and decoding included, s."""
+
+
+def evaluate(
+    store: VolumeStore,
+    subjects: Sequence[SubjectRecord],
+    candidates: Sequence[Candidate],
+    *,
+    seed: int = 0,
+    on_example: Callable[[Example], None] | None = None,
+    on_volume: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Score every candidate and the honest rows over every pair of modalities that a subject has.
+
+    Args:
+        store: prepared with the candidates' own preprocessing.
+        subjects: of the store.
+        candidates: at least one; the rows identity, training-mean and reconstruction are made once.
+        seed: of the samples; every (subject, source, target) has its own, the same for all candidates.
+        on_example: given every translation made with a candidate's first sampling.
+        on_volume: called after each translation (see `count_translations`).
+
+    Raises:
+        UserError: no subjects, or a candidate whose modalities or preprocessing are not the store's.
+    """
+    modalities = check_candidates(store, candidates)
+    if not subjects:
+        raise UserError(f"the store {store.path} has no subject to evaluate in this split")
+    result = Evaluation()
+    for record in subjects:
+        names = tuple(name for name in record.modalities if name in modalities)
+        volumes = {name: store.volume(record.subject_id, name) for name in names}
+        scorer = _Scorer(result.rows, record.subject_id, _regions(store, record), volumes)
+        _score_company(scorer, store, names, candidates)
+        for candidate in candidates:
+            for source in names:
+                _score_candidate(
+                    candidate,
+                    source,
+                    volumes,
+                    scorer,
+                    result.seconds,
+                    seed,
+                    on_example or _ignore,
+                    on_volume or _ignore,
+                )
+    return result
+
+
+def check_candidates(store: VolumeStore, candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Return the modalities that the store and all candidates know.
+
+    Raises:
+        UserError: none is shared, two candidates go by one name, or a candidate was trained on another grid.
+    """
+    shared = store.modalities
+    for candidate in candidates:
+        config = candidate.translator.config
+        shared = tuple(name for name in shared if name in config.modalities)
+        if config.preprocess != store.preprocess:
+            raise UserError(
+                f"the model {candidate.method!r} was trained with {config.preprocess}, the store {store.path} was "
+                f"prepared with {store.preprocess}: prepare the data with the model's preprocessing"
+            )
+    if not shared:
+        raise UserError(f"the store {store.path} ({', '.join(store.modalities)}) and the models share no modality")
+    names = [candidate.method for candidate in candidates]
+    if len(set(names)) < len(names):
+        raise UserError(f"two models go by one name ({', '.join(names)}): rename one's folder")
+    return shared
+
+
+def count_translations(store: VolumeStore, subjects: Sequence[SubjectRecord], candidates: Sequence[Candidate]) -> int:
+    """Return how many volumes `evaluate` will translate."""
+    modalities = check_candidates(store, candidates)
+    pairs = sum(len([name for name in record.modalities if name in modalities]) ** 2 for record in subjects)
+    return pairs * sum(len(candidate.samplings) for candidate in candidates)
+
+
+def pair_seed(seed: int, subject_id: str, source: str, target: str) -> int:
+    """Return the seed of one translation: other noise for every subject and pair, the same on every machine."""
+    return seed + zlib.crc32(f"{subject_id}/{source}/{target}".encode())
+
+
+class _Scorer:
+    """Files the scores of one subject."""
+
+    def __init__(
+        self,
+        rows: list[ScoreRow],
+        subject_id: str,
+        regions: Mapping[str, np.ndarray | None],
+        volumes: Mapping[str, np.ndarray],
+    ) -> None:
+        self.rows, self.subject_id, self.regions = rows, subject_id, regions
+        self.truth = {name: to_unit(volume) for name, volume in volumes.items()}
+
+    def add(self, key: MethodKey, source: str, target: str, prediction: np.ndarray) -> None:
+        """Score a prediction in [-1, 1]."""
+        for region, values in score(self.truth[target], to_unit(prediction), self.regions).items():
+            self.rows.append(
+                ScoreRow(
+                    self.subject_id,
+                    key.method,
+                    source,
+                    target,
+                    key.sampler,
+                    key.num_inference_steps,
+                    region,
+                    values.psnr_db,
+                    values.nmse,
+                    values.ssim,
+                )
+            )
+
+
+def _regions(store: VolumeStore, record: SubjectRecord) -> dict[str, np.ndarray | None]:
+    """Return the masks that a subject is scored over; a region without a voxel in the box is left out."""
+    regions: dict[str, np.ndarray | None] = {"volume": None}
+    masks = {record.region: store.mask(record.subject_id)}
+    labels = store.seg(record.subject_id)
+    if labels is not None:
+        masks["lesion"] = labels > 0
+    return regions | {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _score_company(scorer: _Scorer, store: VolumeStore, names: Sequence[str], candidates: Sequence[Candidate]) -> None:
+    """Score the rows that keep a model honest."""
+    codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
+    for target in names:
+        mean = store.training_mean(target)
+        for source in names:
+            if source != target:
+                scorer.add(MethodKey("identity", "", 0), source, target, scorer.truth[source] * 2 - 1)
+            scorer.add(MethodKey("training-mean", "", 0), source, target, mean)
+        if codec_of is not None:
+            truth = (scorer.truth[target] * 2 - 1).astype(np.float32)
+            scorer.add(MethodKey("reconstruction", "", 0), target, target, codec_of.reconstruct(truth))
+
+
+def _score_candidate(
+    candidate: Candidate,
+    source: str,
+    volumes: Mapping[str, np.ndarray],
+    scorer: _Scorer,
+    seconds: dict[MethodKey, list[float]],
+    seed: int,
+    on_example: Callable[[Example], None],
+    on_volume: Callable[[], None],
+) -> None:
+    """Translate one source into every target in every way, and score it. The source is encoded once."""
+    translator = candidate.translator
+    start = time.perf_counter()
+    code = translator.encode(volumes[source])
+    encoding_s = time.perf_counter() - start
+    for target in volumes:
+        for sampling in candidate.samplings:
+            start = time.perf_counter()
+            mean, std = translator.translate_encoded(
+                code, source, target, sampling=sampling, seed=pair_seed(seed, scorer.subject_id, source, target)
+            )
+            key = candidate.key(sampling)
+            seconds[key].append(encoding_s + time.perf_counter() - start)
+            scorer.add(key, source, target, mean)
+            if sampling is candidate.samplings[0]:
+                on_example(
+                    Example(
+                        scorer.subject_id,
+                        key,
+                        source,
+                        target,
+                        scorer.truth[source],
+                        scorer.truth[target],
+                        to_unit(mean),
+                        None if std is None else std / 2,
+                    )
+                )
+            on_volume()
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a callback that nobody gave."""
