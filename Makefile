@@ -1,4 +1,4 @@
-# make demo    everything once on simulated data: folder demo/ with a report to open in a browser
+# make demo    everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
 # make test    formatting, lint, types, import layers and all tests
 # make docs    write the generated pages of docs/ again
 # make clean   remove what these targets made, the environment included (results in demo/ stay)
@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)
-	$(BIN)/aldm demo --out demo --overwrite
+	$(BIN)/aldm demo --out demo
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .
