@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
 LAST, BEST = "last", "best"
+LOOP_STATE = "training.json"
+"""The file of a checkpoint that training.fit goes on from."""
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
@@ -81,6 +83,7 @@ class RunFolder:
             check_run_folder(path, resume, overwrite)
             if resume:
                 _check_same(path, stage, config)
+                run._recover()
             else:
                 run._clear()
             run._write_config(config)
@@ -109,7 +112,7 @@ class RunFolder:
         """
         step = 0
         if (self.path / LAST).is_dir():
-            step = int(json.loads((self.path / LAST / "training.json").read_text())["step"])
+            step = _step_of(self.path / LAST)
         metrics = self.path / METRICS_FILE
         if metrics.is_file():
             whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -145,8 +148,20 @@ class RunFolder:
                 for name in ("weights.safetensors", "config.json"):
                     shutil.copyfile(self.path / LAST / name, temporary / name)
 
+    def _recover(self) -> None:
+        """Remove what a killed process has left unfinished; keep a checkpoint whose replacement it did not live to see.
+
+        training.json is written last, so a folder that has it is whole.
+        """
+        left = list(self.path.glob(f".tmp-*-{LAST}"))
+        whole = {_step_of(folder): folder for folder in left if (folder / LOOP_STATE).is_file()}
+        if whole and not (self.path / LAST).exists():
+            os.rename(whole[max(whole)], self.path / LAST)
+        for folder in self.path.glob(".tmp-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _clear(self) -> None:
-        """Remove an earlier run, and what a killed one has left unfinished."""
+        """Remove an earlier run."""
         for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.path / LAST, self.path / BEST, *self.path.glob(".tmp-*")):
@@ -236,6 +251,10 @@ def git_state() -> dict[str, str | bool | None]:
     if commit is None:
         return {"git_commit": None, "git_changed": None}
     return {"git_commit": commit, "git_changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / LOOP_STATE).read_text())["step"])
 
 
 def _locked(path: Path) -> IO[str]:

@@ -29,8 +29,8 @@ from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, Player, Stage, StepInfo, Values, only_trainable
 from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
+from aldm.run_folder import LOOP_STATE
 
-LOOP_STATE = "training.json"
 __all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
 
 

@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the latents need {need_gib:.2f} GiB and {args.out.parent} has {have_gib:.2f} GiB free: free some space "
             "or write elsewhere"
         )
+    encode = encoder(codec, store.preprocess.spatial_shape, device, config.precision, args.max_memory_gb)
     if args.dry_run:
         print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB on {device}")
         return 0
-    encode = encoder(codec, store.preprocess.spatial_shape, device, config.precision, args.max_memory_gb)
     latents = encode_store(
         store, codec, codec_config, args.out, flips=args.flips, device=device, encode=encode, overwrite=args.overwrite
     )
@@ -81,9 +81,7 @@ def encoder(
     if max_memory_gb is not None:
         needed = resident_bytes() + floor_bytes(codec, shape)
         if max_memory_gb * 1e9 < needed:
-            raise UserError(
-                f"--max-memory-gb {max_memory_gb} is too little: encoding needs {gigabytes(needed)} at least"
-            )
+            raise UserError(f"--max-memory-gb {max_memory_gb} is too little: encoding needs {gigabytes(needed)} GB")
         return bounded
     free = psutil.virtual_memory().available
     if device.type == "cpu" and (needed := peak_bytes(lambda: whole(torch.zeros(1, 1, *shape)))) > free:
