@@ -7,7 +7,6 @@ Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel, mo
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.config import Config
@@ -79,6 +78,7 @@ def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num
         source, target: (B,) int64 modality ids.
         num_modalities: M.
     """
-    pair = torch.cat([F.one_hot(source, num_modalities), F.one_hot(target, num_modalities)], dim=1).to(volume)
+    one_hot = torch.eye(num_modalities, dtype=volume.dtype, device=volume.device)
+    pair = torch.cat([one_hot[source], one_hot[target]], dim=1)
     planes = pair.view(*pair.shape, 1, 1, 1).expand(-1, -1, *volume.shape[2:])
     return unet(torch.cat([volume, planes], dim=1), None, target, source)
