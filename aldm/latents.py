@@ -179,7 +179,7 @@ def encode_store(
             for modality in subject.modalities:
                 volume = torch.from_numpy(store.volume(subject.subject_id, modality)).to(device)[None, None]
                 for flip in range(num_flips):
-                    z = encode(volume.flip(2) if flip else volume)[0].float().cpu().numpy().astype(np.float16)
+                    z = encode(volume.flip(2) if flip else volume)[0].half().cpu().numpy()
                     _check_finite(z, subject.subject_id, modality)
                     latents.append((f"{modality}/{flip}", z))
                     if subject.split == "train" and not flip:
