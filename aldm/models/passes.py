@@ -27,6 +27,7 @@ from aldm.models.blocks import (
     ResBlock,
     Upsample,
     run_checkpointed,
+    upsample_conv,
 )
 
 Sides = tuple[int, int, int]
@@ -60,19 +61,16 @@ class Pass:
     @property
     def granularity(self) -> int:
         """Output rows come in multiples of this."""
-        return 2 if isinstance(self.layer, InverseHaarTransform) else 1
+        return 2 if self.upsample or isinstance(self.layer, InverseHaarTransform) else 1
 
 
 @dataclass(frozen=True)
 class Window:
-    """The input rows [start, stop) of a slab of output, and what is cut from and added to them before the layer."""
+    """The input rows [start, stop) of a slab of output, and the rows of zeros before and after them."""
 
     start: int
     stop: int
-    trim: tuple[int, int] = (0, 0)
-    """Rows of the upsampled input that the layer does not need, at the front and at the back."""
     pad: tuple[int, int] = (0, 0)
-    """Rows of zeros of the layer's padding."""
 
 
 def passes_of(block: nn.Module) -> list[Pass]:
@@ -97,12 +95,9 @@ def window(step: Pass, start: int, stop: int, length: int) -> Window:
     conv = _conv(step.layer)
     stride, padding = conv.stride[0], int(conv.padding[0])
     low, high = start * stride - padding, (stop - 1) * stride - padding + conv.kernel_size[0]
-    whole = 2 * length if step.upsample else length
-    pad = (max(0, -low), max(0, high - whole))
-    low, high = max(0, low), min(whole, high)
-    if not step.upsample:
-        return Window(low, high, pad=pad)
-    return Window(low // 2, -(-high // 2), trim=(low % 2, high % 2), pad=pad)
+    if step.upsample:
+        low, high = start // 2 - 1, stop // 2 + 1
+    return Window(max(0, low), min(length, high), pad=(max(0, -low), max(0, high - length)))
 
 
 class Whole(Protocol):
@@ -203,16 +198,15 @@ def _compute_slab(
     x = source.rows(need.start, need.stop)
     if affine is not None:
         x = F.silu(torch.addcmul(affine[1], x, affine[0]).to(x.dtype), inplace=not torch.is_grad_enabled())
-    if step.upsample:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        x = x[:, :, need.trim[0] : x.shape[2] - need.trim[1]]
     if any(need.pad):
         x = F.pad(x, (0, 0, 0, 0, *need.pad))
-    if isinstance(step.layer, nn.Conv3d):
+    if not isinstance(step.layer, nn.Conv3d):
+        x = step.layer(x)
+    elif step.upsample:
+        x = upsample_conv(x, step.layer, padding_x=0)
+    else:
         conv = step.layer
         x = F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, *conv.padding[1:]))
-    else:
-        x = step.layer(x)
     if residual is None:
         return x
     rest = residual.rows(start, stop)
@@ -248,18 +242,22 @@ class PlannedPass:
         return x, y, z
 
     def input_elements(self, rows: int) -> int:
-        """Return the most elements of one sample's input, upsampled, that a slab of that many output rows needs."""
-        layer, factor = self.step.layer, 2 if self.step.upsample else 1
-        if isinstance(layer, nn.Conv3d):
-            needed = (rows - 1) * layer.stride[0] + layer.kernel_size[0] + (2 if self.step.upsample else 0)
-            needed = min(needed, factor * self.sides[0] + 2 * int(layer.padding[0]))
+        """Return the most elements of one sample's input, padded, that a slab of that many output rows needs."""
+        layer = self.step.layer
+        if self.step.upsample:
+            needed = rows // 2 + 2
+        elif isinstance(layer, nn.Conv3d):
+            needed = (rows - 1) * layer.stride[0] + layer.kernel_size[0]
         else:
             needed = 2 * rows if isinstance(layer, HaarTransform) else rows // 2
-        return self.channels * needed * self.sides[1] * self.sides[2] * factor**2
+        return self.channels * needed * self.sides[1] * self.sides[2]
 
     def output_elements(self, rows: int) -> int:
         """Return the elements of one sample's slab of output, or of the residual where that is wider."""
-        return max(self.out_channels, self.residual_channels) * rows * self.out_sides[1] * self.out_sides[2]
+        channels, (_, y, z) = max(self.out_channels, self.residual_channels), self.out_sides
+        if self.step.upsample:
+            return channels * (rows + 2) * (y + 2) * (z + 2)
+        return channels * rows * y * z
 
     def largest_tensor(self, rows: int) -> int:
         """Return the elements of one sample in the largest tensor that a slab of that many output rows meets."""

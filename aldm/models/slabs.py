@@ -31,8 +31,9 @@ def slab_bytes(each: PlannedPass, batch: int, rows: int) -> int:
     """Return the memory that a slab of that many output rows takes.
 
     Twice the input (a normalised or padded copy, then the convolution's own layout), twice the output (the
-    convolution's layout, then the sum), the residual and twice the weights; the Haar transforms hold one copy more.
-    PyTorch's CPU convolution of a small fp32 input unfolds it: that is counted up to where it stops doing so.
+    convolution's layout, then the sum), the residual and twice the weights; interleaving what an upsampling computed
+    and the Haar transforms take one copy more. PyTorch's CPU convolution of a small fp32 input unfolds it: that is
+    counted up to where it stops doing so.
     """
     layer = each.step.layer
     inputs, outputs = batch * each.input_elements(rows), batch * each.output_elements(rows)
@@ -40,8 +41,9 @@ def slab_bytes(each: PlannedPass, batch: int, rows: int) -> int:
         return FLOAT_BYTES * 3 * (inputs + outputs)
     depth = each.out_sides[2]
     unfolded = layer.weight[0, 0].numel() * depth * min(UNFOLD_BELOW, batch * each.channels * rows * each.out_sides[1])
-    residual = outputs if each.step.adds_residual else 0
-    return FLOAT_BYTES * (2 * inputs + 2 * outputs + residual + unfolded + 2 * layer.weight.numel())
+    weights = (3 if each.step.upsample else 1) * layer.weight.numel()
+    residual = outputs if each.step.adds_residual or each.step.upsample else 0
+    return FLOAT_BYTES * (2 * inputs + 2 * outputs + residual + unfolded + 2 * weights)
 
 
 def _release_freed_memory() -> None:
