@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from aldm.config import Config, PreprocessConfig, Spacing
 from aldm.data.layouts import LAYOUTS, TABLE_COLUMNS
 from aldm.data.nifti_header import MAX_VOXELS
-from aldm.data.preparing import plan_store, prepare_store
+from aldm.data.prepare_plan import Request
+from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from pipelines.arguments import job_parser, resolve_config
 
@@ -20,31 +22,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job; raises UserError for everything that the user can mend."""
     args = _parser().parse_args(argv)
     config = _preprocess(args, resolve_config(args))
+    request = Request(
+        source=Path(args.source),
+        store=Path(args.store),
+        layout=args.layout,
+        config=config,
+        splits=None if args.splits is None else Path(args.splits),
+        overwrite=args.overwrite,
+        max_voxels=args.max_voxels,
+    )
     if args.dry_run:
-        plan = plan_store(
-            args.source,
-            args.store,
-            layout=args.layout,
-            config=config,
-            splits=args.splits,
-            num_processes=args.num_processes,
-            overwrite=args.overwrite,
-            max_voxels=args.max_voxels,
-        )
+        plan = plan_store(request, args.num_processes)
         print(plan.summary())
         print(f"every file is usable; {args.store} would be written with {config}")
         print(f"memory: about {plan.memory_per_process_gib:.1f} GiB a process")
         return
-    store = prepare_store(
-        args.source,
-        args.store,
-        layout=args.layout,
-        config=config,
-        splits=args.splits,
-        num_processes=args.num_processes,
-        overwrite=args.overwrite,
-        max_voxels=args.max_voxels,
-    )
+    store = run_request(request, args.num_processes)
     subjects = store.subjects()
     regions = ", ".join(sorted({record.region for record in subjects}))
     print(f"{store.path}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
@@ -96,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing store (to go on with an interrupted run, leave it out)",
+    )
     return parser
 
 

@@ -5,53 +5,83 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import TypeVar
+from multiprocessing.connection import wait as wait_for_sentinels
+from types import TracebackType
+from typing import Any, TypeVar
 
 from aldm.errors import UserError
-from aldm.progress import progress
+from aldm.progress import Progress, progress
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def parallel_map(
-    function: Callable[[T], R], items: Sequence[T], *, num_processes: int, description: str, unit: str
-) -> Iterator[R]:
-    """Yield function(item) of every item, in the order they finish.
+class Workers:
+    """A pool of processes, started when first needed; use it in a `with` block.
 
-    With one process the work is done in this one. Ctrl-C, or an exception, lets the tasks that run come to their end
-    and starts no other.
-
-    Args:
-        function: can be pickled, as can items and results.
-        items: the tasks.
-        num_processes: how many work at a time.
-        description: what the progress bar says.
-        unit: what it counts.
-
-    Raises:
-        UserError: a process was killed, which is what happens when memory runs out.
+    Ctrl-C, or an exception inside the block, lets the tasks that run come to their end and starts no other.
     """
-    num_processes = min(num_processes, len(items))
-    if num_processes <= 1:
-        yield from (function(item) for item in progress(items, description=description, unit=unit))
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker)
-    try:
-        futures = [executor.submit(function, item) for item in items]
-        for future in progress(as_completed(futures), total=len(futures), description=description, unit=unit):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{description}: one of {num_processes} processes was killed, most likely because memory ran out; "
-            "run it again with a smaller --num-processes (what is finished is kept)"
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, num_processes: int) -> None:
+        """Use at most `num_processes`; with one, the work is done in this process."""
+        self.num_processes = num_processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], *, description: str, unit: str, at_once: int | None = None
+    ) -> Iterator[R]:
+        """Yield function(item) of every item, in the order they finish.
+
+        Args:
+            function: can be pickled, as can items and results.
+            items: the tasks.
+            description: what the progress bar says.
+            unit: what it counts.
+            at_once: how many tasks may run at a time; None for all processes.
+
+        Raises:
+            UserError: a process was killed, which is what happens when memory runs out.
+        """
+        at_once = min(at_once or self.num_processes, self.num_processes, len(items))
+        bar: Progress[T] = progress(total=len(items), description=description, unit=unit)
+        with bar:
+            results = map(function, items) if at_once <= 1 else self._map_in_pool(function, items, at_once, description)
+            for result in results:
+                bar.update()
+                yield result
+
+    def _map_in_pool(
+        self, function: Callable[[T], R], items: Sequence[T], at_once: int, description: str
+    ) -> Iterator[R]:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.num_processes, mp_context=context, initializer=_start_worker)
+        waiting = list(reversed(items))
+        running: set[Future[Any]] = set()
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.add(self._pool.submit(function, waiting.pop()))
+                finished, running = wait_for(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{description}: one of {at_once} processes was killed, most likely because memory ran out; "
+                "run it again with a smaller --num-processes (what is finished is kept)"
+            ) from error
 
 
 def _start_worker() -> None:
@@ -61,7 +91,7 @@ def _start_worker() -> None:
     assert parent is not None
 
     def follow(sentinel: int) -> None:
-        wait([sentinel])
+        wait_for_sentinels([sentinel])
         os._exit(1)
 
     threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()

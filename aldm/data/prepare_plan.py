@@ -1,0 +1,170 @@
+"""What preparing a data set would do: its subjects, what is wrong with their files, whether the store may be written."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from aldm.config import PreprocessConfig, to_dict
+from aldm.data.integrity import SubjectCheck, check_subject, digest, stored_metadata
+from aldm.data.layouts import Problem, SubjectFiles, apply_splits, discover
+from aldm.data.modalities import sort_modalities
+from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.parallel import Workers
+from aldm.data.store import FORMAT_VERSION, MANIFEST_FILE, SPLITS, STORE_FILE, read_manifest, read_store_file
+from aldm.errors import UserError
+from aldm.files import check_folder
+
+_BYTES_PER_VOXEL = 24  # of a subject's files while it is prepared (measured at equal spacing: 8, with registration 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which data set becomes which store."""
+
+    source: Path
+    """Folder of the data set, or the CSV file of layout table."""
+    store: Path
+    """Folder of the store."""
+    layout: str
+    """brats, ixi, bids or table."""
+    config: PreprocessConfig
+    splits: Path | None = None
+    """CSV file of subject_id, split that wins over the layout's."""
+    overwrite: bool = False
+    """Whether a store of another configuration or other subjects may be replaced."""
+    max_voxels: int = MAX_VOXELS
+    """Limit on what a header may claim."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that file names are relative to."""
+        return self.source.parent if self.layout == "table" else self.source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What prepare_store would do."""
+
+    subjects: tuple[SubjectFiles, ...]
+    keys: dict[str, str]
+    """subject_id -> content key."""
+    finished: tuple[str, ...]
+    """Subjects whose shard is there already."""
+    fingerprint: str
+    memory_per_process_gib: float
+    """Expected peak of one process."""
+
+    def summary(self) -> str:
+        """Return the counts in a few lines."""
+        splits = Counter(subject.split for subject in self.subjects)
+        modalities = Counter(name for subject in self.subjects for name in subject.volumes)
+        complete = sum(len(subject.volumes) == len(modalities) for subject in self.subjects)
+        return "\n".join(
+            [
+                f"{len(self.subjects)} subjects: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
+                "volumes: " + ", ".join(f"{modalities[name]} {name}" for name in sort_modalities(modalities)),
+                f"{complete} subjects have every modality, {len(self.subjects) - complete} are used for the pairs "
+                "they have",
+                f"{len(self.finished)} subjects are prepared already, {len(self.subjects) - len(self.finished)} to do",
+            ]
+        )
+
+
+def make_plan(request: Request, workers: Workers) -> Plan:
+    """Find the subjects and check every file of the data set and the place of the store; writes nothing.
+
+    Raises:
+        UserError: everything that is wrong with the data set in one message, a line for each problem with its file; or
+            the store is one of another configuration and `overwrite` is off.
+    """
+    _check_place(request)
+    subjects, problems = discover(request.source, request.layout)
+    if request.splits is not None:
+        subjects = apply_splits(subjects, request.splits)
+    known = None if request.overwrite or not (request.store / STORE_FILE).is_file() else request.store
+    check = partial(check_subject, config=request.config, root=request.root, store=known, max_voxels=request.max_voxels)
+    checks = list(workers.map(check, subjects, description="checking the files", unit="subject"))
+    problems += [problem for result in checks for problem in result.problems]
+    if problems:
+        raise UserError(report(request.source, problems))
+    keys = {result.subject_id: result.key for result in sorted(checks, key=lambda result: result.subject_id)}
+    plan = Plan(
+        subjects=tuple(subjects),
+        keys=keys,
+        finished=tuple(sorted(result.subject_id for result in checks if result.finished)),
+        fingerprint=_fingerprint(subjects, keys, request),
+        memory_per_process_gib=_memory_gib(checks),
+    )
+    if known is not None:
+        _check_same_subjects(known, plan)
+    return plan
+
+
+def report(source: Path, problems: Sequence[Problem]) -> str:
+    """Return the message that names every problem with its file."""
+    lines = [f"  {problem.path}: {problem.message}" for problem in sorted(problems, key=lambda p: (p.path, p.message))]
+    count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
+    return "\n".join([f"{count} in {source}; mend or remove these files and run it again:", *lines])
+
+
+def _fingerprint(subjects: Sequence[SubjectFiles], keys: dict[str, str], request: Request) -> str:
+    """Return the sha256 of format version, layout, preprocessing, and each subject's split and content key."""
+    described = {subject.subject_id: [subject.split, keys[subject.subject_id]] for subject in subjects}
+    return digest(
+        {
+            "format_version": FORMAT_VERSION,
+            "layout": request.layout,
+            "preprocess": to_dict(request.config),
+            "subjects": described,
+        }
+    )
+
+
+def _check_place(request: Request) -> None:
+    """Refuse a place that holds something else than an earlier store of the same configuration."""
+    store = request.store
+    if request.overwrite or not (store / STORE_FILE).is_file():
+        check_folder(store, request.overwrite, marker=STORE_FILE)
+        return
+    header = read_store_file(store)
+    assert header is not None
+    wanted = {"layout": request.layout, **to_dict(request.config)}
+    stored = {"layout": header["layout"], **header["preprocess"]}
+    changes = [f"{key} {stored.get(key)} -> {wanted[key]}" for key in wanted if stored.get(key) != wanted[key]]
+    if changes:
+        raise UserError(
+            f"{store} is a store of another configuration ({'; '.join(changes)}): "
+            "give another folder, or --overwrite to replace it"
+        )
+    if not os.access(store, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {store}: the folder is read-only for this user")
+
+
+def _check_same_subjects(store: Path, plan: Plan) -> None:
+    """A finished store may grow; what is in it neither goes, nor changes, nor moves to another split."""
+    if not (store / MANIFEST_FILE).is_file():
+        return
+    splits = {subject.subject_id: subject.split for subject in plan.subjects}
+    changes = []
+    for record in read_manifest(store):
+        stored_key = stored_metadata(store, record.subject_id).get("key")
+        if record.subject_id not in splits:
+            changes.append(f"{record.subject_id} is not in the source")
+        elif record.split != splits[record.subject_id]:
+            changes.append(f"{record.subject_id} goes from {record.split} to {splits[record.subject_id]}")
+        elif stored_key not in (None, plan.keys[record.subject_id]):
+            changes.append(f"the files of {record.subject_id} changed")
+    if changes:
+        shown = "; ".join(changes[:5]) + ("; ..." if len(changes) > 5 else "")
+        raise UserError(
+            f"{store} holds {len(changes)} subjects that are no longer the same ({shown}): "
+            "give another folder, or --overwrite to replace the store"
+        )
+
+
+def _memory_gib(checks: Sequence[SubjectCheck]) -> float:
+    """Return the expected peak of one process, GiB: 0.2 for the program, the rest from the largest subject."""
+    return 0.2 + max((check.num_voxels for check in checks), default=0) * _BYTES_PER_VOXEL / 2**30
