@@ -66,7 +66,8 @@ class Pace:
         """Take note of a finished step (`step` steps are now done)."""
         self.elapsed_s += seconds
         self._durations = [*self._durations[-(MEASURED_STEPS - 1) :], seconds]
-        if step == MEASURED_STEPS or any(step == start + MEASURED_STEPS for start in self.starts if start > 0):
+        measured = not self._fitted and len(self._durations) == MEASURED_STEPS
+        if measured or any(step == start + MEASURED_STEPS for start in self.starts if start > 0):
             self._fit(step)
 
     def validation_done(self, step: int, seconds: float) -> None:
