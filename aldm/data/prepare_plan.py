@@ -1,4 +1,4 @@
-"""What preparing a data set would do: its subjects, what is wrong with their files, whether the store may be written."""
+"""What preparing a data set would do: its subjects, what is wrong with their files, and whether it may be written."""
 
 import os
 from collections import Counter
