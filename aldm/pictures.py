@@ -5,7 +5,7 @@ intensities in [0, 1]. The planes are shown as seen by the subject: right of the
 (axial, coronal) or front (sagittal), up is front (axial) or head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,6 +164,25 @@ def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "
     axes.set_xlabel("seconds per volume (log scale); the numbers are network evaluations", fontsize=9)
     axes.set_ylabel(f"mean PSNR, {region} (dB)", fontsize=9)
     axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_training_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, label: str) -> None:
+    """Write a PNG of a validation score over the steps of several trainings, one line each.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        curves: name -> (step, score) in order.
+        label: what the score is, with its unit.
+    """
+    figure = _figure(7.0, 3.6, "validation during training")
+    axes = figure.add_axes((0.1, 0.17, 0.86, 0.7))
+    for name, points in curves.items():
+        axes.plot([step for step, _ in points], [score for _, score in points], marker=".", label=name)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)
     _save(figure, path)
 

@@ -56,6 +56,14 @@ class Tissues:
     labels: Array
 
 
+def icbm152_file(kind: str) -> Path:
+    """Return the path of an ICBM152 map (1 mm, uint8) inside the installed nilearn: kind is gm, wm or t1."""
+    spec = importlib.util.find_spec("nilearn")  # importing it would take seconds
+    assert spec is not None, "nilearn is a dependency"
+    assert spec.origin is not None, "nilearn is installed as files"
+    return Path(spec.origin).parent / "datasets" / "data" / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+
+
 @lru_cache(maxsize=1)
 def _template() -> tuple[Array, Array]:
     """Return (fractions (3, X, Y, Z) of grey, white, csf; world coordinates of voxel 0) of ICBM152 at 1 mm.
@@ -65,13 +73,7 @@ def _template() -> tuple[Array, Array]:
     """
     import nibabel
 
-    spec = importlib.util.find_spec("nilearn")  # importing it would take seconds
-    assert spec is not None, "nilearn is a dependency"
-    assert spec.origin is not None, "nilearn is installed as files"
-    folder = Path(spec.origin).parent / "datasets" / "data"
-    images = {
-        key: nibabel.load(folder / f"mni_icbm152_{key}_tal_nlin_sym_09a_converted.nii.gz") for key in ("gm", "wm", "t1")
-    }
+    images = {kind: nibabel.load(icbm152_file(kind)) for kind in ("gm", "wm", "t1")}
     grey, white = (np.asanyarray(images[key].dataobj).astype(np.float32) / 255 for key in ("gm", "wm"))
     brain = np.asanyarray(images["t1"].dataobj) > 0
     fractions = np.stack([grey, white, np.clip(1 - grey - white, 0, 1)]) ** 2

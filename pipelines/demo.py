@@ -1,0 +1,219 @@
+"""aldm demo: every job of the method once, on simulated data, with a report."""
+
+import importlib
+import json
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aldm.cli import JOBS
+from aldm.errors import UserError
+from aldm.files import atomic_path, check_folder
+from pipelines.arguments import JobParser, job_parser, resolve_config
+
+logger = logging.getLogger(__name__)
+
+REPORT, RECORD, SPLITS = "report.html", "demo.json", "splits.csv"
+LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
+NUM_VALIDATION, NUM_TEST = 2, 4
+MINUTES = {"vqgan": 0.6, "ms-spade": 1.3, "diffusion": 2.6, "unet": 3.9}
+"""Time budgets of the trainings; the plain U-Net gets that of stages 2 and 3 together."""
+DESCRIPTION = f"""Simulate subjects in IXI's layout, prepare them, run the three trainings of the paper and a plain
+regression U-Net, score both on held-out subjects, translate one of those and the ICBM152 T1 average that nilearn ships,
+and write {REPORT}, which opens offline. Each step is an aldm command that is printed first and can be run by hand. Run
+again after an interruption, it goes on where it stopped."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    Attributes:
+        title: what it does.
+        command: the words after `aldm`.
+        output: the file or folder it makes.
+        budget_minutes: what it may take on two CPU cores.
+        again: the flag that goes on with, or replaces, an output that an interrupted demo left.
+    """
+
+    title: str
+    command: list[str]
+    output: Path
+    budget_minutes: float
+    again: str | None = "--overwrite"
+
+    @property
+    def line(self) -> str:
+        """The command as a user would type it."""
+        return "aldm " + shlex.join(self.command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm demo ARGUMENTS`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    config = resolve_config(args)
+    if args.num_subjects <= NUM_VALIDATION + NUM_TEST:
+        parser.error(f"--num-subjects is {args.num_subjects}, wanted more than {NUM_VALIDATION + NUM_TEST}")
+    settings = {
+        "preset": args.preset or "small",
+        "set": args.set,
+        "precision": args.precision,
+        "num_subjects": args.num_subjects,
+        "seed": args.seed,
+    }
+    out: Path = args.out
+    steps = plan(out, settings, config.preprocess.spacing_mm[0], args.device)
+    if args.dry_run:
+        print("\n".join(f"{step.budget_minutes:4.1f} min  {step.title}\n          $ {step.line}" for step in steps))
+        return 0
+    record = _open(out, settings, args.overwrite)
+    print(f"{len(steps)} steps, about {sum(step.budget_minutes for step in steps):.0f} minutes on two CPU cores")
+    for number, step in enumerate(steps, start=1):
+        _run(step, f"[{number}/{len(steps)}]", out, record)
+    from pipelines.demo_report import write_demo_report
+
+    write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
+    used = sum(step["seconds"] for step in record["steps"])
+    print(f"{used / 60:.1f} minutes in all; report: {out / REPORT}")
+    return 0
+
+
+def plan(out: Path, settings: dict[str, Any], spacing_mm: float, device: str) -> list[Step]:
+    """Return the commands of the demo, in order."""
+    from aldm.data.phantom import subject_name, volume_path
+    from aldm.data.phantom_anatomy import icbm152_file
+
+    flags = ["--preset", settings["preset"], "--device", device]
+    flags += [word for assignment in settings["set"] for word in ("--set", assignment)]
+    flags += ["--precision", settings["precision"]] if settings["precision"] else []
+    seed, runs = str(settings["seed"]), out / "runs"
+    held_out = volume_path(LAYOUT, subject_name(LAYOUT, settings["num_subjects"] - 1), SOURCE)
+
+    def job(*words: object) -> list[str]:
+        return [*map(str, words), *flags]
+
+    def train(stage: str, title: str, *words: object) -> Step:
+        minutes = MINUTES[stage]
+        command = job("train", stage, *words, "--run-dir", runs / stage, "--max-minutes", minutes, "--seed", seed)
+        return Step(title, command, runs / stage / "config.yaml", minutes, "--resume")
+
+    def translate(title: str, volume: Path, name: str) -> Step:
+        output = out / "translated" / f"{name}_{TARGET}.nii.gz"
+        command = ["translate", str(volume), str(output), "--model", str(out / "model"), "--device", device]
+        return Step(title, [*command, "--source", SOURCE, "--target", TARGET], output, 0.1)
+
+    data, store, latents, model, unet = (out / name for name in ("data", "store", "latents", "model", "unet"))
+    phantom = ("phantom", data, "--layout", LAYOUT, "--num-subjects", settings["num_subjects"], "--seed", seed)
+    stages = ("--ms-spade", runs / "ms-spade", "--diffusion", runs / "diffusion")
+    scores = ("evaluate", "--model", model, "--store", store, "--split", "test", "--out", out / "scores")
+    return [
+        Step("simulate subjects", job(*phantom, "--spacing-mm", spacing_mm), data, 0.5),
+        Step(
+            "check and prepare the data",
+            job("prepare", data, store, "--layout", LAYOUT, "--splits", out / SPLITS, "--num-processes", 2),
+            store / "store.json",
+            0.3,
+            None,
+        ),
+        train("vqgan", "stage 1: VQGAN between Haar transforms", "--store", store, "--set", "codec.kind=haar-vqgan"),
+        Step(
+            "encode with the lossless Haar codec",
+            job("encode", "--store", store, "--codec", "haar", "--out", latents),
+            latents,
+            0.1,
+        ),
+        train("ms-spade", "stage 2: MS-SPADE", "--latents", latents),
+        train("diffusion", "stage 3: diffusion", "--latents", latents, "--ms-spade", runs / "ms-spade"),
+        Step(
+            "export the translator", ["export", "--codec", "haar", *map(str, stages), "--out", str(model)], model, 0.05
+        ),
+        train("unet", "yardstick: plain regression U-Net", "--store", store),
+        Step("export the U-Net", ["export", "--unet", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
+        Step(
+            "score both on the held-out subjects",
+            [*map(str, scores), "--baseline", f"unet={unet}", "--device", device],
+            out / "scores",
+            1.0,
+        ),
+        translate("translate a held-out subject", data / held_out, "held_out"),
+        translate("translate the ICBM152 T1 average", icbm152_file("t1"), "icbm152"),
+    ]
+
+
+def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Make the folder, or go on with the demo that is in it; return its record."""
+    file = out / RECORD
+    if file.is_file() and not overwrite:
+        record: dict[str, Any] = json.loads(file.read_text())
+        if record["settings"] != settings:
+            raise UserError(
+                f"{out} holds a demo made with {record['settings']}, wanted {settings}: give another --out, or "
+                "--overwrite to start anew"
+            )
+        return record
+    check_folder(out, overwrite, marker=RECORD)
+    if out.exists():
+        shutil.rmtree(out)
+    for folder in (out, out / "runs", out / "translated"):
+        folder.mkdir()
+    _write_splits(out / SPLITS, settings["num_subjects"])
+    record = {"settings": settings, "steps": []}
+    _write_record(out, record)
+    return record
+
+
+def _write_splits(path: Path, num_subjects: int) -> None:
+    """The last subjects are the test split, those before them the validation split."""
+    from aldm.data.phantom import subject_name
+
+    first_test = num_subjects - NUM_TEST
+    lines = ["subject_id,split"]
+    for index in range(num_subjects):
+        split = "test" if index >= first_test else "validation" if index >= first_test - NUM_VALIDATION else "train"
+        lines.append(f"{subject_name(LAYOUT, index)},{split}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
+    """Run one command, unless an earlier start of the demo finished it, and note its time."""
+    if any(done["command"] == step.line for done in record["steps"]):
+        print(f"{counter} {step.title}: done before")
+        return
+    print(f"{counter} {step.title} (budget {step.budget_minutes:g} min)\n  $ {step.line}", flush=True)
+    job, *arguments = step.command
+    if step.again is not None and step.output.exists():
+        arguments.append(step.again)
+    begin = time.monotonic()
+    if importlib.import_module(JOBS[job][0]).main(arguments):
+        raise UserError(f"the step failed: {step.line}")
+    seconds = time.monotonic() - begin
+    print(f"  {seconds:.0f} s", flush=True)
+    record["steps"].append(
+        {
+            "title": step.title,
+            "command": step.line,
+            "budget_s": step.budget_minutes * 60,
+            "seconds": round(seconds, 1),
+        }
+    )
+    _write_record(out, record)
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    with atomic_path(out / RECORD, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _parser() -> JobParser:
+    parser = job_parser("demo", DESCRIPTION)
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that the demo makes")
+    parser.add_argument("--num-subjects", type=int, default=30, metavar="N", help="simulated subjects")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the data and of the trainings")
+    parser.add_argument("--overwrite", action="store_true", help="delete the demo in --out and start anew")
+    return parser
