@@ -16,7 +16,7 @@ from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, de
 from aldm.diffusion import make_schedule
 from aldm.errors import UserError
 from aldm.latents import standardise, unstandardise
-from aldm.memory import gigabytes, peak_bytes, resident_bytes
+from aldm.memory import gigabytes, peak_bytes, release_freed_memory, resident_bytes
 from aldm.models.codecs import Codec, build_codec
 from aldm.models.ms_spade import MSSpade
 from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
@@ -24,6 +24,8 @@ from aldm.models.unet import UNet
 from aldm.sampling import OnStep, sample
 
 KINDS = ("aldm", "unet")
+LOADED_LATER_BYTES = 128 * 10**6
+"""Libraries that the first convolution loads and what the allocator keeps, above what is held when a model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class MemoryLimit:
 
     def left(self) -> int:
         """Return what may still be allocated, bytes."""
+        release_freed_memory()
         return self.max_bytes - resident_bytes()
 
 
@@ -233,7 +236,7 @@ def check_limit(predictor: Predictor, limit: MemoryLimit) -> None:
     Raises:
         UserError: it is below what the process holds already and the predictor needs; the message says the least.
     """
-    held, needed = resident_bytes(), predictor.needed_bytes()
+    held, needed = resident_bytes(), predictor.needed_bytes() + LOADED_LATER_BYTES
     if limit.max_bytes < held + needed:
         raise UserError(
             f"--max-memory-gb {gigabytes(limit.max_bytes)} is too little for a volume of "

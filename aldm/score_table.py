@@ -30,8 +30,8 @@ TABLE_D: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("pd", "pd"): ((29.396, 0.488), (0.042, 0.019), (0.939, 0.027)),
 }
 TABLE_D_NOTE = (
-    "Table D of the paper's supplement: its own model on the 115 test subjects of IXI, other subjects and another split "
-    "than here; the region of its scores is not stated."
+    "Table D of the paper's supplement: its own model on the 115 test subjects of IXI, other subjects and another "
+    "split than here; the region of its scores is not stated."
 )
 COMPARISON_NOTE = (
     "Difference of mean PSNR over translations (source and target differ), one number per subject; the interval is the "
@@ -263,9 +263,10 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
     subjects = {row.subject_id for row in rows}
     parts = [
         f"# {title}",
-        f"{len(subjects)} subjects. Mean ± standard deviation over subjects (n - 1). PSNR in dB and SSIM: higher is better; "
-        "NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma 1.5; a region's "
-        "SSIM is the mean of the map over it. `volume` is the model's whole box. Synthetic images, for research use only.",
+        f"{len(subjects)} subjects. Mean ± standard deviation over subjects (n - 1). PSNR (dB) and SSIM: higher is "
+        "better; NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma "
+        "1.5; a region's SSIM is the mean of the map over it. `volume` is the model's whole box. Synthetic images, for "
+        "research use only.",
     ]
     for region in dict.fromkeys(row.region for row in rows):
         parts += [f"## Region: {region}", overview(rows, region), "### Who beats whom", COMPARISON_NOTE]
