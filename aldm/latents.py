@@ -130,6 +130,12 @@ class LatentStore:
         raw /= self.std[:, None, None, None]
         return raw
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Voxels x, y, z of a latent."""
+        first = self._subjects[0]
+        return self._reader(first.subject_id)[f"{first.modalities[0]}/0"].shape[1:]
+
     def _reader(self, subject_id: str) -> ShardReader:
         """Return a subject's shard, keeping the most recently used ones mapped."""
         reader = self._readers.pop(subject_id, None) or ShardReader(shard_path(self.path, subject_id))

@@ -170,7 +170,13 @@ def tiny() -> Config:
         train_vqgan=replace(
             base.train_vqgan, crop=(16, 16, 16), adversarial_start_step=2, discriminator_channels=4, **quick
         ),
-        train_ms_spade=replace(base.train_ms_spade, adversarial_start_step=2, discriminator_channels=4, **quick),
+        train_ms_spade=replace(
+            base.train_ms_spade,
+            adversarial_start_step=2,
+            discriminator_channels=4,
+            discriminator_layers=1,
+            **quick,
+        ),
         train_diffusion=replace(base.train_diffusion, **quick),
         train_unet=replace(base.train_unet, **quick),
     )

@@ -1,16 +1,16 @@
 """What the stages share: the configuration that fits the data, validation scores, the record of the latents."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aldm.config import CodecConfig, Config, PreprocessConfig, from_dict
+from aldm.config import CodecConfig, Config, PreprocessConfig, TrainingConfig, from_dict
 from aldm.errors import UserError
 from aldm.latents import LatentStore
-from aldm.players import Values
+from aldm.players import Loss, Player, Values
 
 
 def with_data(
@@ -42,6 +42,31 @@ def with_data(
         preprocess=from_dict(PreprocessConfig, preprocess, "preprocess."),
         codec=config.codec if codec is None else from_dict(CodecConfig, codec, "codec."),
     )
+
+
+def adversary(module: nn.Module, training: TrainingConfig, loss: Loss) -> Player:
+    """Return the discriminator's player: it starts with the adversarial term, and no average of it is kept."""
+    return Player("discriminator", module, replace(training, ema_decay=0.0), loss, training.adversarial_start_step)
+
+
+def check_patches(sides: Sequence[int], training: TrainingConfig, section: str) -> None:
+    """Refuse a discriminator whose stride-2 layers leave fewer than 2 patches along an axis (nothing to normalise
+    over).
+
+    Args:
+        sides: voxels of what it judges.
+        training: its `discriminator_layers`.
+        section: the training's name in the configuration, for the message.
+
+    Raises:
+        UserError: too many layers.
+    """
+    most = min(sides).bit_length() - 2
+    if training.discriminator_layers > most:
+        raise UserError(
+            f"{section}.discriminator_layers is {training.discriminator_layers}, on {' x '.join(map(str, sides))} "
+            f"voxels at most {most} leave 2 patches along every axis: set it to that, or take larger crops or volumes"
+        )
 
 
 def psnr_db(squared_error: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.config import Config
-from aldm.data.dataset import LatentPairs, VolumePairs, VolumeSamples
+from aldm.data.dataset import LatentPairs, VolumePairs, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
 from aldm.diffusion import make_schedule, training_loss_inputs
@@ -32,7 +32,7 @@ from aldm.models.codecs import build_codec
 from aldm.models.discriminator import PatchDiscriminator
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
 from aldm.sampling import check_sampling, sample
-from aldm.stage_data import latent_score, latent_values, latents_record, psnr_db, with_data
+from aldm.stage_data import adversary, check_patches, latent_score, latent_values, latents_record, psnr_db, with_data
 
 TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 """Memory for the outputs of the frozen MS-SPADE that the diffusion stage keeps."""
@@ -50,7 +50,7 @@ class VQGANStage:
         store: prepared volumes.
 
     Raises:
-        UserError: the codec has nothing to train, or the crop does not fit the volumes or the codec.
+        UserError: the codec has nothing to train, or the crop does not fit the volumes, the codec or the discriminator.
     """
 
     name = "vqgan"
@@ -74,15 +74,7 @@ class VQGANStage:
             self.discriminator = PatchDiscriminator(
                 1, self._training.discriminator_channels, self._training.discriminator_layers
             )
-            self.players.append(
-                Player(
-                    "discriminator",
-                    self.discriminator,
-                    replace(self._training, ema_decay=0.0),
-                    self._discriminator_loss,
-                    self._training.adversarial_start_step,
-                )
-            )
+            self.players.append(adversary(self.discriminator, self._training, self._discriminator_loss))
 
     def connect(self, engine: Engine) -> None:
         """Sum the codebook's statistics over the engine's ranks."""
@@ -171,7 +163,10 @@ class VQGANStage:
         return Export("codec", self.config, weights["codec"], meta)
 
     def _check_crop(self) -> None:
-        shape = self._training.crop or self._store.preprocess.spatial_shape
+        shape = checked_crop(self._training.crop, self._store.preprocess.spatial_shape)
+        shape = shape or self._store.preprocess.spatial_shape
+        if self._training.adversarial_weight > 0:
+            check_patches(shape, self._training, "train_vqgan")
         divisor = self.codec.downsampling
         if any(side % divisor for side in shape):
             raise UserError(
@@ -189,6 +184,9 @@ class MSSpadeStage:
     Args:
         config: ms_spade and train_ms_spade.
         latents: encoded volumes.
+
+    Raises:
+        UserError: the discriminator has too many layers for the latents.
     """
 
     name = "ms-spade"
@@ -198,6 +196,8 @@ class MSSpadeStage:
         self._latents, self._training = latents, config.train_ms_spade
         self.score, self.higher_is_better = latent_score(latents)
         number = len(self.config.modalities)
+        if self._training.adversarial_weight > 0:
+            check_patches(latents.sides, self._training, "train_ms_spade")
         self.ms_spade = build_ms_spade(self.config, latents.latent_channels)
         self.players = [Player("ms-spade", self.ms_spade, self._training, self._generator_loss)]
         self.discriminator: PatchDiscriminator | None = None
@@ -208,15 +208,7 @@ class MSSpadeStage:
                 self._training.discriminator_layers,
                 number + 1,
             )
-            self.players.append(
-                Player(
-                    "discriminator",
-                    self.discriminator,
-                    replace(self._training, ema_decay=0.0),
-                    self._discriminator_loss,
-                    self._training.adversarial_start_step,
-                )
-            )
+            self.players.append(adversary(self.discriminator, self._training, self._discriminator_loss))
 
     def connect(self, engine: Engine) -> None:
         """Nothing is frozen here."""
@@ -378,6 +370,7 @@ class RegressionStage:
     def __init__(self, config: Config, store: VolumeStore) -> None:
         self.config = with_data(config, store.modalities, asdict(store.preprocess))
         self._store, self._training = store, config.train_unet
+        checked_crop(self._training.crop, store.preprocess.spatial_shape)
         self.unet = build_regression_unet(self.config)
         self.players = [Player("unet", self.unet, self._training, self._loss)]
 
