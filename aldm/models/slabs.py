@@ -128,8 +128,9 @@ def floor_bytes(codec: Codec, shape: Sides) -> int:
         shape: X, Y, Z of the volume.
     """
     x, y, z = (side // codec.downsampling for side in shape)
-    encoder, decoder = plan(codec.encoder, 1, shape), plan(codec.decoder, codec.latent_channels, (x, y, z))
-    return max(_floor(codec, [each for block in blocks for each in block], 1) for blocks in (encoder, decoder))
+    return max(
+        _floor(codec, codec.encoder, 1, 1, shape), _floor(codec, codec.decoder, 1, codec.latent_channels, (x, y, z))
+    )
 
 
 @torch.no_grad()
@@ -148,7 +149,8 @@ def encode_bounded(codec: Codec, x: Tensor, max_bytes: int, scratch_dir: Path | 
             message says the least limit), or the scratch folder cannot be used or is full.
     """
     check_sides(x.shape[2:], codec.downsampling)
-    return _run_bounded(codec, codec.encoder, x, max_bytes, scratch_dir)
+    _check_limit(codec, codec.encoder, x, max_bytes)
+    return _run_bounded(codec.encoder, x, max_bytes, scratch_dir)
 
 
 @torch.no_grad()
@@ -157,17 +159,31 @@ def decode_bounded(codec: Codec, z: Tensor, max_bytes: int, scratch_dir: Path | 
 
     z is (B, latent_channels, x, y, z) and is quantised first where the codec has a codebook.
     """
+    _check_limit(codec, codec.decoder, z, max_bytes)
     if codec.quantizer is not None:
         z = codec.quantizer.lookup(z)
-    return _run_bounded(codec, codec.decoder, z, max_bytes, scratch_dir)
+    return _run_bounded(codec.decoder, z, max_bytes, scratch_dir)
 
 
-def _floor(codec: Codec, passes: list[PlannedPass], batch: int) -> int:
-    """Return the least limit for these passes: one row of the widest, and the result."""
+def _floor(codec: Codec, blocks: nn.Sequential, batch: int, channels: int, sides: Sides) -> int:
+    """Return the least limit: one row of the widest pass, or the code search, and the result."""
+    passes = [each for block in plan(blocks, channels, sides) for each in block]
     working = max(slab_bytes(each, batch, each.step.granularity) for each in passes)
-    if codec.quantizer is not None:
-        working = max(working, 2 * CHUNK_BYTES)
+    if blocks is codec.decoder and codec.quantizer is not None:
+        voxels = batch * sides[0] * sides[1] * sides[2]
+        distances = min(CHUNK_BYTES, FLOAT_BYTES * voxels * codec.quantizer.codebook_size)
+        working = max(working, distances + 4 * FLOAT_BYTES * voxels * (channels + 2))
     return MARGIN_BYTES + working + _output_bytes(passes[-1], batch)
+
+
+def _check_limit(codec: Codec, blocks: nn.Sequential, x: Tensor, max_bytes: int) -> None:
+    sides = (x.shape[2], x.shape[3], x.shape[4])
+    floor = _floor(codec, blocks, x.shape[0], x.shape[1], sides)
+    if max_bytes < floor:
+        raise UserError(
+            f"a memory limit of {max_bytes / 2**30:.3f} GiB is too small for this codec on {sides} voxels: the least "
+            f"is {floor / 2**30:.3f} GiB; raise the limit, or use a codec with fewer channels"
+        )
 
 
 def _output_bytes(each: PlannedPass, batch: int) -> int:
@@ -175,19 +191,13 @@ def _output_bytes(each: PlannedPass, batch: int) -> int:
     return FLOAT_BYTES * batch * each.out_channels * x * y * z
 
 
-def _run_bounded(codec: Codec, blocks: nn.Sequential, x: Tensor, max_bytes: int, scratch_dir: Path | None) -> Tensor:
+def _run_bounded(blocks: nn.Sequential, x: Tensor, max_bytes: int, scratch_dir: Path | None) -> Tensor:
     """Run the blocks; whole tensors stay in memory while slabs of WORKING_ROWS rows still fit beside them."""
     folder = Path(tempfile.gettempdir()) if scratch_dir is None else scratch_dir
     device = next((parameter.device for parameter in blocks.parameters()), x.device)
     batch, sides = x.shape[0], (x.shape[2], x.shape[3], x.shape[4])
     planned = plan(blocks, x.shape[1], sides)
     passes = [each for block in planned for each in block]
-    floor = _floor(codec, passes, batch)
-    if max_bytes < floor:
-        raise UserError(
-            f"a memory limit of {max_bytes / 2**30:.3f} GiB is too small for this codec on {sides} voxels: the least "
-            f"is {floor / 2**30:.3f} GiB; raise the limit, or use a codec with fewer channels"
-        )
     free = max_bytes - MARGIN_BYTES - _output_bytes(passes[-1], batch)
     working = min(free, max(slab_bytes(each, batch, min(WORKING_ROWS, each.out_sides[0])) for each in passes))
     block_input: Pieces | Store = Pieces(x.shape[1], sides, [x.to(device)])
@@ -211,6 +221,12 @@ def _run_bounded(codec: Codec, blocks: nn.Sequential, x: Tensor, max_bytes: int,
             stores = stores[-1:]
             block_input = stores[0]
         return stores[0].rows(0, stores[0].sides[0]).to(x.device)
+    except OSError as error:
+        needed = max(_output_bytes(each, batch) for each in passes)
+        raise UserError(
+            f"scratch folder {folder}: {error.strerror}; wanted an existing, writable folder on a disk with three "
+            f"times {needed / 2**30:.3f} GiB free, or a memory limit that needs no scratch file"
+        ) from error
     finally:
         for store in stores:
             store.close()

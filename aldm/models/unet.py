@@ -23,7 +23,7 @@ def time_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Te
     return F.pad(torch.cat((angles.cos(), angles.sin()), dim=1), (0, channels - 2 * half))
 
 
-class Stage(nn.Module):
+class ConditionedBlock(nn.Module):
     """A residual block and, at the levels that have it, self-attention."""
 
     def __init__(self, block: ResBlock, attention: Attention | None) -> None:
@@ -71,9 +71,9 @@ class UNet(nn.Module):
         self.activation_checkpointing = False
         embedding_channels = 4 * channels[0]
 
-        def stage(before: int, after: int, attention: bool) -> Stage:
+        def stage(before: int, after: int, attention: bool) -> ConditionedBlock:
             block = ResBlock(before, after, norm_groups, embedding_channels, conditioning)
-            return Stage(block, Attention(after, head_channels, norm_groups) if attention else None)
+            return ConditionedBlock(block, Attention(after, head_channels, norm_groups) if attention else None)
 
         self.time: nn.Sequential | None = None
         if with_time:
@@ -124,7 +124,7 @@ class UNet(nn.Module):
             embedding = embedding + self.pair(source * self.num_modalities + target)
         if self.time is not None:
             assert t is not None, "a U-Net with time needs t"
-            embedding = embedding + self.time(time_embedding(t, self.channels[0]))
+            embedding = embedding + self.time(time_embedding(t, self.channels[0]).to(embedding.dtype))
         return embedding
 
     def forward(self, x: Tensor, t: Tensor | None, target: Tensor, source: Tensor | None = None) -> Tensor:

@@ -1,0 +1,214 @@
+"""Vector quantisation against the naive search and the written-out moving averages."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from aldm.models.quantizer import REVIVE_AFTER_STEPS, Quantizer, nearest_code
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def dyadic(*shape: int) -> Tensor:
+    """Random eighths: their distances are exact in fp32, so ties are ties for every way of computing them."""
+    return torch.randint(-32, 32, shape) / 8
+
+
+def naive_search(z: Tensor, codebook: Tensor) -> Tensor:
+    return (z[:, None] - codebook[None]).square().sum(dim=-1).argmin(dim=1)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 100, 1000, None])
+def test_chunked_search_is_the_naive_argmin(chunk_rows: int | None) -> None:
+    z, codebook = dyadic(300, 3), dyadic(64, 3)
+    assert torch.equal(nearest_code(z, codebook, chunk_rows), naive_search(z, codebook))
+
+
+def test_an_offset_of_all_vectors_changes_no_code() -> None:
+    z, codebook = dyadic(500, 3), dyadic(64, 3)
+    assert torch.equal(nearest_code(z + 100.0, codebook + 100.0), naive_search(z + 100.0, codebook + 100.0))
+
+
+def test_the_search_is_fp32_under_autocast() -> None:
+    z, codebook = dyadic(500, 4), dyadic(64, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_code(z, codebook)
+    assert torch.equal(found, naive_search(z, codebook))
+
+
+def test_a_perfect_match_has_no_loss() -> None:
+    quantizer = Quantizer(8, 2).eval()
+    z = quantizer.codebook[torch.tensor([3, 0, 5, 5, 1, 7, 2, 6])].t().reshape(1, 2, 2, 2, 2)
+    out = quantizer(z)
+    assert out.commitment_loss == 0
+    assert out.indices is not None
+    assert out.indices.flatten().tolist() == [3, 0, 5, 5, 1, 7, 2, 6]
+    torch.testing.assert_close(out.z_q, z)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_gradients_go_straight_through_and_the_losses_are_those_of_the_paper(update: str) -> None:
+    quantizer = Quantizer(16, 3, update=update, commitment_weight=0.25).eval()
+    z = torch.randn(2, 3, 2, 2, 2, requires_grad=True)
+    out = quantizer(z)
+    (gradient,) = torch.autograd.grad(out.z_q.sum(), z, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.ones_like(z))
+    distance = (z - quantizer.lookup(z)).square().mean()
+    torch.testing.assert_close(out.commitment_loss, 0.25 * distance)
+    torch.testing.assert_close(out.codebook_loss, distance if update == "gradient" else torch.zeros(()))
+    (gradient,) = torch.autograd.grad(out.commitment_loss, z)
+    torch.testing.assert_close(gradient, 0.25 * 2 * (z - quantizer.lookup(z)).detach() / z.numel())
+
+
+def test_the_codebook_starts_on_vectors_of_the_first_batch() -> None:
+    quantizer = Quantizer(8, 2)
+    z = 5.0 + torch.randn(1, 2, 4, 4, 4)
+    quantizer._start_from(z.movedim(1, -1).reshape(-1, 2))
+    vectors = {tuple(row) for row in z.flatten(2)[0].t().tolist()}
+    assert all(tuple(code) in vectors for code in quantizer.codebook.tolist())
+    assert torch.unique(quantizer.codebook, dim=0).shape[0] == 8
+
+
+def test_more_codes_than_vectors_start_apart() -> None:
+    quantizer = Quantizer(64, 2).train()
+    quantizer(torch.randn(1, 2, 2, 2, 2))
+    assert torch.unique(quantizer.codebook, dim=0).shape[0] == 64
+
+
+def test_moving_averages_are_those_of_the_definition() -> None:
+    quantizer = Quantizer(4, 2, decay=0.9).train()
+    batches = [torch.randn(1, 2, 3, 3, 3) for _ in range(3)]
+    counts, sums, codebook = torch.zeros(4), torch.zeros(4, 2), None
+    for step, z in enumerate(batches):
+        rows = z.movedim(1, -1).reshape(-1, 2)
+        if codebook is None:
+            probe = copy.deepcopy(quantizer)
+            probe._start_from(rows)
+            codebook = probe.codebook.clone()
+        one_hot = torch.nn.functional.one_hot(naive_search(rows, codebook), 4).float()
+        old = 0.9 if step else 0.0
+        counts = old * counts + (1 - old) * one_hot.sum(dim=0)
+        sums = old * sums + (1 - old) * one_hot.t() @ rows
+        quantizer(z)
+        codebook = sums / counts[:, None]
+        torch.testing.assert_close(quantizer.codebook, codebook)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_the_codebook_learns_from_the_first_step(update: str) -> None:
+    quantizer = Quantizer(8, 3, update=update).train()
+    z = torch.randn(1, 3, 4, 4, 4)
+    start = copy.deepcopy(quantizer)
+    start._start_from(z.movedim(1, -1).reshape(-1, 3))
+    out = quantizer(z)
+    if update == "gradient":
+        (gradient,) = torch.autograd.grad(out.codebook_loss, list(quantizer.parameters()))
+        assert gradient.abs().sum() > 0
+    else:
+        assert not torch.allclose(quantizer.codebook, start.codebook)
+
+
+def test_evaluation_learns_nothing() -> None:
+    quantizer = Quantizer(8, 3).eval()
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(torch.randn(1, 3, 4, 4, 4))
+    quantizer.lookup(torch.randn(1, 3, 4, 4, 4))
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_dead_codes_move_to_encoder_outputs_and_count_as_used_when_they_are(update: str) -> None:
+    quantizer = Quantizer(32, 2, update=update).train()
+    z = torch.randn(1, 2, 8, 8, 8)
+    quantizer(z)
+    with torch.no_grad():
+        quantizer.codebook[16:] = 1000.0
+        quantizer.ema_sum[16:] = 1000.0 * quantizer.ema_count[16:, None]
+    quantizer.idle_steps.fill_(1000)
+    quantizer(z)
+    assert quantizer.usage() <= 0.5
+    for _ in range(2 * REVIVE_AFTER_STEPS):
+        quantizer(z)
+    assert quantizer.codebook.abs().max() < z.abs().max() + 1e-6
+    assert quantizer.usage() == 1.0
+
+
+def test_perplexity_counts_the_codes_that_are_used_alike() -> None:
+    quantizer = Quantizer(8, 1)
+    quantizer.ema_count.copy_(torch.tensor([3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(quantizer.perplexity(), torch.tensor(4.0))
+
+
+def test_a_resumed_codebook_goes_on_bit_for_bit() -> None:
+    batches = [torch.randn(1, 3, 4, 4, 4) for _ in range(REVIVE_AFTER_STEPS + 8)]
+    straight = Quantizer(64, 3).train()
+    for z in batches:
+        straight(z)
+    stopped = Quantizer(64, 3).train()
+    for z in batches[:5]:
+        stopped(z)
+    resumed = Quantizer(64, 3).train()
+    resumed.load_state_dict(stopped.state_dict())
+    torch.randn(17)  # the global generator is somewhere else
+    for z in batches[5:]:
+        resumed(z)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_two_ranks_agree_and_match_one_rank_with_the_whole_batch() -> None:
+    halves = torch.randn(2, 1, 2, 4, 4, 4)
+    whole = Quantizer(4, 2).train()
+    ranks = [copy.deepcopy(whole) for _ in range(2)]
+    start = torch.randn(4, 2)
+    for quantizer in (whole, *ranks):
+        quantizer.codebook.copy_(start)
+        quantizer.step.fill_(1)
+        quantizer.ema_count.fill_(1.0)
+        quantizer.ema_sum.copy_(start)
+    for _ in range(3):
+        run_ranks(ranks, list(halves))
+        whole(torch.cat(list(halves)))
+    for key in ("codebook", "ema_count", "ema_sum", "idle_steps"):
+        assert torch.equal(ranks[0].state_dict()[key], ranks[1].state_dict()[key])
+        torch.testing.assert_close(ranks[0].state_dict()[key], whole.state_dict()[key])
+
+
+def test_two_ranks_start_from_the_same_vectors_of_both() -> None:
+    ranks = [Quantizer(8, 2).train() for _ in range(2)]
+    batches = [torch.rand(1, 2, 4, 4, 4), 10 + torch.rand(1, 2, 4, 4, 4)]
+    run_ranks(ranks, batches)
+    assert torch.equal(ranks[0].codebook, ranks[1].codebook)
+    assert (ranks[0].codebook[:, 0] > 5).sum() == 4
+
+
+def run_ranks(ranks: list[Quantizer], batches: list[Tensor]) -> None:
+    """One step of every rank, each in a thread; `reduce` meets at a barrier as an all-reduce does."""
+    import threading
+
+    barrier = threading.Barrier(len(ranks), timeout=30)
+    values: list[Tensor | None] = [None] * len(ranks)
+
+    def work(rank: int) -> None:
+        def reduce(value: Tensor) -> Tensor:
+            values[rank] = value
+            barrier.wait()
+            total = sum(v for v in values if v is not None)
+            barrier.wait()
+            assert isinstance(total, Tensor)
+            return total
+
+        ranks[rank].rank = rank
+        ranks[rank].reduce = reduce
+        ranks[rank](batches[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,136 @@
+"""The U-Net: shapes, conditioning, padding; at the paper's size on the meta device."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from aldm.config import UNetConfig
+from aldm.models.blocks import ResBlock
+from aldm.models.unet import UNet, time_embedding
+from aldm.presets import brats, ixi
+
+SMALL = UNetConfig(
+    channels=(8, 12, 16), num_res_blocks=1, attention_levels=(1, 2), head_channels=4, norm_groups=4, embed_source=True
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def network(config: UNetConfig = SMALL, **arguments: bool) -> UNet:
+    """A U-Net whose last convolution is not zero, so that its output says something."""
+    model = UNet(5, 2, 3, **asdict(config), **arguments)
+    torch.nn.init.normal_(model.out.conv.weight, std=0.1)
+    return model
+
+
+def inputs(batch: int = 2, sides: tuple[int, int, int] = (8, 4, 12)) -> tuple[torch.Tensor, ...]:
+    return torch.randn(batch, 5, *sides), torch.arange(batch) * 100, torch.arange(batch) % 3, torch.ones(batch).long()
+
+
+def test_parameters_and_shapes_of_table_c() -> None:
+    with torch.device("meta"):
+        model = UNet(9, 3, 4, **asdict(brats().unet))
+        for sides in ((48, 48, 36), (40, 64, 56)):
+            ids = torch.zeros(1, dtype=torch.long)
+            assert model(torch.empty(1, 9, *sides), ids, ids).shape == (1, 3, *sides)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 166.5
+    assert brats().unet == ixi().unet
+
+
+def test_it_starts_by_predicting_zero() -> None:
+    model = UNet(5, 2, 3, **asdict(SMALL))
+    assert torch.equal(model(*inputs()), torch.zeros(2, 2, 8, 4, 12))
+
+
+@pytest.mark.parametrize("sides", [(6, 6, 5), (7, 9, 4), (1, 3, 2)])
+def test_sides_that_the_strides_do_not_divide(sides: tuple[int, int, int]) -> None:
+    model = network()
+    x, t, target, source = inputs(sides=sides)
+    padded = torch.nn.functional.pad(x, [p for side in reversed(sides) for p in (0, -side % 4)])
+    expected = model(padded, t, target, source)[:, :, : sides[0], : sides[1], : sides[2]]
+    out = model(x, t, target, source)
+    assert out.shape == (2, 2, *sides)
+    torch.testing.assert_close(out, expected)
+
+
+def test_samples_of_a_batch_do_not_meet() -> None:
+    model = network().double()
+    x, t, target, source = inputs(3)
+    x = x.double()
+    whole = model(x, t, target, source)
+    torch.testing.assert_close(whole[1:2], model(x[1:2], t[1:2], target[1:2], source[1:2]))
+
+
+@pytest.mark.parametrize("conditioning", ["add", "scale-shift"])
+def test_time_target_and_source_each_matter(conditioning: str) -> None:
+    model = network(replace(SMALL, conditioning=conditioning))
+    x, t, target, source = inputs(1)
+    out = model(x, t, target, source)
+    assert not torch.allclose(out, model(x, t + 1, target, source), atol=1e-6)
+    assert not torch.allclose(out, model(x, t, target + 1, source), atol=1e-6)
+    assert not torch.allclose(out, model(x, t, target, source + 1), atol=1e-6)
+
+
+def test_the_target_reaches_every_residual_block() -> None:
+    blocks = [module for module in network().modules() if isinstance(module, ResBlock)]
+    assert len(blocks) == 3 + 2 + 6
+    assert all(block.embedding is not None for block in blocks)
+
+
+def test_without_the_embedding_of_the_pair_the_source_is_not_asked_for() -> None:
+    model = network(replace(SMALL, embed_source=False))
+    x, t, target, source = inputs()
+    torch.testing.assert_close(model(x, t, target, None), model(x, t, target, source))
+
+
+def test_the_regression_unet_has_no_time() -> None:
+    model = network(with_time=False)
+    x, _, target, source = inputs()
+    assert model(x, None, target, source).shape == (2, 2, 8, 4, 12)
+    assert not any(name.startswith("time") for name, _ in model.named_parameters())
+
+
+def test_integer_and_float_times_are_the_same_times() -> None:
+    model = network()
+    x, t, target, source = inputs()
+    torch.testing.assert_close(model(x, t, target, source), model(x, t.float(), target, source))
+
+
+def test_time_embedding_is_its_definition() -> None:
+    embedding = time_embedding(torch.tensor([0, 7]), 8)
+    frequencies = torch.tensor([10_000 ** (-k / 4) for k in range(4)])
+    torch.testing.assert_close(embedding[0], torch.tensor([1.0] * 4 + [0.0] * 4))
+    torch.testing.assert_close(embedding[1], torch.cat(((7 * frequencies).cos(), (7 * frequencies).sin())))
+
+
+@pytest.mark.parametrize("attention", [(), (1, 2)])
+def test_every_parameter_gets_a_gradient_in_every_step(attention: tuple[int, ...]) -> None:
+    model = network(replace(SMALL, attention_levels=attention))
+    model(*inputs(1)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    model = network().double()
+    x, t, target, source = inputs()
+    gradients = []
+    for flag in (False, True):
+        model.activation_checkpointing = flag
+        out = model(x.double(), t, target, source)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(model.parameters())))
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_bf16_autocast_stays_near_fp32() -> None:
+    model = network()
+    arguments = inputs()
+    exact = model(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(*arguments)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
