@@ -286,10 +286,6 @@ class Config:
         _choice("precision", self.precision, ("fp32", "bf16"))
         if self.modalities != sort_modalities(self.modalities):
             raise UserError(f"modalities are {self.modalities}, wanted distinct and in the vocabulary's order")
-        if self.diffusion.image_space_loss and self.codec.kind != "haar":
-            raise UserError(
-                f"diffusion.image_space_loss needs an isometric codec (haar), the codec is {self.codec.kind}"
-            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

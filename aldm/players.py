@@ -114,12 +114,14 @@ class Stage(Protocol):
 
     Attributes:
         name: the stage's name.
+        config: resolved: what the data were made with is filled in.
         players: in the order in which a step runs them.
         score: name of the validation value that chooses the best checkpoint.
         higher_is_better: the direction of that value.
     """
 
     name: str
+    config: Config
     players: list[Player]
     score: str
     higher_is_better: bool

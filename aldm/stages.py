@@ -260,7 +260,7 @@ class DiffusionStage:
         ms_spade_hash: of its checkpoint.
 
     Raises:
-        UserError: the sampler of the configuration does not go with the objective.
+        UserError: the sampler of the configuration does not go with the objective, or the loss with the codec.
     """
 
     name = "diffusion"
@@ -268,6 +268,11 @@ class DiffusionStage:
     def __init__(self, config: Config, latents: LatentStore, ms_spade: nn.Module, ms_spade_hash: str) -> None:
         self.config = with_data(config, latents.modalities, latents.data["preprocess"], latents.codec)
         sampling = config.sampling
+        if config.diffusion.image_space_loss and not latents.isometric:
+            raise UserError(
+                f"diffusion.image_space_loss needs latents of an isometric codec (haar), these are of "
+                f"{latents.codec['kind']}: say --set diffusion.image_space_loss=false"
+            )
         check_sampling(config.diffusion, sampling.sampler, sampling.num_inference_steps, eta=sampling.eta)
         self._latents, self._training = latents, config.train_diffusion
         self._ms_spade, self._ms_spade_hash = ms_spade.eval().requires_grad_(False), ms_spade_hash

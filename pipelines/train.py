@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(args)
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
-    config = built.config  # type: ignore[attr-defined]
+    config = built.config
     training: TrainingConfig = getattr(config, _section(stage))
     if args.dry_run:
         print(_plan(stage, built, training, args, str(device)))
@@ -189,6 +189,7 @@ def _section(stage: str) -> str:
 def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, device: str) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
+    from aldm.planner import plan
 
     train, validation = built.samples("train"), built.samples("validation")
     lines = [
@@ -199,7 +200,7 @@ def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.N
     for player in built.players:
         number = sum(parameter.numel() for parameter in player.module.parameters())
         lines.append(f"  {player.name}: {number:,} parameters, from step {player.start_step}")
-    return "\n".join(lines)
+    return "\n".join([*lines, plan(built.config, stage).describe()])
 
 
 def _no_stage(arguments: list[str]) -> int:

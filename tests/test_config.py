@@ -51,7 +51,6 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, bf16"),
         ({"modalities": ["t2", "t1"]}, "wanted distinct and in the vocabulary's order"),
         ({"modalities": ["t1", "t7"]}, "unknown modality 't7': known are t1, t1ce, t2, flair, pd"),
-        ({"diffusion": {"image_space_loss": True}}, "needs an isometric codec"),
         ({"diffusion": {"zero_terminal_snr": True}}, "zero_terminal_snr is singular for objective 'epsilon'"),
     ],
 )

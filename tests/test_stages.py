@@ -270,6 +270,13 @@ def test_a_sampler_that_does_not_go_with_the_objective_is_refused_before_trainin
         diffusion_stage(latents, config)
 
 
+def test_the_image_space_loss_needs_an_isometric_codec(latents: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "isometric", False)
+    config = replace(tiny(), diffusion=DiffusionConfig(objective="v", image_space_loss=True))
+    with pytest.raises(UserError, match="image_space_loss needs latents of an isometric codec"):
+        diffusion_stage(latents, config)
+
+
 def test_the_image_space_loss_weighs_channels(latents: LatentStore) -> None:
     diffusion = DiffusionConfig(objective="regression", image_space_loss=True)
     one_step = SamplingConfig(sampler="one-step", num_inference_steps=1)

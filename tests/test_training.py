@@ -63,7 +63,7 @@ class LineStage:
 
     def __init__(self, config: TrainingConfig, adversary_starts: int | None = None) -> None:
         torch.manual_seed(0)
-        self.config = config
+        self.config = Config()
         self.model, self.adversary = nn.Linear(1, 1), nn.Linear(1, 1)
         self.players = [Player("line", self.model, config, self.loss)]
         if adversary_starts is not None:
