@@ -25,7 +25,7 @@ from aldm.sampling import OnStep, sample
 
 KINDS = ("aldm", "unet")
 LOADED_LATER_BYTES = 128 * 10**6
-"""Libraries that the first convolution loads and what the allocator keeps, above what is held when a model is loaded."""
+"""What comes on top once a loaded model starts to work: libraries of the first convolution, the allocator's reserve."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""`aldm translate`: NIfTI files or DICOM series in, the same anatomy in another modality out, on the same grid."""
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aldm.config import SAMPLERS, SamplingConfig
+from aldm.data.modalities import MODALITIES, modality_index
+from aldm.data.nifti_header import MAX_VOXELS
+from aldm.errors import UserError
+from aldm.progress import progress
+from pipelines.arguments import JobParser, job_parser
+from pipelines.translate_files import (
+    DICOM,
+    NIFTI,
+    RESULTS_FILE,
+    Result,
+    Task,
+    check_outputs,
+    find_inputs,
+    make_folder,
+    plan_tasks,
+    read_input,
+    write_results,
+    writing,
+)
+from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
+
+if TYPE_CHECKING:
+    from aldm.translate import Translator
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Translate 3D MR volumes into another modality. The result has exactly the input's grid: shape, affine,
+qform and sform codes, units. It is synthetic, for research use only, and a JSON file beside it says how it was made."""
+ALL = "all"
+EXIT_FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm translate ARGUMENTS`; 2 when some inputs of a batch failed.
+
+    Raises:
+        UserError: everything that the user can mend.
+    """
+    args = _parser().parse_args(argv)
+    config = model_config(args.model, args)
+    targets = config.modalities if args.target == ALL else (args.target,)
+    for name in (args.source, *targets):
+        modality_index(name, config.modalities)
+    inputs, is_batch = find_inputs(args.input)
+    into_folder = is_batch or len(targets) > 1
+    tasks = plan_tasks(
+        inputs,
+        args.output,
+        targets,
+        into_folder=into_folder,
+        format=args.format,
+        uncertainty=args.uncertainty,
+    )
+    if is_batch and (args.output / RESULTS_FILE).exists() and not args.overwrite:
+        raise UserError(f"{args.output} holds the results of an earlier batch: give another OUTPUT, or --overwrite")
+    folders = [folder for folder in (args.output, args.uncertainty) if into_folder and folder is not None]
+    new = [folder for folder in folders if make_folder(folder)]
+    try:
+        if not is_batch:
+            check_outputs(tasks[0], format=args.format, overwrite=args.overwrite)
+        translator = load_translator(args.model, config, args)
+        sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
+        if args.uncertainty is not None and sampling.num_samples < 2:
+            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+        if args.dry_run:
+            return _dry_run(tasks, translator, sampling, args)
+        if is_batch:
+            return _translate_batch(tasks, translator, sampling, args)
+        _translate(tasks[0], translator, sampling, args)
+        return 0
+    finally:
+        for folder in new:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _translate(task: Task, translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace) -> None:
+    """Translate one input into every target; all results appear, or none."""
+    overwrite, keep_patient = args.overwrite, args.keep_patient
+    with writing(task, format=args.format, overwrite=overwrite, keep_patient=keep_patient) as writer:
+        volume, source = read_input(task, args.max_voxels)
+        targets = [output.target for output in task.outputs]
+        evaluations = sampling.num_inference_steps * sampling.num_samples * len(targets)
+        with progress(total=evaluations, description=task.path.name, unit="step") as bar:
+            results = translator.translate_each(
+                volume,
+                args.source,
+                targets,
+                sampling=sampling,
+                seed=args.seed,
+                intensity=args.intensity,
+                on_step=lambda done, total: bar.update(),
+            )
+            for output, result in zip(task.outputs, results, strict=True):
+                result.provenance["input"] = task.path.name
+                writer.write(output, result, source)
+
+
+def _translate_batch(
+    tasks: Sequence[Task], translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace
+) -> int:
+    """Translate one input after another, whatever happens to each; results.csv grows line by line."""
+    results: list[Result] = []
+    failed = 0
+    for task in tasks:
+        start, message = time.perf_counter(), ""
+        try:
+            _translate(task, translator, sampling, args)
+        except UserError as error:
+            message = str(error)
+            logger.error("%s failed: %s", task.path, message)
+        except Exception as error:  # one bad file must not stop a night's work; the log keeps the traceback
+            message = f"internal error: {type(error).__name__}: {error}"
+            logger.exception("%s failed", task.path)
+        failed += bool(message)
+        seconds, status = round(time.perf_counter() - start, 3), "failed" if message else "ok"
+        for output in task.outputs:
+            path = str(output.path) if not message else ""
+            results.append(Result(str(task.path), args.source, output.target, path, status, seconds, message))
+        write_results(args.output / RESULTS_FILE, results)
+    print(f"{len(tasks) - failed} of {len(tasks)} inputs translated; see {args.output / RESULTS_FILE}")
+    return EXIT_FAILED if failed else 0
+
+
+def _dry_run(
+    tasks: Sequence[Task], translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace
+) -> int:
+    """Read every input, say what would be written and how much memory that takes."""
+    from aldm.memory import gigabytes, resident_bytes
+
+    failed = 0
+    for task in tasks:
+        try:
+            check_outputs(task, format=args.format, overwrite=args.overwrite)
+            volume, _ = read_input(task, args.max_voxels)
+        except UserError as error:
+            failed += 1
+            print(f"cannot be translated: {error}")
+            continue
+        spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
+        print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm")
+        for output in task.outputs:
+            print(f"  {args.source} -> {output.target}: {output.path}")
+    if translator.kind == "aldm":
+        print(
+            f"sampler {sampling.sampler}, {sampling.num_inference_steps} steps, {sampling.num_samples} samples, "
+            f"eta {sampling.eta:g}, seed {args.seed}"
+        )
+    held, needed = resident_bytes(), translator.predictor.needed_bytes()
+    print(f"memory: program and weights {gigabytes(held)} GB, a translation at least {gigabytes(needed)} GB more")
+    return EXIT_FAILED if failed else 0
+
+
+def _parser() -> JobParser:
+    parser = job_parser("translate", DESCRIPTION, default_preset="the model's own configuration")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="a NIfTI file (.nii, .nii.gz), a DICOM series folder, a folder of NIfTI files, or a quoted glob",
+    )
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        type=Path,
+        help="the NIfTI file to write (with --format dicom a folder); a folder for several inputs or --target all, "
+        f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
+    )
+    add_translator_arguments(parser)
+    names = ", ".join(MODALITIES)
+    parser.add_argument("--source", required=True, help=f"modality of the input ({names}; the model may know fewer)")
+    parser.add_argument("--target", required=True, help=f"wanted modality, or {ALL} for every one that the model knows")
+    parser.add_argument(
+        "--sampler", metavar="S", help=f"{', '.join(SAMPLERS)}; those that go with the model (default: the model's)"
+    )
+    parser.add_argument(
+        "--num-inference-steps", type=int, metavar="N", help="network evaluations per sample (default: the model's)"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, metavar="K", help="samples; the result is their mean (default: the model's)"
+    )
+    parser.add_argument(
+        "--eta",
+        type=float,
+        help="stochasticity of ddim and bridge, 0 to 1 (default: the model's; 1 for several samples)",
+    )
+    parser.add_argument(
+        "--uncertainty",
+        type=Path,
+        metavar="FILE",
+        help="write the voxelwise standard deviation of the samples here, in the result's units; a folder where "
+        "OUTPUT is one (default: not written)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i")
+    parser.add_argument(
+        "--intensity",
+        choices=("median", "unit"),
+        default="median",
+        help="median scales the result to the training set's median percentiles of the target; unit to [0, 1]",
+    )
+    parser.add_argument(
+        "--format",
+        choices=(NIFTI, DICOM),
+        default=NIFTI,
+        help="nifti, or dicom: a derived MR series marked as synthetic (INPUT is a series then too)",
+    )
+    parser.add_argument(
+        "--keep-patient",
+        action="store_true",
+        help="with --format dicom: join the input's study and copy who the patient is",
+    )
+    parser.add_argument(
+        "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
+    return parser

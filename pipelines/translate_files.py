@@ -1,0 +1,306 @@
+"""The files of `aldm translate`: which inputs there are, where each result goes, and how one is read and written."""
+
+import csv
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aldm.errors import UserError
+from aldm.files import atomic_path, check_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aldm.data.dicom import DicomSource
+    from aldm.data.nifti_header import NiftiSource
+    from aldm.data.volume import Volume
+    from aldm.translate import Translation
+
+RESULTS_FILE = "results.csv"
+NIFTI, DICOM = "nifti", "dicom"
+_SUFFIXES = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where one translation of one input goes."""
+
+    target: str
+    path: Path
+    """A NIfTI file, or with DICOM a folder."""
+    uncertainty: Path | None
+    """A NIfTI file; None where it is not wanted."""
+
+    @property
+    def sidecar(self) -> Path:
+        """The JSON file beside it that says how it was made."""
+        return self.path.with_name(_stem(self.path) + ".json")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One input and all that is made of it."""
+
+    path: Path
+    is_series: bool
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of results.csv."""
+
+    input: str
+    source: str
+    target: str
+    output: str
+    status: str
+    """ok or failed."""
+    seconds: float
+    message: str
+
+
+def find_inputs(pattern: str) -> tuple[list[Path], bool]:
+    """Return the inputs that INPUT names, sorted, and whether they are a batch (a folder of NIfTI files, or a glob).
+
+    Raises:
+        UserError: nothing is there.
+    """
+    from aldm.data.dicom import is_series_folder
+
+    path = Path(pattern)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.lower().endswith(_SUFFIXES) and file.is_file())
+        if files:
+            return files, True
+        if is_series_folder(path):
+            return [path], False
+        raise UserError(f"{path} holds no NIfTI file (.nii, .nii.gz) and no DICOM series")
+    if path.exists():
+        return [path], False
+    if glob.has_magic(pattern):
+        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"nothing matches {pattern}")
+        return found, True
+    raise UserError(f"{path} does not exist")
+
+
+def plan_tasks(
+    inputs: Sequence[Path],
+    output: Path,
+    targets: Sequence[str],
+    *,
+    into_folder: bool,
+    format: str,
+    uncertainty: Path | None,
+) -> list[Task]:
+    """Return what is made of each input, and where.
+
+    Into a folder, the results of scan.nii.gz are scan_synthetic-t2.nii.gz and its standard deviation
+    scan_synthetic-t2_std.nii.gz.
+
+    Args:
+        inputs: files or series folders.
+        output: OUTPUT; a folder with `into_folder`.
+        targets: modalities.
+        into_folder: whether OUTPUT (and `uncertainty`) name folders that hold all results.
+        format: nifti or dicom.
+        uncertainty: where the standard deviation goes; None where it is not wanted.
+
+    Raises:
+        UserError: a name that is not a NIfTI file's, two results by one name, a result that would replace an input, or
+            DICOM from something else than a series.
+    """
+    tasks = []
+    for path in inputs:
+        is_series = path.is_dir()
+        if format == DICOM and not is_series:
+            raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
+        outputs = []
+        for target in targets:
+            suffix = ".nii.gz" if is_series else path.name[len(_stem(path)) :]
+            name = f"{_stem(path)}_synthetic-{target}"
+            place, spread = output, uncertainty
+            if into_folder:
+                place = output / (name if format == DICOM else name + suffix)
+                spread = None if uncertainty is None else uncertainty / f"{name}_std{suffix}"
+            outputs.append(Output(target, place, spread))
+        tasks.append(Task(path, is_series, tuple(outputs)))
+    if not into_folder:
+        _check_suffixes([uncertainty] if format == DICOM else [output, uncertainty])
+    _check_names(tasks)
+    return tasks
+
+
+def _check_suffixes(paths: Sequence[Path | None]) -> None:
+    for path in paths:
+        if path is not None and _stem(path) in (path.name, ""):
+            raise UserError(f"{path}: wanted a name that ends in .nii or .nii.gz")
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    """Refuse results that would replace each other or an input."""
+    written: dict[Path, Path] = {}
+    read = {task.path.resolve() for task in tasks}
+    for task in tasks:
+        for output in task.outputs:
+            for path in (output.path, output.sidecar, output.uncertainty):
+                if path is None:
+                    continue
+                if path.resolve() in read:
+                    raise UserError(f"{path} is an input and would be replaced: give another OUTPUT")
+                if path.resolve() in written:
+                    raise UserError(
+                        f"{task.path} and {written[path.resolve()]} would both be written to {path}: translate them "
+                        "apart, or rename one"
+                    )
+                written[path.resolve()] = task.path
+
+
+def read_input(task: Task, max_voxels: int) -> tuple["Volume", "NiftiSource | DicomSource"]:
+    """Read and check an input; raises UserError for everything that makes it unusable."""
+    from aldm.data.dicom import read_series
+    from aldm.data.volume import load_nifti
+
+    read: Callable[..., Any] = read_series if task.is_series else load_nifti
+    volume, source = read(task.path, max_voxels=max_voxels)
+    return volume, source
+
+
+class _NothingToWrite(Exception):
+    """Leaves a file's context without the file."""
+
+
+def check_outputs(task: Task, *, format: str, overwrite: bool) -> None:
+    """Refuse what `writing` would refuse at its start, without leaving a trace.
+
+    Raises:
+        UserError: as `writing`.
+    """
+    try:
+        with writing(task, format=format, overwrite=overwrite, keep_patient=False):
+            raise _NothingToWrite
+    except _NothingToWrite:
+        pass
+
+
+def make_folder(path: Path) -> bool:
+    """Make a folder where there is none and say whether it is new.
+
+    Raises:
+        UserError: a file is there, its parent folder is missing or cannot be written to.
+    """
+    if path.is_dir():
+        return False
+    if path.exists():
+        raise UserError(f"{path} is a file, wanted a folder for several results")
+    check_folder(path)
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+    return True
+
+
+@contextmanager
+def writing(task: Task, *, format: str, overwrite: bool, keep_patient: bool) -> Iterator["Writer"]:
+    """Check that all results of a task can be written, take them, and let all appear at the end, or none.
+
+    Raises:
+        UserError: a result exists and `overwrite` is False, a folder is missing or read-only, or the disk is full.
+    """
+    from aldm.data.dicom import FIRST_FILE
+
+    with ExitStack() as stack:
+        temporary: dict[Path, Path] = {}
+        for output in task.outputs:
+            if format == DICOM:
+                check_folder(output.path, overwrite, marker=FIRST_FILE)
+            for path in (None if format == DICOM else output.path, output.sidecar, output.uncertainty):
+                if path is not None:
+                    temporary[path] = stack.enter_context(atomic_path(path, overwrite))
+        writer = Writer(temporary, format, overwrite, keep_patient)
+        yield writer
+        writer.finish()
+
+
+class Writer:
+    """Writes the results of one input."""
+
+    def __init__(self, temporary: dict[Path, Path], format: str, overwrite: bool, keep_patient: bool) -> None:
+        self._temporary, self._format, self._overwrite, self._keep_patient = temporary, format, overwrite, keep_patient
+        self._series: list[Callable[[], object]] = []
+
+    def write(self, output: Output, result: "Translation", source: "NiftiSource | DicomSource") -> None:
+        """Write one translation, its uncertainty and its sidecar."""
+        made = result.provenance
+        if self._format == DICOM:
+            self._later(output, result, source)
+        else:
+            self._write_nifti(output.path, result.volume.data, result.volume, source, describe(made))
+        if output.uncertainty is not None:
+            assert result.uncertainty is not None, "several samples were asked for"
+            words = f"standard deviation of {describe(made)}"
+            self._write_nifti(output.uncertainty, result.uncertainty, result.volume, source, words)
+        record = {"output": output.path.name, **made}
+        if output.uncertainty is not None:
+            record["uncertainty"] = output.uncertainty.name
+        self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """Write the DICOM series, which appear at once, after everything else has been computed."""
+        for write in self._series:
+            write()
+
+    def _write_nifti(
+        self, path: Path, data: "np.ndarray", volume: "Volume", source: "NiftiSource | DicomSource", description: str
+    ) -> None:
+        from aldm.data.nifti_header import NiftiSource, source_of
+        from aldm.data.volume import save_nifti, to_source_orientation
+
+        grid = source if isinstance(source, NiftiSource) else source_of(volume.affine, data.shape, path)
+        save_nifti(self._temporary[path], to_source_orientation(data, grid), grid, description=description)
+
+    def _later(self, output: Output, result: "Translation", source: "NiftiSource | DicomSource") -> None:
+        from aldm.data.dicom import DicomSource, write_series
+
+        assert isinstance(source, DicomSource)
+        made = result.provenance
+        self._series.append(
+            lambda: write_series(
+                output.path,
+                result.volume.data,
+                source,
+                description=f"{made['target']} from {made['source']}",
+                derivation=json.dumps(made),
+                keep_patient=self._keep_patient,
+                overwrite=self._overwrite,
+            )
+        )
+
+
+def describe(made: dict[str, Any]) -> str:
+    """Return the provenance in the 79 characters of a NIfTI header's `descrip`."""
+    how = f" {made['sampler']} {made['num_inference_steps']} seed {made['seed']}" if "sampler" in made else ""
+    return f"synthetic {made['target']} from {made['source']}, {made['model_kind']} {made['model_hash'][:8]}{how}"
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Write results.csv, a line per translation asked for; replaces what is there."""
+    with atomic_path(path, overwrite=True) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([field.name for field in fields(Result)])
+        writer.writerows(astuple(result) for result in results)
+
+
+def _stem(path: Path) -> str:
+    """Return the name without .nii or .nii.gz."""
+    for suffix in _SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name

@@ -1,0 +1,89 @@
+"""What `aldm translate` and `aldm evaluate` share: the translator folder, how it samples, the memory it may use."""
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aldm.config import Config, from_dict, override
+from aldm.errors import UserError
+from aldm.presets import load_preset
+from pipelines.arguments import JobParser, select_device
+
+if TYPE_CHECKING:
+    from aldm.translate import Translator
+
+CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing")
+"""What may differ from a trained model's own configuration; trainings (train_*) have no say either."""
+
+
+def add_translator_arguments(parser: JobParser) -> None:
+    """Add the flags that choose a translator and its limits."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="translator folder, written by aldm export"
+    )
+    parser.add_argument(
+        "--max-memory-gb",
+        type=float,
+        metavar="G",
+        help="most memory this process may hold, GB (10^9 bytes), on a CPU: the codec then runs slab by slab with the "
+        "same result; refused below what the model needs (default: no limit)",
+    )
+    parser.add_argument(
+        "--scratch-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder on a disk for what --max-memory-gb keeps out of memory (default: the system's temporary folder)",
+    )
+
+
+def model_config(folder: Path, args: argparse.Namespace) -> Config:
+    """Return a translator folder's configuration with what --preset, --set and --precision change for its use.
+
+    Raises:
+        UserError: not a translator folder, or the networks or the data's preprocessing are to be changed: a trained
+            model carries them.
+    """
+    from aldm.checkpoint import read_checkpoint_record
+    from aldm.predictors import KINDS
+
+    record = read_checkpoint_record(folder)
+    if record["kind"] not in KINDS:
+        raise UserError(
+            f"{folder} holds a checkpoint of kind {record['kind']!r}, wanted a translator folder "
+            f"({' or '.join(KINDS)}): make one with aldm export"
+        )
+    own = from_dict(Config, record["config"])
+    used = own
+    if args.preset is not None:
+        preset = load_preset(args.preset)
+        _check_same(own, replace(preset, modalities=own.modalities), f"--preset {args.preset}", folder)
+        used = replace(own, sampling=preset.sampling, precision=preset.precision)
+    used = override(used, args.set)
+    _check_same(own, used, f"--set {' '.join(args.set)}", folder)
+    return used if args.precision is None else replace(used, precision=args.precision)
+
+
+def load_translator(folder: Path, config: Config, args: argparse.Namespace) -> "Translator":
+    """Load a translator folder with the sampling and precision of `config`, on the device that the flags ask for."""
+    from aldm.translate import Translator
+
+    return Translator.load(
+        folder,
+        select_device(args),
+        sampling=config.sampling,
+        precision=config.precision,
+        max_memory_gb=args.max_memory_gb,
+        scratch_dir=args.scratch_dir,
+    )
+
+
+def _check_same(own: Config, wanted: Config, flag: str, folder: Path) -> None:
+    """Refuse a change of what a trained model carries."""
+    names = [field.name for field in fields(Config) if not field.name.startswith("train_")]
+    changed = [name for name in names if name not in CHANGEABLE and getattr(own, name) != getattr(wanted, name)]
+    if changed:
+        raise UserError(
+            f"{flag} changes {', '.join(changed)}, which the trained model {folder} carries: leave it out; sampling.* "
+            "and --precision can be changed"
+        )
