@@ -285,7 +285,8 @@ class DiffusionStage:
 
     def connect(self, engine: Engine) -> None:
         """Move the frozen MS-SPADE to the engine's device."""
-        self._ms_spade.to(engine.device)
+        if next(self._ms_spade.parameters()).device != engine.device:  # the planner's fake tensors cannot be moved
+            self._ms_spade.to(engine.device)
         self._std = torch.from_numpy(self._latents.std).to(engine.device)
         self._weights = image_space_weights(self._std) if self.config.diffusion.image_space_loss else None
 
