@@ -202,21 +202,18 @@ def table_d() -> str:
     names = ("t1", "t2", "pd")
     lines = ["| PSNR (dB) / NMSE / SSIM | " + " | ".join(f"-> {name}" for name in names) + " |", "|---" * 4 + "|"]
     for source in names:
-        texts = [
-            " / ".join(
-                f"{mean:.{digits}f} ± {std:.{digits}f}"
-                for (mean, std), digits in zip(TABLE_D[source, target], (2, 3, 3), strict=True)
-            )
-            for target in names
-        ]
+        texts = [" / ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in TABLE_D[source, target]) for target in names]
         lines.append(f"| {source} -> | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
 def overview(rows: Sequence[ScoreRow], region: str) -> str:
-    """Return a table with a line per method: its translations (source and target differ) and its diagonal."""
+    """Return a table with a line per method: its translations (source and target differ) and its diagonal.
+
+    Mean and spread are over volumes: all subjects and pairs together.
+    """
     lines = [
-        f"| {region}: PSNR (dB) / NMSE / SSIM | translations | n | source = target | n |",
+        f"| {region}: PSNR (dB) / NMSE / SSIM | translations | volumes | source = target | volumes |",
         "|---|---|---|---|---|",
     ]
     for key in methods_of(rows):
@@ -263,8 +260,8 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
     subjects = {row.subject_id for row in rows}
     parts = [
         f"# {title}",
-        f"{len(subjects)} subjects. Mean ± standard deviation over subjects (n - 1). PSNR (dB) and SSIM: higher is "
-        "better; NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma "
+        f"{len(subjects)} subjects. Mean ± standard deviation (n - 1) over subjects, in each region's first table over "
+        "all its volumes. PSNR (dB) and SSIM: higher is better; NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma "
         "1.5; a region's SSIM is the mean of the map over it. `volume` is the model's whole box. Synthetic images, for "
         "research use only.",
     ]

@@ -1,0 +1,260 @@
+"""`aldm evaluate`: score a translator, and what stands beside it, over all pairs of modalities of a store."""
+
+import argparse
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aldm.config import SAMPLERS, SamplingConfig, to_dict
+from aldm.errors import UserError
+from aldm.files import atomic_folder, check_folder
+from aldm.progress import progress
+from pipelines.arguments import JobParser, job_parser
+from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
+
+if TYPE_CHECKING:
+    from aldm.data.store import SubjectRecord, VolumeStore
+    from aldm.evaluation import Candidate, Evaluation, Example
+    from aldm.score_table import MethodKey
+    from aldm.translate import Translator
+
+logger = logging.getLogger(__name__)
+
+SCORES, TABLES, TIMES, CARD, RECORD, PICTURES = (
+    "scores.csv",
+    "scores.md",
+    "times.csv",
+    "quality.png",
+    "evaluation.json",
+    "pictures",
+)
+DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a store's split, source = target included:
+PSNR, NMSE and SSIM over the whole volume, the brain and, where there is a segmentation, the lesion. Beside it stand the
+source itself (identity), the training set's mean volume, the codec alone (reconstruction) and other translators
+(--baseline). Writes {SCORES}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
+ALL = "all"
+STEPS_OF_ALL = {"ddpm": (), "one-step": (1,), "bridge": (1, 2, 4, 10)}
+"""Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm evaluate ARGUMENTS`.
+
+    Raises:
+        UserError: everything that the user can mend.
+    """
+    args = _parser().parse_args(argv)
+    check_folder(args.out, args.overwrite, marker=SCORES)
+    from aldm.data.store import VolumeStore
+    from aldm.evaluation import check_candidates, count_translations, evaluate
+    from aldm.score_table import overview
+
+    store = VolumeStore.open(args.store)
+    if args.max_subjects is not None and args.max_subjects < 1:
+        raise UserError(f"--max-subjects is {args.max_subjects}, wanted at least 1")
+    subjects = store.subjects(args.split)[: args.max_subjects]
+    candidates = _candidates(args)
+    modalities = check_candidates(store, candidates)
+    if not subjects:
+        raise UserError(f"the store {args.store} has no subject in the split {args.split}: give another --split")
+    left_out = [name for name in store.modalities if name not in modalities]
+    if left_out:
+        logger.warning("not every model knows %s: left out", ", ".join(left_out))
+    total = count_translations(store, subjects, candidates)
+    if args.dry_run:
+        return _dry_run(candidates, subjects, modalities, total)
+    with atomic_folder(args.out, args.overwrite, marker=SCORES) as folder:
+        pictured = {record.subject_id for record in subjects[: args.pictures]}
+        with progress(total=total, description="evaluate", unit="volume") as bar:
+            result = evaluate(
+                store,
+                subjects,
+                candidates,
+                seed=args.seed,
+                on_example=lambda example: _draw(example, pictured, store, folder),
+                on_volume=bar.update,
+            )
+        _write(folder, result, store, args)
+        _write_record(folder / RECORD, candidates, store, args)
+    regions = dict.fromkeys(row.region for row in result.rows)
+    print("\n\n".join(overview(result.rows, region) for region in regions))
+    print(f"\nall tables: {args.out / TABLES}")
+    return 0
+
+
+def _candidates(args: argparse.Namespace) -> list["Candidate"]:
+    """Load --model and every --baseline."""
+    from aldm.evaluation import Candidate
+
+    config = model_config(args.model, args)
+    model = load_translator(args.model, config, args)
+    candidates = [Candidate(model.kind, model, _samplings(model, args))]
+    for text in args.baseline:
+        name, separator, folder = text.partition("=")
+        path = Path(folder if separator else text)
+        own = argparse.Namespace(**{**vars(args), "preset": None, "set": []})  # those are for --model
+        other = load_translator(path, model_config(path, own), args)
+        candidates.append(Candidate(name if separator else other.kind, other, (other.sampling(),)))
+    return candidates
+
+
+def _samplings(model: "Translator", args: argparse.Namespace) -> tuple[SamplingConfig, ...]:
+    """Return the ways of sampling that are measured, the model's own first.
+
+    Raises:
+        UserError: a sampler that does not go with the model, or something that is not SAMPLER:STEPS.
+    """
+    from aldm.sampling import allowed_samplers
+
+    own = model.sampling(num_samples=args.num_samples)
+    wanted: list[SamplingConfig] = [own]
+    texts = list(args.samplers)
+    if model.kind != "aldm" and texts:
+        raise UserError(f"--samplers: a {model.kind} model has no sampler")
+    if texts == [ALL]:
+        length = model.config.diffusion.num_train_timesteps
+        texts = []
+        for name in allowed_samplers(model.config.diffusion.objective):
+            steps = STEPS_OF_ALL.get(name, (4, 10, 50)) or (length,)
+            texts += [f"{name}:{count}" for count in steps if count <= length]
+    for text in texts:
+        name, separator, count = text.partition(":")
+        if separator and not count.isdigit():
+            raise UserError(f"--samplers {text!r} is not of the form SAMPLER:STEPS, such as ddim:10")
+        wanted.append(model.sampling(name, int(count) if separator else None, args.num_samples))
+    return tuple(dict.fromkeys(wanted))
+
+
+def _dry_run(
+    candidates: Sequence["Candidate"], subjects: Sequence["SubjectRecord"], modalities: Sequence[str], total: int
+) -> int:
+    """Say what would be measured and how much memory that takes."""
+    from aldm.memory import gigabytes, resident_bytes
+
+    print(f"{len(subjects)} subjects, modalities {', '.join(modalities)}: {total} translations")
+    for candidate in candidates:
+        ways = ", ".join(candidate.key(sampling).label() for sampling in candidate.samplings)
+        needed = resident_bytes() + candidate.translator.predictor.needed_bytes()
+        print(f"{candidate.method}: {ways}; at least {gigabytes(needed)} GB of memory")
+    return 0
+
+
+def _draw(example: "Example", pictured: set[str], store: "VolumeStore", folder: Path) -> None:
+    """Write the panel of a translation, where it is one of those wanted."""
+    from aldm.pictures import save_translation_panel
+
+    if example.subject_id not in pictured or example.source_name == example.target_name:
+        return
+    (folder / PICTURES).mkdir(exist_ok=True)
+    name = f"{example.subject_id}_{example.key.method}_{example.source_name}-to-{example.target_name}.png"
+    save_translation_panel(
+        folder / PICTURES / name,
+        source=example.source,
+        prediction=example.prediction,
+        target=example.target,
+        uncertainty=example.uncertainty,
+        source_name=example.source_name,
+        target_name=example.target_name,
+        spacing_mm=store.preprocess.spacing_mm,
+        title=f"{example.subject_id}, {example.key.label()}",
+    )
+
+
+def _write(folder: Path, result: "Evaluation", store: "VolumeStore", args: argparse.Namespace) -> None:
+    """Write all files but the panels and the record."""
+    from aldm.score_table import document, write_csv
+
+    write_csv(folder / SCORES, result.rows)
+    _write_times(folder / TIMES, result.seconds)
+    tables = document(
+        result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
+    )
+    (folder / TABLES).write_text(tables)
+    _draw_card(folder / CARD, result)
+
+
+def _write_record(
+    path: Path, candidates: Sequence["Candidate"], store: "VolumeStore", args: argparse.Namespace
+) -> None:
+    """Write what was measured with what, so that the scores explain themselves."""
+    from aldm.run_folder import git_state
+
+    record = {
+        "store": str(store.path),
+        "store_fingerprint": store.fingerprint,
+        "layout": store.layout,
+        "split": args.split,
+        "max_subjects": args.max_subjects,
+        "seed": args.seed,
+        **git_state(),
+        "models": [
+            {
+                "method": candidate.method,
+                "kind": candidate.translator.kind,
+                "hash": candidate.translator.model_hash,
+                "samplings": [to_dict(sampling) for sampling in candidate.samplings],
+                "config": to_dict(candidate.translator.config),
+            }
+            for candidate in candidates
+        ],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write_times(path: Path, seconds: Mapping["MethodKey", Sequence[float]]) -> None:
+    """Write times.csv: a line per translated volume."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["method", "sampler", "num_inference_steps", "seconds"])
+        for key, values in seconds.items():
+            writer.writerows([*key, f"{value:.4f}"] for value in values)
+
+
+def _draw_card(path: Path, result: "Evaluation") -> None:
+    """Draw mean PSNR of the translations (source and target differ) against the median time of a volume."""
+    import numpy as np
+
+    from aldm.pictures import CardPoint, save_quality_card
+
+    regions = {row.region for row in result.rows}
+    region = next((name for name in ("brain", "foreground") if name in regions), "volume")
+    points = []
+    for key, values in result.seconds.items():
+        rows = [r for r in result.rows if r.key == key and r.region == region and r.source != r.target]
+        if rows:
+            mean_db = float(np.mean([row.psnr_db for row in rows]))
+            points.append(CardPoint(*key, seconds=float(np.median(values)), psnr_db=mean_db))
+    if points:  # a store of one modality has no translation to show
+        save_quality_card(path, points, title="quality and latency", region=region)
+
+
+def _parser() -> JobParser:
+    parser = job_parser("evaluate", DESCRIPTION, default_preset="the model's own configuration")
+    add_translator_arguments(parser)
+    parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="which subjects")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--samplers",
+        nargs="+",
+        default=[],
+        metavar="SAMPLER[:STEPS]",
+        help=f"measure these as well, such as ddim:10 ({', '.join(SAMPLERS)}), or {ALL} that go with the model, "
+        "each at several numbers of steps (default: the model's own alone)",
+    )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="another translator folder to measure beside the model, such as a plain unet; repeatable (default: none)",
+    )
+    parser.add_argument("--num-samples", type=int, metavar="K", help="samples averaged (default: the model's)")
+    parser.add_argument("--max-subjects", type=int, metavar="N", help="the first N subjects only (default: all)")
+    parser.add_argument("--pictures", type=int, default=1, metavar="N", help="subjects that panels are drawn of")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --out")
+    return parser
