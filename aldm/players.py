@@ -139,6 +139,32 @@ class Stage(Protocol):
         """Return what a checkpoint holds, given the weights of every player (averaged where an average is kept)."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a training between two steps, handed to `on_checkpoint` on every rank.
+
+    Attributes:
+        step: steps done.
+        is_best: whether the last validation was the best so far.
+        values: the last validation.
+        write: writes this rank's share of all that resuming needs into a folder; rank 0 adds the checkpoint itself.
+    """
+
+    step: int
+    is_best: bool
+    values: dict[str, float]
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training ended: steps done, the last validation, and the best score so far (None without validation)."""
+
+    step: int
+    values: dict[str, float]
+    best: float | None
+
+
 @contextlib.contextmanager
 def only_trainable(player: Player, players: Sequence[Player]) -> Iterator[None]:
     """Freeze the parameters of all other players inside the block; what was frozen before stays so.

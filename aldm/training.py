@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +25,12 @@ from aldm.engine import AveragedModule, PlainEngine
 from aldm.errors import UserError
 from aldm.interrupts import DeferredInterrupts
 from aldm.pace import MEASURED_STEPS, Pace, learning_rate
-from aldm.players import Batch, Engine, Player, Stage, StepInfo, Values, only_trainable
+from aldm.players import Batch, Engine, FitResult, Player, Snapshot, Stage, StepInfo, Values, only_trainable
 from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
 from aldm.run_folder import LOOP_STATE
 
 __all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a training between two steps, handed to `on_checkpoint` on every rank.
-
-    Attributes:
-        step: steps done.
-        is_best: whether the last validation was the best so far.
-        values: the last validation.
-        write: writes this rank's share of all that resuming needs into a folder; rank 0 adds the checkpoint itself.
-    """
-
-    step: int
-    is_best: bool
-    values: dict[str, float]
-    write: Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a training ended: steps done, the last validation, and the best score so far (None without validation)."""
-
-    step: int
-    values: dict[str, float]
-    best: float | None
 
 
 OnLog = Callable[[dict[str, Any]], None]
@@ -132,7 +105,7 @@ class _Loop:
         saved, validated = self.step, self.step
         bar: Progress[None]
         with progress(total=self.pace.num_steps - self.step, description=self.stage.name, unit="step") as bar:
-            while self.step < self.pace.num_steps and interrupts.requested is None:
+            while self.step < self.pace.num_steps and not self._stops(interrupts):
                 self._timed_step()
                 bar.update()
                 if self.step % self.config.log_every == 0:
@@ -144,18 +117,35 @@ class _Loop:
                     self._save(is_best)
                     saved = self.step
                 bar.set_remaining(self.pace.num_steps - self.step)
-        if interrupts.requested is None and validated < self.step:
+        finished = self.step >= self.pace.num_steps
+        if finished and self.step % self.config.log_every:
+            self._log()
+        if finished and validated < self.step:
             is_best = self._validate()
             self._save(is_best)
         elif saved < self.step:
             self._save(is_best=False)
         interrupts.deliver()
 
+    def _stops(self, interrupts: DeferredInterrupts) -> bool:
+        """Whether a signal has come, to any rank: all have to stop after the same step."""
+        requested = interrupts.requested is not None
+        if self.engine.world_size == 1:
+            return requested
+        return float(self.engine.reduce(torch.tensor(float(requested), device=self.engine.device))) > 0
+
+    def _seconds_since(self, begin: float) -> float:
+        """Return the time since `begin`; with a time budget the mean over the ranks, which have to agree on it."""
+        seconds = time.monotonic() - begin
+        if self.engine.world_size == 1 or self.config.max_minutes is None:
+            return seconds
+        return float(self.engine.reduce(torch.tensor(seconds, dtype=torch.float64, device=self.engine.device)))
+
     def _timed_step(self) -> None:
         begin = time.monotonic()
         self._train_step()
         self.step += 1
-        self.pace.step_done(self.step, time.monotonic() - begin)
+        self.pace.step_done(self.step, self._seconds_since(begin))
 
     def _train_step(self) -> None:
         """Run the players of one step."""
@@ -236,7 +226,7 @@ class _Loop:
             player.module.train()
         values = window.means(self.engine)
         self.validated = {name.removeprefix("validation/"): value for name, value in values.items()}
-        self.pace.validation_done(self.step, time.monotonic() - begin)
+        self.pace.validation_done(self.step, self._seconds_since(begin))
         if self.engine.rank == 0:
             self.on_log({"step": self.step, **values})
         score = self.validated[self.stage.score]
@@ -248,7 +238,7 @@ class _Loop:
     def _save(self, is_best: bool) -> None:
         begin = time.monotonic()
         self.on_checkpoint(Snapshot(self.step, is_best, self.validated, self._write))
-        self.pace.checkpoint_done(time.monotonic() - begin)
+        self.pace.checkpoint_done(self._seconds_since(begin))
 
     def _write(self, folder: Path) -> None:
         """Write this rank's share of a snapshot."""

@@ -4,7 +4,10 @@ import contextlib
 import json
 import math
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +216,67 @@ def test_ranks_share_the_batch_of_one_process() -> None:
     assert alone.noise[1::2] == second.noise
 
 
+class Thread(PlainEngine):
+    """One rank of several, a thread each: gradients and values are averaged through a shared list."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, shared: list[Tensor]) -> None:
+        super().__init__()
+        self.rank, self.world_size, self.barrier, self.shared = rank, len(shared), barrier, shared
+
+    def reduce(self, value: Tensor) -> Tensor:
+        self.shared[self.rank] = value
+        self.barrier.wait()
+        mean = torch.stack(list(self.shared)).mean(dim=0)
+        self.barrier.wait()
+        return mean
+
+    def step(self, player: Player, learning_rate: float) -> Tensor:
+        for parameter in player.module.parameters():
+            parameter.grad = self.reduce(parameter.grad)
+        return super().step(player, learning_rate)
+
+
+def train_in_threads(stages: list[LineStage], config: TrainingConfig) -> list[Run]:
+    barrier, shared = threading.Barrier(len(stages), timeout=30), [torch.zeros(()) for _ in stages]
+    runs = [Run() for _ in stages]
+    with ThreadPoolExecutor(len(stages)) as pool:
+        jobs = [
+            pool.submit(train, stage, config, run, Thread(rank, barrier, shared))
+            for rank, (stage, run) in enumerate(zip(stages, runs, strict=True))
+        ]
+        for job in jobs:
+            job.result()
+    return runs
+
+
+def test_two_ranks_compute_what_one_computes() -> None:
+    config = replace(BASE, batch_size=4, ema_decay=0.9)
+    alone, run = LineStage(config, 2), Run()
+    train(alone, config, run)
+    ranks = [LineStage(config, 2) for _ in range(2)]
+    runs = train_in_threads(ranks, config)
+    for stage in ranks:
+        for got, wanted in zip(stage.model.parameters(), alone.model.parameters(), strict=True):
+            assert torch.allclose(got, wanted, atol=1e-6)
+    assert runs[1].records == []
+    for got, wanted in zip(runs[0].records, run.records, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_ranks_of_unequal_speed_agree_on_the_steps_of_a_time_budget() -> None:
+    config = replace(BASE, batch_size=2, max_steps=400, max_minutes=0.5 / 60, validate_every=50)
+    ranks = [LineStage(config) for _ in range(2)]
+
+    def slow(loss: Tensor) -> Tensor:
+        time.sleep(0.004)
+        return loss
+
+    break_at(ranks[1], None, slow)
+    runs = train_in_threads(ranks, config)
+    steps = [run.snapshots[-1].step for run in runs]
+    assert steps[0] == steps[1] < 400
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size 3 cannot be shared evenly by 2 workers"):
         train(LineStage(BASE), replace(BASE, batch_size=3), engine=OneOfTwo(0))
@@ -279,12 +343,18 @@ def test_metrics_are_means_over_the_steps_since_the_last_line() -> None:
     assert means == pytest.approx([sum(every[:3]) / 3, sum(every[3:]) / 3])
 
 
-def break_at(stage: LineStage, step: int, damage: Callable[[Tensor], Tensor]) -> None:
+def test_the_steps_after_the_last_full_window_are_logged_too() -> None:
+    run = Run()
+    train(LineStage(BASE), replace(BASE, log_every=4), run)
+    assert [record["step"] for record in run.records if "line/loss" in record] == [4, 6]
+
+
+def break_at(stage: LineStage, step: int | None, damage: Callable[[Tensor], Tensor]) -> None:
     loss = stage.loss
 
     def broken(model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         value, values = loss(model, batch, info)
-        return (damage(value) if info.step == step else value), values
+        return (damage(value) if step in (None, info.step) else value), values
 
     stage.players[0].loss = broken
 
