@@ -108,7 +108,7 @@ def save_translation_panel(
             picture = _draw_plane(axes[row], data, normal, center[normal], spacing_mm, colours, high)
             if column == 0:
                 axes[row].set_ylabel(plane, fontsize=8)
-                axes[row].text(0.97, 0.5, right, color="w", fontsize=7, ha="right", transform=axes[row].transAxes)
+                _write_on(axes[row], right)
         axes[0].set_title(name, fontsize=9)
         left, bottom, cell_width, _ = axes[2].get_position().bounds
         bar_axes = figure.add_axes(
@@ -213,6 +213,22 @@ def _draw_plane(
     axes.set_xticks([])
     axes.set_yticks([])
     return picture
+
+
+def _write_on(axes: "Axes", letter: str) -> None:
+    """Say at the right edge what lies there, readable on black and on white."""
+    from matplotlib.patheffects import withStroke
+
+    axes.text(
+        0.97,
+        0.5,
+        letter,
+        color="w",
+        fontsize=8,
+        ha="right",
+        transform=axes.transAxes,
+        path_effects=[withStroke(linewidth=2, foreground="k")],
+    )
 
 
 def _figure(width_in: float, height_in: float, title: str) -> "Figure":

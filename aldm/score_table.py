@@ -261,9 +261,9 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
     parts = [
         f"# {title}",
         f"{len(subjects)} subjects. Mean ± standard deviation (n - 1) over subjects, in each region's first table over "
-        "all its volumes. PSNR (dB) and SSIM: higher is better; NMSE: lower is better. Images in [0, 1], range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma "
-        "1.5; a region's SSIM is the mean of the map over it. `volume` is the model's whole box. Synthetic images, for "
-        "research use only.",
+        "all its volumes. PSNR (dB) and SSIM: higher is better; NMSE: lower is better. Images in [0, 1], range 1; SSIM "
+        "in 3D, Gaussian window of 11 voxels, sigma 1.5; a region's SSIM is the mean of the map over it. `volume` is "
+        "the model's whole box. Synthetic images, for research use only.",
     ]
     for region in dict.fromkeys(row.region for row in rows):
         parts += [f"## Region: {region}", overview(rows, region), "### Who beats whom", COMPARISON_NOTE]
