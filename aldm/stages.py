@@ -84,9 +84,9 @@ class VQGANStage:
             self.codec.quantizer.rank = engine.rank
 
     def samples(self, split: str) -> VolumeSamples:
-        """Volumes, cropped and flipped; those of other splits than the training's are not flipped."""
-        flip_probability = self._training.flip_probability if split == "train" else 0.0
-        return VolumeSamples(self._store, split, self.config.modalities, self._training.crop, flip_probability)
+        """Volumes, cropped and flipped."""
+        training = self._training
+        return VolumeSamples(self._store, split, self.config.modalities, training.crop, training.flip_probability)
 
     def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         x = batch["volume"]
@@ -384,14 +384,13 @@ class RegressionStage:
         """Nothing is frozen here."""
 
     def samples(self, split: str) -> VolumePairs:
-        """Pairs of volumes; those of other splits than the training's are not flipped."""
-        flip_probability = self._training.flip_probability if split == "train" else 0.0
+        """Pairs of volumes, cropped and flipped."""
         return VolumePairs(
             self._store,
             split,
             self.config.modalities,
             self._training.crop,
-            flip_probability,
+            self._training.flip_probability,
             self._training.same_modality_fraction,
         )
 

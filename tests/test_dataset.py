@@ -110,6 +110,15 @@ def test_pairs_are_of_one_subject_and_ids_count_through_the_models_modalities(br
             assert torch.equal(sample[f"{end}_volume"][0], torch.from_numpy(stored))
 
 
+def test_held_out_pairs_are_of_different_modalities_and_not_flipped(brats_store: VolumeStore) -> None:
+    pairs = VolumePairs(brats_store, "validation", brats_store.modalities, None, 1.0, 1.0)
+    for seed in range(20):
+        sample = pairs.sample(0, generator(seed))
+        assert sample["source"] != sample["target"]
+        stored = brats_store.volume(sample["subject_id"], brats_store.modalities[sample["target"]])
+        assert torch.equal(sample["target_volume"][0], torch.from_numpy(stored))
+
+
 def test_subjects_without_any_of_the_modalities_are_left_out(
     brats_store: VolumeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

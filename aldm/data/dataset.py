@@ -63,7 +63,7 @@ class VolumeSamples:
         split: train, validation or test.
         modalities: those of the model; a subject's others are left out.
         crop: voxels of a random crop; None takes the whole volume.
-        flip_probability: probability of a flip along each axis.
+        flip_probability: probability of a flip along each axis, in training.
 
     Raises:
         UserError: the crop is larger than the volumes.
@@ -79,7 +79,7 @@ class VolumeSamples:
     ) -> None:
         self._store = store
         self._crop = checked_crop(crop, store.preprocess.spatial_shape)
-        self._flip_probability = flip_probability
+        self._flip_probability = flip_probability if split == "train" else 0.0
         self._volumes = [
             (subject.subject_id, modality)
             for subject in store.subjects(split)
@@ -108,7 +108,8 @@ class LatentPairs:
         latents: encoded volumes.
         split: train, validation or test.
         modalities: those of the model; ids count through them.
-        same_modality_fraction: share of pairs with source = target; None draws both ends evenly.
+        same_modality_fraction: share of training pairs with source = target; None draws both ends evenly. Pairs of the
+            other splits are of two different modalities: the diagonal, near perfect, would drown them in any mean.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class LatentPairs:
     ) -> None:
         self._latents = latents
         self._modalities = modalities
-        self._fraction = same_modality_fraction
+        self._fraction = same_modality_fraction if split == "train" else 0.0
         self._flips = latents.num_flips if split == "train" else 1
         self._subjects = _with_modalities(latents, split, modalities)
 
@@ -153,8 +154,9 @@ class VolumePairs:
         split: train, validation or test.
         modalities: those of the model; ids count through them.
         crop: voxels of a random crop; None takes the whole volume.
-        flip_probability: probability of a flip along each axis.
-        same_modality_fraction: share of pairs with source = target; None draws both ends evenly.
+        flip_probability: probability of a flip along each axis, in training.
+        same_modality_fraction: share of training pairs with source = target; None draws both ends evenly. Pairs of the
+            other splits are of two different modalities: the diagonal, near perfect, would drown them in any mean.
 
     Raises:
         UserError: the crop is larger than the volumes.
@@ -172,8 +174,8 @@ class VolumePairs:
         self._store = store
         self._modalities = modalities
         self._crop = checked_crop(crop, store.preprocess.spatial_shape)
-        self._flip_probability = flip_probability
-        self._fraction = same_modality_fraction
+        self._flip_probability = flip_probability if split == "train" else 0.0
+        self._fraction = same_modality_fraction if split == "train" else 0.0
         self._subjects = _with_modalities(store, split, modalities)
 
     def __len__(self) -> int:
