@@ -129,8 +129,13 @@ class RunFolder:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with (self.path / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(plain) + "\n")
+        try:
+            with (self.path / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / METRICS_FILE}: {error.strerror}; mend that, then go on with --resume"
+            ) from error
 
     def save(self, write: Callable[[Path], None], is_best: bool) -> None:
         """Replace last/, and best/ with its weights and config.json where this is the best so far.

@@ -166,6 +166,13 @@ def test_a_process_killed_between_two_renames_loses_no_checkpoint(tmp_path: Path
     assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
+def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(UserError, match="No space left on device; mend that, then go on with --resume"):
+            run.log({"step": 1})
+
+
 def test_the_checkpoint_of_a_run_is_found_or_missed_by_name(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         with pytest.raises(UserError, match="has not written one yet"):
