@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aldm.cli import JOBS
+from aldm.config import Config
 from aldm.errors import UserError
 from aldm.files import atomic_path, check_folder
 from pipelines.arguments import JobParser, job_parser, resolve_config
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
     }
     out: Path = args.out
-    steps = plan(out, settings, config.preprocess.spacing_mm[0], args.device)
+    steps = plan(out, settings, config, args.device)
     if args.dry_run:
         print("\n".join(f"{step.budget_minutes:4.1f} min  {step.title}\n          $ {step.line}" for step in steps))
         return 0
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(out: Path, settings: dict[str, Any], spacing_mm: float, device: str) -> list[Step]:
+def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> list[Step]:
     """Return the commands of the demo, in order."""
     from aldm.data.phantom import subject_name, volume_path
     from aldm.data.phantom_anatomy import icbm152_file
@@ -96,7 +97,8 @@ def plan(out: Path, settings: dict[str, Any], spacing_mm: float, device: str) ->
     held_out = volume_path(LAYOUT, subject_name(LAYOUT, settings["num_subjects"] - 1), SOURCE)
 
     def job(*words: object) -> list[str]:
-        return [*map(str, words), *flags]
+        names = 2 if words[0] == "train" else 1
+        return [*map(str, words[:names]), *flags, *map(str, words[names:])]
 
     def train(stage: str, title: str, *words: object) -> Step:
         minutes = MINUTES[stage]
@@ -111,9 +113,10 @@ def plan(out: Path, settings: dict[str, Any], spacing_mm: float, device: str) ->
     data, store, latents, model, unet = (out / name for name in ("data", "store", "latents", "model", "unet"))
     phantom = ("phantom", data, "--layout", LAYOUT, "--num-subjects", settings["num_subjects"], "--seed", seed)
     stages = ("--ms-spade", runs / "ms-spade", "--diffusion", runs / "diffusion")
+    card = ("--samplers", "bridge:1", "bridge:2", "bridge:4") if config.diffusion.objective == "bridge" else ()
     scores = ("evaluate", "--model", model, "--store", store, "--split", "test", "--out", out / "scores")
     return [
-        Step("simulate subjects", job(*phantom, "--spacing-mm", spacing_mm), data, 0.5),
+        Step("simulate subjects", job(*phantom, "--spacing-mm", config.preprocess.spacing_mm[0]), data, 0.5),
         Step(
             "check and prepare the data",
             job("prepare", data, store, "--layout", LAYOUT, "--splits", out / SPLITS, "--num-processes", 2),
@@ -137,7 +140,7 @@ def plan(out: Path, settings: dict[str, Any], spacing_mm: float, device: str) ->
         Step("export the U-Net", ["export", "--unet", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
         Step(
             "score both on the held-out subjects",
-            [*map(str, scores), "--baseline", f"unet={unet}", "--device", device],
+            [*map(str, scores), "--baseline", f"unet={unet}", *card, "--device", device],
             out / "scores",
             1.0,
         ),
