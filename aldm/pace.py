@@ -8,7 +8,9 @@ from typing import Any
 from aldm.config import TrainingConfig
 
 MEASURED_STEPS = 10
-"""Steps after which the speed of a training counts as known."""
+"""Steps after which the speed of a training counts as known, and between two looks at it."""
+RECENT_STEPS = 50
+"""Steps that tell how fast the next ones will be."""
 
 
 def planned_steps(config: TrainingConfig, num_samples: int) -> int:
@@ -34,9 +36,10 @@ def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
 class Pace:
     """The number of steps of a training, fitted to its time budget where there is one.
 
-    With `max_minutes`, the number of steps is estimated after the first MEASURED_STEPS steps from their median
-    duration, and again MEASURED_STEPS steps after a player has started and after every validation; validations and
-    checkpoints are counted at what they last took. A player's start moves with the first estimate: one that was to
+    With `max_minutes`, the number of steps is estimated from the mean duration of the last RECENT_STEPS steps, first
+    after MEASURED_STEPS of them (the very first is slower and does not count) and then again every MEASURED_STEPS
+    steps and after every validation; validations and checkpoints are counted at what they last took. When a player
+    starts, the durations before it no longer count. A player's start moves with the first estimate: one that was to
     start after three quarters of the planned steps starts after three quarters of those that fit.
 
     Attributes:
@@ -53,7 +56,8 @@ class Pace:
     _planned: int = 0
     _fitted: bool = False
     _durations: list[float] = field(default_factory=list)
-    _validation_s: float = 0.0
+    _warm: bool = False
+    _validation_s: float | None = None
     _checkpoint_s: float = 0.0
 
     @classmethod
@@ -65,17 +69,19 @@ class Pace:
     def step_done(self, step: int, seconds: float) -> None:
         """Take note of a finished step (`step` steps are now done)."""
         self.elapsed_s += seconds
-        self._durations = [*self._durations[-(MEASURED_STEPS - 1) :], seconds]
-        measured = not self._fitted and len(self._durations) == MEASURED_STEPS
-        if measured or any(step == start + MEASURED_STEPS for start in self.starts if start > 0):
+        if self._warm:
+            self._durations = [*self._durations[-(RECENT_STEPS - 1) :], seconds]
+        self._warm = True
+        if step in self.starts:
+            self._durations = []
+        if step % MEASURED_STEPS == 0 and not self.wants_validation_time:
             self._fit(step)
 
     def validation_done(self, step: int, seconds: float) -> None:
         """Take note of a validation after `step` steps."""
         self.elapsed_s += seconds
         self._validation_s = seconds
-        if self._fitted:
-            self._fit(step)
+        self._fit(step)
 
     def checkpoint_done(self, seconds: float) -> None:
         """Take note of a checkpoint."""
@@ -85,15 +91,16 @@ class Pace:
     @property
     def wants_validation_time(self) -> bool:
         """Whether a validation has to be timed before the number of steps can be fitted."""
-        return self.config.max_minutes is not None and self._validation_s == 0.0
+        return self.config.max_minutes is not None and self._validation_s is None
 
     def _fit(self, step: int) -> None:
         """Set the number of steps to what the rest of the time budget allows."""
-        if self.config.max_minutes is None:
+        if self.config.max_minutes is None or len(self._durations) < MEASURED_STEPS - 1:
             return
-        typical_s = sorted(self._durations)[len(self._durations) // 2]
-        extra_s = self._validation_s / self.config.validate_every + self._checkpoint_s / self.config.checkpoint_every
-        left_s = self.config.max_minutes * 60 - self.elapsed_s - self._validation_s - self._checkpoint_s
+        typical_s = sum(self._durations) / len(self._durations)
+        validation_s = self._validation_s or 0.0
+        extra_s = validation_s / self.config.validate_every + self._checkpoint_s / self.config.checkpoint_every
+        left_s = self.config.max_minutes * 60 - self.elapsed_s - validation_s - self._checkpoint_s
         fitting = step + max(int(left_s / (typical_s + extra_s)), 0)
         self.num_steps = max(min(fitting, self._planned), 1)
         if not self._fitted:

@@ -205,9 +205,10 @@ class _Loop:
     @torch.no_grad()
     def _validate(self) -> bool:
         """Validate, log, and return whether this is the best score so far."""
-        if not len(self.validation):
-            return False
         begin = time.monotonic()
+        if not len(self.validation):
+            self.pace.validation_done(self.step, 0.0)
+            return False
         modules = {
             player.name: self.averages[player.name].module if player.name in self.averages else player.module
             for player in self.stage.players

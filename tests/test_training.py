@@ -534,9 +534,24 @@ def test_a_time_budget_is_used_and_kept(slow: float) -> None:
     assert 0.97 * 600 < pace.elapsed_s <= 600 + slow
 
 
+def test_a_machine_that_slows_down_late_does_not_break_the_budget() -> None:
+    config = TrainingConfig(max_steps=10_000, max_minutes=10, validate_every=1000, checkpoint_every=1000)
+    pace = simulate(config, lambda step: 2.0 if step > 400 else 1.0, [0])
+    assert 0.95 * 600 < pace.elapsed_s <= 605
+
+
+def test_a_slow_first_step_does_not_count() -> None:
+    config = TrainingConfig(max_steps=10_000, max_minutes=10, validate_every=1000)
+    pace = Pace.plan(config, 100, [0, 5000])
+    pace.validation_done(0, 0.0)
+    for step in range(1, MEASURED_STEPS + 1):
+        pace.step_done(step, 60.0 if step == 1 else 1.0)
+    assert pace.num_steps == pytest.approx(MEASURED_STEPS + 600 - 69, abs=2)
+    assert pace.starts[1] == pytest.approx(pace.num_steps / 2, abs=2)
+
+
 def test_a_player_that_starts_late_still_starts_and_is_paid_for() -> None:
     config = TrainingConfig(max_steps=10_000, max_minutes=10, validate_every=1000, checkpoint_every=1000)
-    pace = Pace.plan(config, 100, [0, 7500])
     pace = simulate(config, lambda step: 1.0, [0, 7500])
     assert pace.starts[1] == pytest.approx(0.75 * pace.num_steps, rel=0.05)
     start = pace.starts[1]
@@ -561,9 +576,11 @@ def test_a_resumed_budget_goes_on_and_a_changed_one_is_taken() -> None:
     pace = Pace.plan(config, 100, [0])
     for step in range(1, MEASURED_STEPS + 1):
         pace.step_done(step, 1.0)
+    pace.validation_done(MEASURED_STEPS, 3.0)
+    assert pace.num_steps < 1000
     resumed = Pace.plan(config, 100, [0])
     resumed.load_state(json.loads(json.dumps(pace.state())))
-    assert (resumed.num_steps, resumed.elapsed_s) == (pace.num_steps, 10.0)
+    assert (resumed.num_steps, resumed.elapsed_s) == (pace.num_steps, 13.0)
     longer = Pace.plan(replace(config, max_minutes=20), 100, [0])
     longer.load_state(pace.state())
     for step in range(MEASURED_STEPS + 1, 2 * MEASURED_STEPS + 1):
