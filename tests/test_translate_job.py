@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from benchmarks.translate_memory import measure, whole_volume_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
@@ -24,6 +25,7 @@ from untrained import save_untrained
 
 import pipelines.translate
 from aldm.cli import main
+from aldm.presets import small
 
 CODES = ["".join(axes) for order in itertools.permutations(("RL", "AP", "SI")) for axes in itertools.product(*order)]
 """The 48 ways to lay a volume's axes."""
@@ -449,3 +451,12 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
     assert run(tmp_path / "in.nii", tmp_path / "out.nii", model=model) == 130
     assert run(tmp_path / "in.nii", tmp_path / "out", model=model, target="all") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["in.nii"]
+
+
+@pytest.mark.slow
+def test_a_whole_volume_goes_through_the_small_model_within_four_gigabytes(tmp_path):
+    """192 x 192 x 144 voxels at 1 mm, untrained, in a process of its own whose memory is read at its end."""
+    result = measure(tmp_path, whole_volume_config("haar", small().precision), 4.0, threads=2)
+    assert result["code"] == 0
+    assert result["peak_gb"] < 4
+    assert nibabel.load(tmp_path / "out.nii").shape == (192, 192, 144)
