@@ -81,6 +81,7 @@ def test_attention_is_softmax_attention() -> None:
 def test_res_block_uses_its_embedding_per_sample(conditioning: str) -> None:
     block = ResBlock(4, 6, norm_groups=2, embedding_channels=5, conditioning=conditioning)
     x, embedding = torch.randn(1, 4, 3, 3, 3).expand(2, -1, -1, -1, -1), torch.randn(2, 5)
+    nn.init.normal_(block.conv2.weight)
     out = block(x, embedding)
     assert out.shape == (2, 6, 3, 3, 3)
     assert not torch.allclose(out[0], out[1])
@@ -89,6 +90,7 @@ def test_res_block_uses_its_embedding_per_sample(conditioning: str) -> None:
 
 def test_a_scale_shift_block_without_modulation_is_the_plain_block() -> None:
     block = ResBlock(4, 4, norm_groups=2, embedding_channels=5, conditioning="scale-shift")
+    nn.init.normal_(block.conv2.weight)
     plain = ResBlock(4, 4, norm_groups=2)
     plain.load_state_dict({key: value for key, value in block.state_dict().items() if "embedding" not in key})
     assert block.embedding is not None
@@ -96,6 +98,11 @@ def test_a_scale_shift_block_without_modulation_is_the_plain_block() -> None:
     nn.init.zeros_(block.embedding.bias)
     x = torch.randn(1, 4, 3, 3, 3)
     torch.testing.assert_close(block(x, torch.randn(1, 5)), plain(x))
+
+
+def test_a_res_block_starts_as_its_shortcut() -> None:
+    x = torch.randn(1, 4, 3, 3, 3)
+    torch.testing.assert_close(ResBlock(4, 4, norm_groups=2)(x), x)
 
 
 def test_group_norm_takes_the_groups_that_fit() -> None:
@@ -115,6 +122,8 @@ def test_norms_of_bf16_have_fp32_statistics() -> None:
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
     blocks = nn.Sequential(ResBlock(2, 4, 2), ResBlock(4, 4, 2)).double()
+    for parameter in blocks.parameters():
+        nn.init.normal_(parameter)
     x = torch.randn(1, 2, 4, 4, 4, dtype=torch.float64)
     gradients = [
         torch.autograd.grad(run_blocks(blocks, x, flag).square().sum(), list(blocks.parameters()))

@@ -52,9 +52,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def codec_of(kind: str) -> Codec:
     codec = build_codec(replace(tiny().codec, kind=kind, channels=(8, 12, 16), haar_levels=1))
-    for parameter in codec.parameters():  # norms that scale and shift, so that a wrong order shows
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=0.5)
+    for parameter in codec.parameters():  # no layer starts as nothing or as one, so that a wrong order shows
+        torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.5 / parameter[0].numel() ** 0.5)
     return codec
 
 

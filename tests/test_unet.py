@@ -21,9 +21,11 @@ def _seed() -> None:
 
 
 def network(config: UNetConfig = SMALL, **arguments: bool) -> UNet:
-    """A U-Net whose last convolution is not zero, so that its output says something."""
+    """A U-Net none of whose convolutions starts as 0, so that its output says something."""
     model = UNet(5, 2, 3, **asdict(config), **arguments)
-    torch.nn.init.normal_(model.out.conv.weight, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.reset_parameters()
     return model
 
 

@@ -63,6 +63,12 @@ def conv3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv3d:
     return nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
 
 
+def zero_(conv: nn.Conv3d) -> None:
+    """Set a convolution to 0 in place, so that it starts without a say."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, conv, (embedding,) norm, SiLU, conv, plus the input (through a 1^3 convolution where widths differ).
 
@@ -91,6 +97,7 @@ class ResBlock(nn.Module):
             self.embedding = nn.Linear(embedding_channels, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = group_norm(norm_groups, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
+        zero_(self.conv2)  # starts as its shortcut: a deep stack of them trains from the first step
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:

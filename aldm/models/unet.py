@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aldm.models.blocks import Attention, Downsample, OutputBlock, ResBlock, Upsample, conv3, run_checkpointed
+from aldm.models.blocks import Attention, Downsample, OutputBlock, ResBlock, Upsample, conv3, run_checkpointed, zero_
 
 
 def time_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
@@ -112,9 +112,7 @@ class UNet(nn.Module):
             if level:
                 self.upsample.append(Upsample(before))
         self.out = OutputBlock(channels[0], out_channels, norm_groups)
-        nn.init.zeros_(self.out.conv.weight)  # starts by predicting 0: the mean of what every objective asks for
-        if self.out.conv.bias is not None:
-            nn.init.zeros_(self.out.conv.bias)
+        zero_(self.out.conv)  # starts by predicting 0: the mean of what every objective asks for
 
     def embed(self, t: Tensor | None, target: Tensor, source: Tensor | None) -> Tensor:
         """Return the conditioning vector (B, 4 * channels[0]) of time, target and pair."""
