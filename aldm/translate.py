@@ -5,6 +5,7 @@ Every kind of model stands behind one interface, `Translator.translate_array`, w
 intensities in the models in [-1, 1].
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from aldm import __version__
 from aldm.checkpoint import load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index
-from aldm.data.preprocess import prepare_volume, restore, unscale
+from aldm.data.preprocess import model_grid, prepare_volume, restore, unscale
 from aldm.data.volume import Volume
 from aldm.errors import UserError
+from aldm.memory import gigabytes
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.sampling import OnStep, check_sampling, sample_many
 
@@ -28,6 +30,8 @@ NOTICE = "synthetic image, for research use only, not for diagnosis"
 INTENSITIES = ("median", "unit")
 BRIDGE_STEPS_FOR_SAMPLES = 4
 """Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
+PREPARATION_BYTES = 24
+"""Memory of putting a volume on the model's grid and back, per voxel of the larger grid (measured: 13 to 22)."""
 OTHER_SAMPLER_STEPS = 10
 """Steps of a sampler that is not the configured one."""
 
@@ -204,11 +208,16 @@ class Translator:
         """Return mean and standard deviation of the samples, each (spatial_shape) float32; see `translate_array`."""
         source_id, target_id = (modality_index(name, self.modalities) for name in (source, target))
         chosen = self.sampling() if sampling is None else sampling
-        count = StepCount(chosen.num_samples, on_step)
+        finished = 0  # samples
+
+        def report(done: int, total: int) -> None:
+            if on_step is not None:
+                on_step(finished * total + done, chosen.num_samples * total)
 
         def draw(generator: torch.Generator) -> Tensor:
-            result = self.predictor.predict(code, source_id, target_id, chosen, generator, count)
-            count.sample_done()
+            nonlocal finished
+            result = self.predictor.predict(code, source_id, target_id, chosen, generator, report)
+            finished += 1
             return result.clamp(-1, 1)
 
         mean, std = sample_many(draw, chosen.num_samples, seed)
@@ -301,6 +310,8 @@ class Translator:
         for name in (source, *targets):
             modality_index(name, self.modalities)
         chosen = self.sampling() if sampling is None else sampling
+        if self.predictor.limit is not None:
+            self._check_room(volume, self.predictor.limit)
         x, record = prepare_volume(volume, self.config.preprocess)
         code = self.encode(x)
         for target in targets:
@@ -312,6 +323,18 @@ class Translator:
             made = self.provenance(source, target, chosen, seed)
             made |= {"intensity": intensity, "intensity_range": [low, high]}
             yield Translation(Volume(data, volume.affine), spread, made)
+
+    def _check_room(self, volume: Volume, limit: MemoryLimit) -> None:
+        """Refuse a volume whose preparation would break the limit."""
+        _, grid = model_grid([volume], self.config.preprocess)
+        voxels = max(volume.data.size, math.prod(grid))
+        needed, left = PREPARATION_BYTES * voxels, limit.left()
+        if needed > left:
+            raise UserError(
+                f"--max-memory-gb {gigabytes(limit.max_bytes)} is too little to prepare {voxels:,} voxels: that needs "
+                f"{gigabytes(needed)} GB and {gigabytes(left)} GB are left; give at least "
+                f"{gigabytes(limit.max_bytes + needed - left)}"
+            )
 
     def provenance(self, source: str, target: str, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
         """Return how a result of these choices is made, as JSON-able values."""
@@ -334,19 +357,3 @@ class Translator:
                 "seed": seed,
             }
         return values
-
-
-class StepCount:
-    """Turns the steps of each sample into steps of all of them."""
-
-    def __init__(self, num_samples: int, on_step: OnStep | None) -> None:
-        self._num_samples, self._on_step, self._sample = num_samples, on_step, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Report `done` of `total` steps of the current sample."""
-        if self._on_step is not None:
-            self._on_step(self._sample * total + done, self._num_samples * total)
-
-    def sample_done(self) -> None:
-        """Go on to the next sample."""
-        self._sample += 1

@@ -1,17 +1,20 @@
 """The translator around a predictor whose answer is known: geometry, intensities, samples, provenance."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig, PreprocessConfig, SamplingConfig
 from aldm.data.volume import Volume, crop_or_pad
 from aldm.errors import UserError
-from aldm.predictors import Predictor
-from aldm.presets import small
+from aldm.memory import resident_bytes
+from aldm.predictors import MemoryLimit, Predictor
+from aldm.presets import small, tiny
 from aldm.translate import Translator
 
 MODALITIES = ("t1", "t2", "pd")
@@ -230,3 +233,68 @@ def test_unknown_modalities_and_intensities_and_shapes_are_refused():
         model.translate(volume, "t1", "t2", intensity="percent")
     with pytest.raises(UserError, match=r"\(32, 32, 32\)"):
         model.translate_array(crop_or_pad(volume, (0, 0, 0), (16, 16, 16), 0).data, "t1", "t2")
+
+
+def test_a_memory_limit_that_preparing_the_volume_would_break_is_refused():
+    model, volume = translator(), smooth_volume((64, 64, 64))
+    model.predictor.limit = MemoryLimit(10**6)
+    with pytest.raises(UserError, match=r"262,144 voxels.*at least"):
+        model.translate(volume, "t1", "t2")
+    model.predictor.limit = MemoryLimit(resident_bytes() + 2**30)
+    assert model.translate(volume, "t1", "t2").volume.data.shape == (64, 64, 64)
+
+
+# -------------------------------------------------------------------------------------------------- translator folders
+
+
+@pytest.mark.parametrize("kind", ["aldm", "unet"])
+def test_a_folder_is_all_that_a_translator_needs(kind, tmp_path):
+    model = Translator.load(save_untrained(tmp_path / "model", kind=kind))
+    assert (model.kind, model.modalities) == (kind, ("t1", "t2", "pd"))
+    assert model.median_percentiles["t2"] == (10.0, 210.0)
+    assert not model.predictor.training
+    x = np.random.default_rng(0).uniform(-1, 1, tiny().preprocess.spatial_shape).astype(np.float32)
+    first, _ = model.translate_array(x, "t1", "t2")
+    assert first.shape == x.shape
+    assert first.dtype == np.float32
+    assert np.abs(first).max() <= 1
+    again, _ = Translator.load(tmp_path / "model").translate_array(x, "t1", "t2")
+    np.testing.assert_array_equal(first, again)
+
+
+def test_the_haar_codec_loses_nothing_even_in_bf16(tmp_path):
+    config = replace(tiny(), codec=replace(tiny().codec, kind="haar"))
+    model = Translator.load(save_untrained(tmp_path / "model", config=config, precision="bf16"))
+    x = np.random.default_rng(0).uniform(-1, 1, config.preprocess.spatial_shape).astype(np.float32)
+    np.testing.assert_allclose(model.reconstruct(x), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["vqgan", "haar-vqgan", "haar"])
+def test_a_memory_limit_does_not_change_the_result(codec, tmp_path):
+    config = replace(tiny(), codec=replace(tiny().codec, kind=codec))
+    folder = save_untrained(tmp_path / "model", config=config)
+    x = np.random.default_rng(0).uniform(-1, 1, config.preprocess.spatial_shape).astype(np.float32)
+    whole, bounded = Translator.load(folder), Translator.load(folder, max_memory_gb=3.0, scratch_dir=tmp_path)
+    assert torch.allclose(whole.encode(x), bounded.encode(x), atol=1e-5)
+    np.testing.assert_allclose(
+        bounded.translate_array(x, "t1", "t2")[0], whole.translate_array(x, "t1", "t2")[0], atol=1e-4
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_limit_below_what_the_model_needs_names_the_least(tmp_path):
+    folder = save_untrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"give at least (\d+\.\d+)") as refusal:
+        Translator.load(folder, max_memory_gb=0.1)
+    least = float(re.search(r"at least (\d+\.\d+)", str(refusal.value)).group(1))
+    model = Translator.load(folder, max_memory_gb=least + 0.05)
+    x = np.zeros(tiny().preprocess.spatial_shape, np.float32)
+    assert model.translate_array(x, "t1", "t2")[0].shape == x.shape
+
+
+def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path):
+    folder = save_untrained(tmp_path / "model")
+    chosen = SamplingConfig(sampler="ddim", num_inference_steps=2, eta=0.5)
+    model = Translator.load(folder, sampling=chosen, precision="bf16")
+    assert model.sampling() == chosen
+    assert model.config.precision == model.predictor.config.precision == "bf16"
