@@ -159,8 +159,6 @@ class DiffusionConfig:
     """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
     bridge_start_fraction: float = 0.5
     """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
-    image_space_loss: bool = False
-    """Weigh latent errors so that their mean square is the image's; only where the codec is isometric (haar)."""
 
     def __post_init__(self) -> None:
         _choice("diffusion.objective", self.objective, OBJECTIVES)
@@ -233,6 +231,8 @@ class TrainingConfig:
     """Scale the adversarial term by the ratio of gradient norms at the last layer (Esser et al. 2021, eq. 7)."""
     perceptual_weight: float = 0.0
     """Weight of the perceptual term of stage 1."""
+    image_space_loss: bool = False
+    """Weigh each latent channel's error by its share of the image's. Stages 2 and 3, isometric codecs (haar) only."""
     discriminator_channels: int = 64
     """Width of the first layer of the discriminator."""
     discriminator_layers: int = 3

@@ -100,6 +100,14 @@ def weighted_mse(prediction: Tensor, target: Tensor, channel_weights: Tensor | N
     return (squares * channel_weights.view(1, -1, 1, 1, 1)).mean()
 
 
+def weighted_l1(prediction: Tensor, target: Tensor, channel_weights: Tensor | None = None) -> Tensor:
+    """Return the mean absolute error, each channel times its weight ((C,); None for ones)."""
+    errors = (prediction.float() - target.float()).abs()
+    if channel_weights is None:
+        return errors.mean()
+    return (errors * channel_weights.view(1, -1, 1, 1, 1)).mean()
+
+
 def image_space_weights(std: Sequence[float] | Tensor) -> Tensor:
     """Return (C,) weights that make the squared error of standardised latents proportional to the image's.
 

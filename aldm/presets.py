@@ -113,7 +113,7 @@ def small() -> Config:
             norm_groups=8,
         ),
         regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),
-        diffusion=DiffusionConfig(objective="bridge", image_space_loss=True),
+        diffusion=DiffusionConfig(objective="bridge"),
         sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
         train_vqgan=_cpu_training(
             batch_size=2,
@@ -133,8 +133,9 @@ def small() -> Config:
             discriminator_channels=16,
             discriminator_layers=2,
             same_modality_fraction=0.1,
+            image_space_loss=True,
         ),
-        train_diffusion=_cpu_training(max_steps=1000, same_modality_fraction=0.1),
+        train_diffusion=_cpu_training(max_steps=1000, same_modality_fraction=0.1, image_space_loss=True),
         train_unet=_cpu_training(max_steps=1000, same_modality_fraction=0.1),
     )
 
@@ -175,9 +176,10 @@ def tiny() -> Config:
             adversarial_start_step=2,
             discriminator_channels=4,
             discriminator_layers=1,
+            image_space_loss=False,
             **quick,
         ),
-        train_diffusion=replace(base.train_diffusion, **quick),
+        train_diffusion=replace(base.train_diffusion, image_space_loss=False, **quick),
         train_unet=replace(base.train_unet, **quick),
     )
 

@@ -49,6 +49,19 @@ def adversary(module: nn.Module, training: TrainingConfig, loss: Loss) -> Player
     return Player("discriminator", module, replace(training, ema_decay=0.0), loss, training.adversarial_start_step)
 
 
+def check_image_space(latents: LatentStore, training: TrainingConfig, section: str) -> None:
+    """Refuse a loss in image space on latents whose errors are not the image's.
+
+    Raises:
+        UserError: the codec is not isometric.
+    """
+    if training.image_space_loss and not latents.isometric:
+        raise UserError(
+            f"{section}.image_space_loss needs latents of an isometric codec (haar), these are of "
+            f"{latents.codec['kind']}: say --set {section}.image_space_loss=false"
+        )
+
+
 def check_patches(sides: Sequence[int], training: TrainingConfig, section: str) -> None:
     """Refuse a discriminator whose stride-2 layers leave fewer than 2 patches along an axis (nothing to normalise
     over).

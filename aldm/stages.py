@@ -25,6 +25,7 @@ from aldm.losses import (
     image_space_weights,
     latent_discriminator_loss,
     latent_generator_loss,
+    weighted_l1,
     weighted_mse,
 )
 from aldm.models.blocks import InverseHaarTransform
@@ -32,7 +33,16 @@ from aldm.models.codecs import build_codec
 from aldm.models.discriminator import PatchDiscriminator
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
 from aldm.sampling import check_sampling, sample
-from aldm.stage_data import adversary, check_patches, latent_score, latent_values, latents_record, psnr_db, with_data
+from aldm.stage_data import (
+    adversary,
+    check_image_space,
+    check_patches,
+    latent_score,
+    latent_values,
+    latents_record,
+    psnr_db,
+    with_data,
+)
 
 TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 """Memory for the outputs of the frozen MS-SPADE that the diffusion stage keeps."""
@@ -196,6 +206,7 @@ class MSSpadeStage:
         self._latents, self._training = latents, config.train_ms_spade
         self.score, self.higher_is_better = latent_score(latents)
         number = len(self.config.modalities)
+        check_image_space(latents, self._training, "train_ms_spade")
         if self._training.adversarial_weight > 0:
             check_patches(latents.sides, self._training, "train_ms_spade")
         self.ms_spade = build_ms_spade(self.config, latents.latent_channels)
@@ -213,6 +224,7 @@ class MSSpadeStage:
     def connect(self, engine: Engine) -> None:
         """Nothing is frozen here."""
         self._std = torch.from_numpy(self._latents.std).to(engine.device)
+        self._weights = image_space_weights(self._std).sqrt() if self._training.image_space_loss else None
 
     def samples(self, split: str) -> LatentPairs:
         """Pairs of latents."""
@@ -220,7 +232,7 @@ class MSSpadeStage:
 
     def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         z_target_like = model(batch["z_source"], batch["target"], batch["source"])
-        loss = F.l1_loss(z_target_like.float(), batch["z_target"])
+        loss = weighted_l1(z_target_like, batch["z_target"], self._weights)
         values: Values = {"l1": loss.detach()}
         if "discriminator" in info.playing:
             assert self.discriminator is not None
@@ -268,11 +280,7 @@ class DiffusionStage:
     def __init__(self, config: Config, latents: LatentStore, ms_spade: nn.Module, ms_spade_hash: str) -> None:
         self.config = with_data(config, latents.modalities, latents.data["preprocess"], latents.codec)
         sampling = config.sampling
-        if config.diffusion.image_space_loss and not latents.isometric:
-            raise UserError(
-                f"diffusion.image_space_loss needs latents of an isometric codec (haar), these are of "
-                f"{latents.codec['kind']}: say --set diffusion.image_space_loss=false"
-            )
+        check_image_space(latents, config.train_diffusion, "train_diffusion")
         check_sampling(config.diffusion, sampling.sampler, sampling.num_inference_steps, eta=sampling.eta)
         self._latents, self._training = latents, config.train_diffusion
         self._ms_spade, self._ms_spade_hash = ms_spade.eval().requires_grad_(False), ms_spade_hash
@@ -288,7 +296,7 @@ class DiffusionStage:
         if next(self._ms_spade.parameters()).device != engine.device:  # the planner's fake tensors cannot be moved
             self._ms_spade.to(engine.device)
         self._std = torch.from_numpy(self._latents.std).to(engine.device)
-        self._weights = image_space_weights(self._std) if self.config.diffusion.image_space_loss else None
+        self._weights = image_space_weights(self._std) if self._training.image_space_loss else None
 
     def samples(self, split: str) -> LatentPairs:
         """Pairs of latents."""

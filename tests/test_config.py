@@ -78,8 +78,8 @@ def test_an_override_is_a_replace(assignment: str, expected: Config) -> None:
 
 
 def test_overrides_are_checked_together_and_the_last_one_wins() -> None:
-    config = override(small(), ["diffusion.image_space_loss=false", "codec.kind=vqgan", "seed=1", "seed=2"])
-    assert (config.codec.kind, config.diffusion.image_space_loss, config.seed) == ("vqgan", False, 2)
+    config = override(small(), ["train_diffusion.image_space_loss=false", "codec.kind=vqgan", "seed=1", "seed=2"])
+    assert (config.codec.kind, config.train_diffusion.image_space_loss, config.seed) == ("vqgan", False, 2)
 
 
 @pytest.mark.parametrize(

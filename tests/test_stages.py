@@ -271,16 +271,25 @@ def test_a_sampler_that_does_not_go_with_the_objective_is_refused_before_trainin
 
 
 def test_the_image_space_loss_needs_an_isometric_codec(latents: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ms_spade = MSSpadeStage(tiny(), latents).ms_spade
     monkeypatch.setattr(latents, "isometric", False)
-    config = replace(tiny(), diffusion=DiffusionConfig(objective="v", image_space_loss=True))
-    with pytest.raises(UserError, match="image_space_loss needs latents of an isometric codec"):
-        diffusion_stage(latents, config)
+    training = replace(tiny().train_diffusion, image_space_loss=True)
+    with pytest.raises(UserError, match=r"train_diffusion\.image_space_loss needs latents of an isometric codec"):
+        DiffusionStage(replace(tiny(), train_diffusion=training), latents, ms_spade, "hash")
+    with pytest.raises(UserError, match=r"train_ms_spade\.image_space_loss needs latents of an isometric codec"):
+        MSSpadeStage(replace(tiny(), train_ms_spade=training), latents)
 
 
 def test_the_image_space_loss_weighs_channels(latents: LatentStore) -> None:
-    diffusion = DiffusionConfig(objective="regression", image_space_loss=True)
+    training = replace(tiny().train_diffusion, image_space_loss=True)
     one_step = SamplingConfig(sampler="one-step", num_inference_steps=1)
-    config = replace(tiny(), codec=HAAR, diffusion=diffusion, sampling=one_step)
+    config = replace(
+        tiny(),
+        codec=HAAR,
+        diffusion=DiffusionConfig(objective="regression"),
+        train_diffusion=training,
+        sampling=one_step,
+    )
     stage = diffusion_stage(latents, config)
     batch = batch_of(stage, 2)
     loss, _ = stage.players[0].loss(stage.unet, batch, step(0, stage, batch))
