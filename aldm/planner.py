@@ -122,7 +122,7 @@ def training_config(config: Config, stage: str) -> TrainingConfig:
     return section
 
 
-class _Data:
+class StandIn:
     """Stands for the volume and the latent store that a stage is built from."""
 
     def __init__(self, config: Config, codec: Codec) -> None:
@@ -131,6 +131,7 @@ class _Data:
         self.data = {"preprocess": asdict(config.preprocess)}
         self.codec = asdict(config.codec)
         self.latent_channels = codec.latent_channels
+        self.sides = tuple(side // codec.downsampling for side in config.preprocess.spatial_shape)
         self.isometric = codec.isometric
         self.std = np.ones(codec.latent_channels, np.float32)
 
@@ -203,7 +204,7 @@ def _stage_and_batch(
 ) -> tuple[Stage, nn.Module | None, Batch, Shape]:
     """Return the stage, its frozen network, a batch without values, and the sides of the volume."""
     codec = build_codec(config.codec)
-    data: Any = _Data(config, codec)
+    data: Any = StandIn(config, codec)
     size = training.batch_size
     batch: Batch = {"subject_id": [""] * size, **ids}
     whole = config.preprocess.spatial_shape

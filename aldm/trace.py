@@ -67,14 +67,21 @@ class Trace(TorchDispatchMode):
 def working_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
     """Return what an operation holds besides its inputs and its result: a convolution's copies in its own layout.
 
-    As oneDNN does on a CPU: forward, blocked copies of the input and of the output live one after the other with the
-    output; backward, of the output's gradient, and of the input or its gradient.
+    As oneDNN does on a CPU: forward, a copy of the input and of the output, then of the output beside the output itself;
+    backward, of the output's gradient and of the input or its gradient.
     """
     if func is _aten.convolution.default:
-        return max(_nbytes(args[0]), _nbytes(result))
+        copy = _blocked_bytes(result)
+        return max(_blocked_bytes(args[0]) + copy - _nbytes(result), copy)
     if func is _aten.convolution_backward.default:
-        return _nbytes(args[0]) + _nbytes(args[1])
+        return _blocked_bytes(args[0]) + _blocked_bytes(args[1])
     return 0
+
+
+def _blocked_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a copy whose channels are padded to whole blocks of 16."""
+    channels = tensor.shape[1]
+    return _nbytes(tensor) // channels * (-(-channels // 16) * 16)
 
 
 def _nbytes(tensor: Tensor) -> int:
