@@ -124,6 +124,8 @@ class UNetConfig:
     """Channels of one attention head."""
     conditioning: str = "add"
     """How the embedding reaches each residual block: add (the paper's) or scale-shift (modulates its features)."""
+    lean: bool = False
+    """One skip a level, as many blocks up as down, one in the middle, 2^3 convolutions between: half the operations."""
     embed_source: bool = False
     """Add a learned embedding of the (source, target) pair too; the paper embeds the target alone."""
     norm_groups: int = 32

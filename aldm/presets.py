@@ -98,8 +98,8 @@ def small() -> Config:
         ),
         ms_spade=MSSpadeConfig(
             in_channels=32,
-            res_channels=(32, 32),
-            spade_channels=(32, 32, 32, 32),
+            res_channels=(32,),
+            spade_channels=(32, 32),
             hidden_channels=16,
             kernel_size=3,
             source_skip=True,
@@ -109,11 +109,12 @@ def small() -> Config:
             num_res_blocks=1,
             attention_levels=(),
             conditioning="scale-shift",
+            lean=True,
             embed_source=True,
             norm_groups=8,
         ),
         regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),
-        diffusion=DiffusionConfig(objective="bridge"),
+        diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8),
         sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
         train_vqgan=_cpu_training(
             batch_size=2,
@@ -127,6 +128,7 @@ def small() -> Config:
             discriminator_layers=2,
         ),
         train_ms_spade=_cpu_training(
+            learning_rate=2e-3,
             max_steps=1000,
             adversarial_weight=0.001,
             adversarial_start_step=800,
@@ -135,8 +137,10 @@ def small() -> Config:
             same_modality_fraction=0.1,
             image_space_loss=True,
         ),
-        train_diffusion=_cpu_training(max_steps=1000, same_modality_fraction=0.1, image_space_loss=True),
-        train_unet=_cpu_training(max_steps=1000, same_modality_fraction=0.1),
+        train_diffusion=_cpu_training(
+            learning_rate=2e-3, max_steps=3000, same_modality_fraction=0.1, image_space_loss=True
+        ),
+        train_unet=_cpu_training(max_steps=3000, same_modality_fraction=0.1),
     )
 
 

@@ -21,10 +21,10 @@ def _seed() -> None:
 
 
 def network(config: UNetConfig = SMALL, **arguments: bool) -> UNet:
-    """A U-Net none of whose convolutions starts as 0, so that its output says something."""
+    """A U-Net none of whose layers starts as 0, so that its output says something."""
     model = UNet(5, 2, 3, **asdict(config), **arguments)
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv3d):
+        if isinstance(module, torch.nn.Conv3d | torch.nn.Linear):
             module.reset_parameters()
     return model
 
@@ -48,9 +48,10 @@ def test_it_starts_by_predicting_zero() -> None:
     assert torch.equal(model(*inputs()), torch.zeros(2, 2, 8, 4, 12))
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("sides", [(6, 6, 5), (7, 9, 4), (1, 3, 2)])
-def test_sides_that_the_strides_do_not_divide(sides: tuple[int, int, int]) -> None:
-    model = network()
+def test_sides_that_the_strides_do_not_divide(sides: tuple[int, int, int], lean: bool) -> None:
+    model = network(replace(SMALL, lean=lean))
     x, t, target, source = inputs(sides=sides)
     padded = torch.nn.functional.pad(x, [p for side in reversed(sides) for p in (0, -side % 4)])
     expected = model(padded, t, target, source)[:, :, : sides[0], : sides[1], : sides[2]]
@@ -136,3 +137,20 @@ def test_bf16_autocast_stays_near_fp32() -> None:
         rough = model(*arguments)
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+def test_the_lean_layout_does_half_the_work_and_sees_every_condition() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    operations = {}
+    for lean in (False, True):
+        model = network(replace(SMALL, lean=lean, attention_levels=(), conditioning="scale-shift"))
+        x, t, target, source = inputs()
+        with FlopCounterMode(display=False) as counter:
+            out = model(x, t, target, source)
+        operations[lean] = counter.get_total_flops()
+        for other in ((x, t + 50, target, source), (x, t, (target + 1) % 3, source), (x, t, target, source + 1)):
+            assert not torch.allclose(model(*other), out)
+        out.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    assert operations[True] < 0.6 * operations[False]

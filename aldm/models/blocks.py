@@ -95,6 +95,9 @@ class ResBlock(nn.Module):
         self.embedding: nn.Linear | None = None
         if embedding_channels:
             self.embedding = nn.Linear(embedding_channels, out_channels * (2 if self.scale_shift else 1))
+            if self.scale_shift:  # starts unmodulated
+                nn.init.zeros_(self.embedding.weight)
+                nn.init.zeros_(self.embedding.bias)
         self.norm2 = group_norm(norm_groups, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
         zero_(self.conv2)  # starts as its shortcut: a deep stack of them trains from the first step

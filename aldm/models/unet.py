@@ -43,7 +43,7 @@ class UNet(nn.Module):
     Args:
         in_channels, out_channels: channels of the concatenated inputs and of the prediction.
         num_modalities: M, the modalities that ids count through.
-        channels, num_res_blocks, attention_levels, head_channels, conditioning, embed_source, norm_groups: see
+        channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, norm_groups: see
             UNetConfig.
         with_time: False builds the plain regression U-Net, which gets no time.
 
@@ -61,6 +61,7 @@ class UNet(nn.Module):
         attention_levels: tuple[int, ...],
         head_channels: int,
         conditioning: str,
+        lean: bool,
         embed_source: bool,
         norm_groups: int,
         with_time: bool = True,
@@ -68,6 +69,7 @@ class UNet(nn.Module):
         super().__init__()
         self.channels = tuple(channels)
         self.num_modalities = num_modalities
+        self.lean = lean
         self.activation_checkpointing = False
         embedding_channels = 4 * channels[0]
 
@@ -84,33 +86,39 @@ class UNet(nn.Module):
             )
         self.target = nn.Embedding(num_modalities, embedding_channels)
         self.pair = nn.Embedding(num_modalities**2, embedding_channels) if embed_source else None
+        self.mix: nn.Sequential | None = None
+        if lean:
+            self.mix = nn.Sequential(
+                nn.Linear(embedding_channels, embedding_channels),
+                nn.SiLU(),
+                nn.Linear(embedding_channels, embedding_channels),
+            )
         self.conv_in = conv3(in_channels, channels[0])
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        skips = [channels[0]]
+        skips = [] if lean else [channels[0]]
         for level, (before, width) in enumerate(pairwise((channels[0], *channels))):
             if level:
-                self.downsample.append(Downsample(before))
-                skips.append(before)
+                self.downsample.append(nn.Conv3d(before, before, 2, stride=2) if lean else Downsample(before))
+                if not lean:
+                    skips.append(before)
             widths = [before] + [width] * num_res_blocks
             self.down.append(nn.ModuleList(stage(i, o, level in attention_levels) for i, o in pairwise(widths)))
-            skips += [width] * num_res_blocks
+            skips += [width] if lean else [width] * num_res_blocks
         deepest = len(channels) - 1
-        self.middle = nn.ModuleList(
-            [
-                stage(channels[-1], channels[-1], deepest in attention_levels),
-                stage(channels[-1], channels[-1], False),
-            ]
-        )
+        self.middle = nn.ModuleList([stage(channels[-1], channels[-1], deepest in attention_levels)])
+        if not lean:
+            self.middle.append(stage(channels[-1], channels[-1], False))
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         before = channels[-1]
         for level in reversed(range(len(channels))):
             stages = nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                stages.append(stage(before + skips.pop(), channels[level], level in attention_levels))
+            for block in range(num_res_blocks if lean else num_res_blocks + 1):
+                skip = skips.pop() if block == 0 or not lean else 0
+                stages.append(stage(before + skip, channels[level], level in attention_levels))
                 before = channels[level]
             self.up.append(stages)
             if level:
-                self.upsample.append(Upsample(before))
+                self.upsample.append(nn.ConvTranspose3d(before, before, 2, stride=2) if lean else Upsample(before))
         self.out = OutputBlock(channels[0], out_channels, norm_groups)
         zero_(self.out.conv)  # starts by predicting 0: the mean of what every objective asks for
 
@@ -123,7 +131,7 @@ class UNet(nn.Module):
         if self.time is not None:
             assert t is not None, "a U-Net with time needs t"
             embedding = embedding + self.time(time_embedding(t, self.channels[0]).to(embedding.dtype))
-        return embedding
+        return embedding if self.mix is None else self.mix(embedding)
 
     def forward(self, x: Tensor, t: Tensor | None, target: Tensor, source: Tensor | None = None) -> Tensor:
         """Return the prediction (B, out_channels, X, Y, Z).
@@ -151,13 +159,15 @@ class UNet(nn.Module):
             for stage in stages:
                 h = run_checkpointed(self.activation_checkpointing, stage, h, embedding)
                 skips.append(h)
+            if self.lean:
+                skips = [*skips[:level], h]
         for stage in self.middle:
             h = run_checkpointed(self.activation_checkpointing, stage, h, embedding)
         for level, stages in enumerate(_levels(self.up)):
-            for stage in stages:
-                h = run_checkpointed(
-                    self.activation_checkpointing, stage, torch.cat((h, skips.pop()), dim=1), embedding
-                )
+            for block, stage in enumerate(stages):
+                if block == 0 or not self.lean:
+                    h = torch.cat((h, skips.pop()), dim=1)
+                h = run_checkpointed(self.activation_checkpointing, stage, h, embedding)
             if level < len(self.upsample):
                 h = self.upsample[level](h)
         h = run_checkpointed(self.activation_checkpointing, self.out, h)
