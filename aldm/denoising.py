@@ -4,7 +4,7 @@ translation.
 Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel, modality ids (B,) int64.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
 
 def build_unet(config: Config, latent_channels: int) -> UNet:
     """Build the denoiser; see `denoise` for its inputs."""
-    module = UNet(3 * latent_channels, latent_channels, len(config.modalities), **asdict(config.unet))
+    gated = config.unet.skip_gates and config.diffusion.objective not in PREDICTS_NOISE
+    values = asdict(replace(config.unet, skip_gates=gated))
+    module = UNet(3 * latent_channels, latent_channels, len(config.modalities), **values)
     module.activation_checkpointing = config.activation_checkpointing
     return module
 
@@ -52,7 +54,8 @@ def denoise(
 
     The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction; for x0, bridge
     and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
-    near the answer, and a network that outputs 0 repeats it.
+    near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns instead how much of
+    z_target_like and of z_source to take; it starts from none of either, from the source alone where source = target.
 
     Args:
         unet: aldm.models.unet.UNet with 3 C input and C output channels.

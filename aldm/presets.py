@@ -111,6 +111,7 @@ def small() -> Config:
             conditioning="scale-shift",
             lean=True,
             embed_source=True,
+            skip_gates=True,
             norm_groups=8,
         ),
         regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),

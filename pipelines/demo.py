@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 REPORT, RECORD, SPLITS = "report.html", "demo.json", "splits.csv"
 LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
 NUM_VALIDATION, NUM_TEST = 2, 4
-MINUTES = {"vqgan": 0.5, "ms-spade": 0.8, "diffusion": 3.4, "unet": 4.2}
+MINUTES = {"vqgan": 0.5, "ms-spade": 0.7, "diffusion": 3.7, "unet": 4.4}
 """Time budgets of the trainings; the plain U-Net gets that of stages 2 and 3 together."""
 DESCRIPTION = f"""Simulate subjects in IXI's layout, prepare them, run the three trainings of the paper and a plain
 regression U-Net, score both on held-out subjects, translate one of those and the ICBM152 T1 average that nilearn ships,

@@ -43,8 +43,8 @@ class UNet(nn.Module):
     Args:
         in_channels, out_channels: channels of the concatenated inputs and of the prediction.
         num_modalities: M, the modalities that ids count through.
-        channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, norm_groups: see
-            UNetConfig.
+        channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, skip_gates,
+            norm_groups: see UNetConfig.
         with_time: False builds the plain regression U-Net, which gets no time.
 
     Attributes:
@@ -63,6 +63,7 @@ class UNet(nn.Module):
         conditioning: str,
         lean: bool,
         embed_source: bool,
+        skip_gates: bool,
         norm_groups: int,
         with_time: bool = True,
     ) -> None:
@@ -86,6 +87,10 @@ class UNet(nn.Module):
             )
         self.target = nn.Embedding(num_modalities, embedding_channels)
         self.pair = nn.Embedding(num_modalities**2, embedding_channels) if embed_source else None
+        self.gates: nn.Parameter | None = None
+        if skip_gates:  # M M 2 C: of the source, and of the target-like latent beside the 1 that `denoise` adds
+            same = torch.eye(num_modalities)[:, :, None, None].expand(-1, -1, 1, out_channels)
+            self.gates = nn.Parameter(torch.cat((same, -torch.ones_like(same)), dim=2))
         self.mix: nn.Sequential | None = None
         if lean:
             self.mix = nn.Sequential(
@@ -171,6 +176,12 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 h = self.upsample[level](h)
         h = run_checkpointed(self.activation_checkpointing, self.out, h)
+        if self.gates is not None:
+            assert source is not None, "skip_gates needs the source's modality"
+            pair = self.gates.flatten(0, 1).index_select(0, source * self.num_modalities + target)
+            gate_source, gate_like = pair[:, :, :, None, None, None].unbind(1)
+            _, z_source, z_target_like = x.chunk(3, dim=1)
+            h = h + gate_source * z_source + gate_like * z_target_like
         return h[:, :, : sides[0], : sides[1], : sides[2]]
 
 

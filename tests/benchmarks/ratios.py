@@ -1,0 +1,166 @@
+"""Speed and memory against the plain way, each as a ratio measured in one run. Prints a Markdown table.
+
+    python tests/benchmarks/ratios.py
+
+Simulated subjects at 3 mm, preset small; times are medians, memory is the peak of a process of its own.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from aldm.presets import small
+
+
+def seconds(function: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall time of a call after one to warm up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peak_mb(case: str) -> float:
+    """Peak memory of `case` above the imports, MB, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def _codec(kind: str) -> torch.nn.Module:
+    from aldm.models.codecs import build_codec
+
+    torch.manual_seed(0)
+    return build_codec(replace(small().codec, kind=kind)).eval()
+
+
+def _memory_case(case: str) -> None:
+    """Run one case and print its peak above where it began."""
+    from aldm.models.quantizer import nearest_code
+    from aldm.models.slabs import decode_bounded
+
+    torch.manual_seed(0)
+    prepare = {
+        "search": lambda: (torch.randn(20_736, 3), torch.randn(8192, 3)),
+        "decode": lambda: (_codec("vqgan"), torch.randn(1, 4, 32, 32, 24)),
+    }[case.split("-")[0]]
+    first, second = prepare()
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        if case == "search-chunked":
+            nearest_code(first, second)
+        elif case == "search-naive":
+            torch.cdist(first, second).argmin(dim=1)
+        elif case == "decode-bounded":
+            decode_bounded(first, second, 64 * 2**20, Path(scratch))
+        else:
+            first.decode(second)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin) / 1000)
+
+
+def training_step(folder: Path) -> tuple[float, float]:
+    """Seconds of a stage 3 step that reads latents, and of one that encodes the pair's volumes with the vqgan first."""
+    from aldm.data.store import VolumeStore
+    from aldm.denoising import build_unet
+
+    store = VolumeStore.open(folder)
+    config = replace(small(), modalities=store.modalities)
+    codec = _codec("vqgan")
+    subject = store.subjects()[0].subject_id
+    pair = [torch.from_numpy(store.volume(subject, name))[None, None] for name in store.modalities[:2]]
+    with torch.no_grad():
+        z = codec.encode(pair[0])
+    unet = build_unet(config, z.shape[1])
+    ids = torch.zeros(1, dtype=torch.long)
+
+    def step(encode: bool) -> None:
+        source, target = (z, z)
+        if encode:
+            with torch.no_grad():
+                source, target = (codec.encode(volume) for volume in pair)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = unet(torch.cat([source, source, source], dim=1), torch.ones(1), ids, ids)
+        (out.float() - target).square().mean().backward()
+
+    return seconds(lambda: step(encode=False)), seconds(lambda: step(encode=True))
+
+
+def epoch(tree: Path, folder: Path) -> tuple[float, float]:
+    """Seconds to read every volume once from the store, and from NIfTI files with the preprocessing."""
+    from aldm.data.preprocess import prepare_volume
+    from aldm.data.store import VolumeStore
+    from aldm.data.volume import load_nifti
+
+    store = VolumeStore.open(folder)
+    files = sorted(tree.rglob("*.nii.gz"))
+    config = store.preprocess
+
+    def from_store() -> None:
+        for record in store.subjects():
+            for name in record.modalities:
+                store.volume(record.subject_id, name)
+
+    def from_files() -> None:
+        for file in files:
+            prepare_volume(load_nifti(file)[0], config)
+
+    return seconds(from_store, 3), seconds(from_files, 1)
+
+
+def codec_step(kind: str) -> float:
+    """Seconds of one forward and backward pass of a codec on a 48^3 crop."""
+    codec = _codec(kind)
+    codec.train()
+    x = torch.randn(1, 1, 48, 48, 48)
+
+    def step() -> None:
+        codec(x).reconstruction.square().mean().backward()
+
+    return seconds(step, 3)
+
+
+def main() -> None:
+    """Measure and print."""
+    from aldm.data.phantom import write_phantom
+    from aldm.data.preparing import prepare_store
+
+    rows: list[tuple[str, str, str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        tree, folder = Path(name) / "tree", Path(name) / "store"
+        write_phantom(tree, "ixi", 6, 0, 3.0)
+        prepare_store(tree, folder, layout="ixi", config=small().preprocess, num_processes=1)
+        ours, plain = training_step(folder)
+        rows.append(
+            ("training step: cached latents / encoding in the step", f"{ours:.3f} s", f"{plain:.3f} s", plain / ours)
+        )
+        ours, plain = epoch(tree, folder)
+        rows.append(("epoch: store / NIfTI and transforms", f"{ours:.3f} s", f"{plain:.3f} s", plain / ours))
+    for label, case, way in (
+        ("code search, 20,736 x 8,192: chunked / naive", "search", "chunked"),
+        ("decode 128 x 128 x 96, small vqgan: bounded / whole", "decode", "bounded"),
+    ):
+        plain_way = "naive" if case == "search" else "whole"
+        ours, plain = peak_mb(f"{case}-{way}"), peak_mb(f"{case}-{plain_way}")
+        rows.append((label, f"{ours:.0f} MB", f"{plain:.0f} MB", plain / ours))
+    ours, plain = codec_step("haar-vqgan"), codec_step("vqgan")
+    rows.append(("codec step at equal width: haar-vqgan / vqgan", f"{ours:.3f} s", f"{plain:.3f} s", plain / ours))
+    print("| ours / plain | ours | plain | plain / ours |\n|---|---|---|---|")
+    for label, mine, other, ratio in rows:
+        print(f"| {label} | {mine} | {other} | {ratio:.1f} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        _memory_case(sys.argv[1])
+    else:
+        main()
