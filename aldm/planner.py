@@ -24,16 +24,17 @@ from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStag
 from aldm.trace import Trace
 
 TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")
-LIBRARY_BYTES = 20 * 2**20
-"""Code and buffers that the convolution and matrix libraries load on first use: 2 to 38 MiB measured."""
 GIB = 2**30
+LIBRARY_BYTES = 20 * 2**20
+"""What oneDNN and MKL keep for themselves (compiled kernels, packing buffers): 10 to 36 MiB measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What one step of a training, or the translation of one volume, needs.
 
-    Bytes are those beyond the running interpreter with torch loaded (about 0.4 GB).
+    Bytes are those beyond the running interpreter with torch loaded (about 0.4 GB). glibc may keep more in hand than is
+    alive where tensors are smaller than 32 MiB; MALLOC_MMAP_THRESHOLD_=1048576 in the environment prevents that.
 
     Attributes:
         stage: vqgan, ms-spade, diffusion, unet or inference.

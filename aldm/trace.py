@@ -65,17 +65,34 @@ class Trace(TorchDispatchMode):
 
 
 def working_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Return what an operation holds besides its inputs and its result: a convolution's copies in its own layout.
+    """Return what an operation holds besides its inputs and its result: a convolution's copies, as on a CPU.
 
-    As oneDNN does on a CPU: forward, a copy of the input and of the output, then of the output beside the output itself;
-    backward, of the output's gradient and of the input or its gradient.
+    oneDNN: forward, a copy of the input and of the output in its own layout, then of the output beside the output
+    itself; backward, of the output's gradient and of the input or its gradient. Small tensors go another way, see
+    `_unfolds`.
     """
     if func is _aten.convolution.default:
-        copy = _blocked_bytes(result)
-        return max(_blocked_bytes(args[0]) + copy - _nbytes(result), copy)
+        x, weight, y = args[0], args[1], result
+        if _unfolds(x, weight):
+            return _unfolded_bytes(weight, y)
+        return max(_blocked_bytes(x) + _blocked_bytes(y) - _nbytes(y), _blocked_bytes(y))
     if func is _aten.convolution_backward.default:
-        return _blocked_bytes(args[0]) + _blocked_bytes(args[1])
+        y, x, weight = args[:3]
+        return _unfolded_bytes(weight, y) if _unfolds(x, weight) else _blocked_bytes(y) + _blocked_bytes(x)
     return 0
+
+
+def _unfolds(x: Tensor, weight: Tensor) -> bool:
+    """Return whether torch computes a convolution as a matrix product of columns (its ConvParams::use_mkldnn)."""
+    if x.dtype != torch.float32 or x.shape[0] > 1 or weight.shape[-1] > 3:
+        return False
+    return x.shape[1:4].numel() <= 20480
+
+
+def _unfolded_bytes(weight: Tensor, y: Tensor) -> int:
+    """Return the bytes of the columns: for each output voxel all inputs of its kernel (a 1^3 kernel needs no copy)."""
+    kernel = weight.shape[1:].numel()
+    return 0 if weight.shape[2:].numel() == 1 else kernel * y.shape[2:].numel() * y.element_size()
 
 
 def _blocked_bytes(tensor: Tensor) -> int:

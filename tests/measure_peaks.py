@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +18,17 @@ import torch
 from aldm.config import Config
 from aldm.denoising import build_ms_spade, build_unet
 from aldm.engine import PlainEngine
+from aldm.memory import release_freed_memory
 from aldm.models.codecs import build_codec
-from aldm.planner import StandIn, plan, training_config
+from aldm.planner import TRAININGS, StandIn, plan, training_config
 from aldm.predictors import LatentDiffusion
 from aldm.presets import tiny
 from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
 from aldm.training import fit
 
 
-def small_config(precision: str, activation_checkpointing: bool) -> Config:
-    """Widths of 16, which oneDNN pads to nothing, and volumes that make a hundred MiB or more of each stage."""
+def small_config(precision: str, activation_checkpointing: bool, side: int, crop: int) -> Config:
+    """Widths of 16 and 32, as oneDNN computes without falling back to matrix products, on small volumes."""
     base = tiny()
     quick = {"max_steps": 2, "batch_size": 1, "log_every": 10, "checkpoint_every": 10, "validate_every": 10}
     unet = replace(base.unet, channels=(16, 32), attention_levels=(), norm_groups=8)
@@ -35,15 +37,17 @@ def small_config(precision: str, activation_checkpointing: bool) -> Config:
         modalities=("t1", "t2"),
         precision=precision,
         activation_checkpointing=activation_checkpointing,
-        preprocess=replace(base.preprocess, spatial_shape=(64, 64, 64)),
+        preprocess=replace(base.preprocess, spatial_shape=(side, side, side)),
         codec=replace(base.codec, channels=(16, 16), norm_groups=8),
-        ms_spade=replace(base.ms_spade, in_channels=16, res_channels=(16, 32), spade_channels=(32, 16)),
+        ms_spade=replace(
+            base.ms_spade, in_channels=16, res_channels=(16, 32), spade_channels=(32, 16), hidden_channels=16
+        ),
         unet=unet,
         regression_unet=replace(unet, channels=(16, 16)),
-        train_vqgan=replace(base.train_vqgan, crop=(48, 48, 48), adversarial_start_step=0, **quick),
+        train_vqgan=replace(base.train_vqgan, crop=(crop, crop, crop), adversarial_start_step=0, **quick),
         train_ms_spade=replace(base.train_ms_spade, adversarial_start_step=0, **quick),
         train_diffusion=replace(base.train_diffusion, **quick),
-        train_unet=replace(base.train_unet, crop=(48, 48, 48), **quick),
+        train_unet=replace(base.train_unet, crop=(crop, crop, crop), **quick),
     )
 
 
@@ -99,6 +103,7 @@ def translate(config: Config) -> None:
 def measured_peak(run: Callable[[], None]) -> int:
     """Return how far the resident set rises above its present size, bytes."""
     gc.collect()
+    release_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = _status("VmRSS")
     run()
@@ -113,12 +118,15 @@ def _status(key: str) -> int:
 
 def main() -> None:
     """Print {stage: [planned, measured]} as JSON."""
-    results = {}
-    config = small_config(sys.argv[1], sys.argv[2] == "recompute")
-    for stage in ("vqgan", "ms-spade", "diffusion", "unet", "inference"):
-        planned = plan(config, stage).peak_bytes
-        measured = measured_peak(lambda s=stage: translate(config) if s == "inference" else train(config, s))
-        results[stage] = [planned, measured]
+    precision, recompute = sys.argv[1], sys.argv[2] == "recompute"
+    run = {stage: partial(train, name=stage) if stage in TRAININGS else translate for stage in sys.argv[3:]}
+    for measured in run.values():  # loads the libraries' code
+        measured(small_config(precision, recompute, 16, 16))
+    config = small_config(precision, recompute, 64, 48)
+    results = {
+        stage: [plan(config, stage).peak_bytes, measured_peak(partial(measured, config))]
+        for stage, measured in run.items()
+    }
     print(json.dumps(results))
 
 
