@@ -82,6 +82,8 @@ def test_res_block_uses_its_embedding_per_sample(conditioning: str) -> None:
     block = ResBlock(4, 6, norm_groups=2, embedding_channels=5, conditioning=conditioning)
     x, embedding = torch.randn(1, 4, 3, 3, 3).expand(2, -1, -1, -1, -1), torch.randn(2, 5)
     nn.init.normal_(block.conv2.weight)
+    assert block.embedding is not None
+    nn.init.normal_(block.embedding.weight)
     out = block(x, embedding)
     assert out.shape == (2, 6, 3, 3, 3)
     assert not torch.allclose(out[0], out[1])

@@ -98,7 +98,7 @@ def test_a_missing_parent_and_a_file_are_refused(tmp_path: Path) -> None:
 def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
     other = replace(tiny(), seed=7, train_ms_spade=replace(tiny().train_ms_spade, learning_rate=0.5))
-    with pytest.raises(UserError, match=r"seed was 0, now 7; train_ms_spade.learning_rate was 0.001, now 0.5"):
+    with pytest.raises(UserError, match=r"seed was 0, now 7; train_ms_spade.learning_rate was 0\.002, now 0\.5"):
         opened(tmp_path / "run", other, resume=True)
 
 
