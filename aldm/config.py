@@ -129,8 +129,8 @@ class UNetConfig:
     embed_source: bool = False
     """Add a learned embedding of the (source, target) pair too; the paper embeds the target alone."""
     skip_gates: bool = False
-    """Learn per pair and channel how much of the source and of the target-like latent enters the prediction; x0, bridge
-    and regression only (the others ignore it). Not in the paper."""
+    """Learn per pair and channel how much of the network, the source and the target-like latent enters the prediction;
+    x0, bridge and regression only (the others ignore it). Not in the paper."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
 

@@ -55,7 +55,7 @@ def denoise(
     The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction; for x0, bridge
     and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
     near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns instead how much of
-    z_target_like and of z_source to take; it starts from none of either, from the source alone where source = target.
+    itself, of z_target_like and of z_source to take: at first itself alone, where source = target the source alone.
 
     Args:
         unet: aldm.models.unet.UNet with 3 C input and C output channels.

@@ -88,9 +88,9 @@ class UNet(nn.Module):
         self.target = nn.Embedding(num_modalities, embedding_channels)
         self.pair = nn.Embedding(num_modalities**2, embedding_channels) if embed_source else None
         self.gates: nn.Parameter | None = None
-        if skip_gates:  # M M 2 C: of the source, and of the target-like latent beside the 1 that `denoise` adds
+        if skip_gates:  # M M 3 C: of the network, of the source, of the target-like latent beside the 1 of `denoise`
             same = torch.eye(num_modalities)[:, :, None, None].expand(-1, -1, 1, out_channels)
-            self.gates = nn.Parameter(torch.cat((same, -torch.ones_like(same)), dim=2))
+            self.gates = nn.Parameter(torch.cat((1 - same, same, -torch.ones_like(same)), dim=2))
         self.mix: nn.Sequential | None = None
         if lean:
             self.mix = nn.Sequential(
@@ -179,9 +179,9 @@ class UNet(nn.Module):
         if self.gates is not None:
             assert source is not None, "skip_gates needs the source's modality"
             pair = self.gates.flatten(0, 1).index_select(0, source * self.num_modalities + target)
-            gate_source, gate_like = pair[:, :, :, None, None, None].unbind(1)
+            gate_net, gate_source, gate_like = pair[:, :, :, None, None, None].unbind(1)
             _, z_source, z_target_like = x.chunk(3, dim=1)
-            h = h + gate_source * z_source + gate_like * z_target_like
+            h = gate_net * h + gate_source * z_source + gate_like * z_target_like
         return h[:, :, : sides[0], : sides[1], : sides[2]]
 
 
