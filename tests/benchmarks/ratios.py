@@ -62,7 +62,7 @@ def _memory_case(case: str) -> None:
         elif case == "search-naive":
             torch.cdist(first, second).argmin(dim=1)
         elif case == "decode-bounded":
-            decode_bounded(first, second, 64 * 2**20, Path(scratch))
+            decode_bounded(first, second, 192 * 2**20, Path(scratch))
         else:
             first.decode(second)
     print((_status_kb("VmHWM") - begin) / 1000)
