@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, Shape, TrainingConfig
 from aldm.data.modalities import MODALITIES
 from aldm.denoising import build_ms_spade, build_unet, denoise
@@ -20,7 +21,7 @@ from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
 from aldm.predictors import LatentDiffusion
-from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
 
 TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")

@@ -1,19 +1,21 @@
-"""What each training optimises: vqgan, ms-spade, diffusion, and the regression U-Net that stands beside every model.
+"""What each training optimises: vqgan, ms-spade, diffusion.
 
 Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.config import Config
-from aldm.data.dataset import LatentPairs, VolumePairs, VolumeSamples, checked_crop
+from aldm.data.dataset import LatentPairs, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
+from aldm.denoising import build_ms_spade, build_unet, denoise
 from aldm.diffusion import make_schedule, training_loss_inputs
 from aldm.errors import UserError
 from aldm.latents import LatentStore, data_record
@@ -100,14 +102,8 @@ class VQGANStage:
 
     def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         x = batch["volume"]
-        last_input: list[Tensor] = []
-        last_layer = self.codec.last_layer
-        assert last_layer is not None, "a codec that trains has a last layer"
-        hook = last_layer.register_forward_pre_hook(lambda _, inputs: last_input.append(inputs[0].detach()))
-        try:
+        with self._last_calls() as last_calls:
             output = model(x)
-        finally:
-            hook.remove()
         loss = self._reconstruction_loss(output.reconstruction, x)
         values: Values = {
             "reconstruction_loss": loss.detach(),
@@ -122,7 +118,7 @@ class VQGANStage:
             adversarial = self._adversarial_loss(output.reconstruction)
             weight = torch.ones((), device=x.device)
             if self._training.adaptive_weight:
-                weight = self._engine.reduce(self._adaptive_weight(last_layer, last_input[0], x))
+                weight = self._engine.reduce(self._adaptive_weight(last_calls, x))
             values |= {"adversarial_loss": adversarial.detach(), "adaptive_weight": weight}
             loss = loss + self._training.adversarial_weight * weight * adversarial
         return loss, values
@@ -145,16 +141,37 @@ class VQGANStage:
         assert self.discriminator is not None
         return hinge_generator_loss(self.discriminator(reconstruction))
 
-    def _adaptive_weight(self, last_layer: nn.Module, last_input: Tensor, x: Tensor) -> Tensor:
+    @contextlib.contextmanager
+    def _last_calls(self) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+        """Collect the detached inputs of the decoder's last convolution, slab by slab where it runs in slabs."""
+        calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            calls.append((inputs[0].detach(), options))
+
+        assert self.codec.last_layer is not None, "a codec that trains has a last layer"
+        hook = self.codec.last_layer.register_forward_pre_hook(collect, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            hook.remove()
+
+    def _adaptive_weight(self, last_calls: list[tuple[Tensor, dict[str, Any]]], x: Tensor) -> Tensor:
         """The ratio of gradient norms at the last convolution; inverse Haar transforms may follow it."""
+        last_layer = self.codec.last_layer
+        assert last_layer is not None, "a codec that trains has a last layer"
         haar = nn.Sequential(*(block for block in self.codec.decoder if isinstance(block, InverseHaarTransform)))
         with self._engine.whole(list(last_layer.parameters())):
             bias = last_layer.get_parameter("bias").detach().clone()
+
+            def redo(weight: Tensor) -> Tensor:
+                state = {"weight": weight, "bias": bias}
+                slabs = [torch.func.functional_call(last_layer, state, (z,), options) for z, options in last_calls]
+                return haar(slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=2))
+
             return adaptive_weight(
                 last_layer.get_parameter("weight"),
-                lambda weight: haar(
-                    torch.func.functional_call(last_layer, {"weight": weight, "bias": bias}, last_input)
-                ),
+                redo,
                 lambda reconstruction: self._reconstruction_loss(reconstruction, x),
                 self._adversarial_loss,
             )
@@ -364,55 +381,3 @@ class DiffusionStage:
             "ms_spade_hash": self._ms_spade_hash,
         }
         return Export("diffusion", self.config, weights["unet"], meta)
-
-
-class RegressionStage:
-    """The plain 3D regression U-Net: source volume and one-hot planes of source and target in, target volume out (MSE).
-
-    Args:
-        config: regression_unet and train_unet.
-        store: prepared volumes.
-
-    Raises:
-        UserError: the crop does not fit the volumes.
-    """
-
-    name = "unet"
-    score = "psnr_db"
-    higher_is_better = True
-
-    def __init__(self, config: Config, store: VolumeStore) -> None:
-        self.config = with_data(config, store.modalities, asdict(store.preprocess))
-        self._store, self._training = store, config.train_unet
-        checked_crop(self._training.crop, store.preprocess.spatial_shape)
-        self.unet = build_regression_unet(self.config)
-        self.players = [Player("unet", self.unet, self._training, self._loss)]
-
-    def connect(self, engine: Engine) -> None:
-        """Nothing is frozen here."""
-
-    def samples(self, split: str) -> VolumePairs:
-        """Pairs of volumes, cropped and flipped."""
-        return VolumePairs(
-            self._store,
-            split,
-            self.config.modalities,
-            self._training.crop,
-            self._training.flip_probability,
-            self._training.same_modality_fraction,
-        )
-
-    def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
-        output = regress(model, batch["source_volume"], batch["source"], batch["target"], len(self.config.modalities))
-        return weighted_mse(output, batch["target_volume"]), {}
-
-    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
-        """PSNR, dB, of the predicted volume."""
-        number = len(self.config.modalities)
-        output = regress(modules["unet"], batch["source_volume"], batch["source"], batch["target"], number)
-        return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
-
-    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
-        """The U-Net."""
-        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
-        return Export("unet", self.config, weights["unet"], meta)

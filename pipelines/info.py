@@ -113,9 +113,7 @@ def trainings(config: Config) -> list[tuple[str, Config]]:
 
     listed = [(name, config) for name in TRAININGS]
     if config.train_vqgan.crop not in (None, config.preprocess.spatial_shape):
-        # the adaptive weight computes the last layer a second time, which does not make the peak
-        whole = replace(config.train_vqgan, crop=None, adaptive_weight=False)
-        listed.insert(1, ("vqgan", replace(config, train_vqgan=whole)))
+        listed.insert(1, ("vqgan", replace(config, train_vqgan=replace(config.train_vqgan, crop=None))))
     return listed
 
 

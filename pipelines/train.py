@@ -73,10 +73,11 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
     """
     import torch
 
+    from aldm.baselines.regression_unet import RegressionStage
     from aldm.data.store import VolumeStore
     from aldm.latents import LatentStore
     from aldm.randomness import derived_seed
-    from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+    from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 
     built: Any
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config
 from aldm.denoising import build_ms_spade, build_unet
 from aldm.engine import PlainEngine
@@ -23,7 +24,7 @@ from aldm.models.codecs import build_codec
 from aldm.planner import TRAININGS, StandIn, plan, training_config
 from aldm.predictors import LatentDiffusion
 from aldm.presets import tiny
-from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.training import fit
 
 

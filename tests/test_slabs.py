@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from aldm.errors import UserError
 from aldm.models import slabs
+from aldm.models.blocks import conv3
 from aldm.models.codecs import Codec, build_codec
 from aldm.models.passes import merge_moments, plan, rows_within, window
 from aldm.models.slabs import Store, decode_bounded, encode_bounded, floor_bytes
@@ -220,7 +221,7 @@ def test_windows_cover_what_the_whole_layer_reads(kind: str) -> None:
 
 
 def test_rows_within_is_the_largest_that_fits() -> None:
-    (passes,) = plan([torch.nn.Conv3d(1, 2, 3, padding=1)], 1, (11, 4, 4))
+    (passes,) = plan([conv3(1, 2)], 1, (11, 4, 4))
     for most in range(12):
         assert rows_within(passes[0], lambda rows, most=most: rows <= most) == (most or None)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aldm.baselines.regression_unet import RegressionStage
 from aldm.checkpoint import load_weights
 from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
@@ -19,7 +20,7 @@ from aldm.models.codecs import build_codec
 from aldm.players import Batch, StepInfo
 from aldm.presets import brats, small, tiny
 from aldm.randomness import derived_generator
-from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.training import PlainEngine, fit
 
 HAAR = replace(tiny().codec, kind="haar")
@@ -89,14 +90,36 @@ def test_the_adaptive_weight_is_that_of_the_training_graph(brats_store: VolumeSt
     for kind in ("vqgan", "haar-vqgan"):
         config = replace(tiny(), codec=replace(tiny().codec, kind=kind))
         stage = connected(VQGANStage(config, brats_store))
-        stage.codec.eval()  # the codebook stands still between the two passes
+        stage.codec.eval()  # the codebook stands still between the passes
         batch = batch_of(stage)
         _, values = stage.players[0].loss(stage.codec, batch, step(5, stage, batch))
+        assert_same_in_slabs(stage, batch, values)
         last = stage.codec.last_layer.weight
         reconstruction = stage.codec(batch["volume"]).reconstruction
         (plain,) = torch.autograd.grad(F.l1_loss(reconstruction, batch["volume"]), last, retain_graph=True)
         (adversarial,) = torch.autograd.grad(-stage.discriminator(reconstruction).mean(), last)
         assert torch.allclose(values["adaptive_weight"], plain.norm() / (adversarial.norm() + 1e-4), rtol=1e-4)
+
+
+def assert_same_in_slabs(stage: VQGANStage, batch: dict, whole: dict) -> None:
+    """A codec whose tensors are too large for a kernel runs in slabs: the same losses and the same gradients."""
+    parameters = list(stage.codec.parameters())
+    gradients = []
+    small = {"vqgan": 30_000, "haar-vqgan": 9_000}[stage.config.codec.kind]
+    for limit, recompute in ((2**31 - 1, False), (small, False), (small, True)):
+        stage.codec.max_tensor_elements, stage.codec.activation_checkpointing = limit, recompute
+        loss, values = stage.players[0].loss(stage.codec, batch, step(5, stage, batch))
+        with stage._last_calls() as calls, torch.no_grad():
+            stage.codec(batch["volume"])
+        assert (len(calls) > 1) == (limit == small)
+        for name in ("reconstruction_loss", "adversarial_loss", "adaptive_weight"):
+            assert torch.allclose(values[name], whole[name], rtol=1e-4), name
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for got in gradients[1:]:
+        for a, b in zip(got, gradients[0], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    stage.codec.max_tensor_elements, stage.codec.activation_checkpointing = 2**31 - 1, False
 
 
 def test_the_perceptual_term_is_added(brats_store: VolumeStore) -> None:

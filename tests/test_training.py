@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, TrainingConfig
 from aldm.data.dataset import batch_places
 from aldm.data.store import VolumeStore
@@ -27,7 +28,7 @@ from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, Export, Player, Stage, StepInfo, Values, only_trainable
 from aldm.presets import tiny
 from aldm.randomness import derived_generator
-from aldm.stages import DiffusionStage, MSSpadeStage, RegressionStage, VQGANStage
+from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.training import FitResult, PlainEngine, Snapshot, fit
 
 BASE = TrainingConfig(

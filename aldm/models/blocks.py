@@ -58,9 +58,32 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, activation_checkpointing:
     return x
 
 
-def conv3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv3d:
+class Conv3(nn.Conv3d):
+    """A 3^3 convolution with zero padding of one voxel.
+
+    A slab is convolved by calling this module too, so that hooks see every use of the weights: engines that shard
+    parameters gather them there.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor, padding_x: int = 1, upsample: bool = False) -> Tensor:
+        """Map (B, in_channels, X, Y, Z) to (B, out_channels, X / stride, Y / stride, Z / stride).
+
+        Args:
+            x: the input.
+            padding_x: 1, or 0 where x already holds a neighbouring row at both ends of X.
+            upsample: double the sides of x first (nearest neighbour).
+        """
+        if upsample:
+            return upsample_conv(x, self, padding_x)
+        return F.conv3d(x, self.weight, self.bias, self.stride, (padding_x, 1, 1))
+
+
+def conv3(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv3:
     """Return a 3^3 convolution with zero padding of one voxel."""
-    return nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+    return Conv3(in_channels, out_channels, stride)
 
 
 def zero_(conv: nn.Conv3d) -> None:
@@ -168,7 +191,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, X, Y, Z) to (B, C, 2 X, 2 Y, 2 Z)."""
-        return upsample_conv(x, self.conv)
+        return self.conv(x, upsample=True)
 
 
 class OutputBlock(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aldm.errors import UserError
 from aldm.models.blocks import (
+    Conv3,
     Downsample,
     HaarTransform,
     InverseHaarTransform,
@@ -27,7 +28,6 @@ from aldm.models.blocks import (
     ResBlock,
     Upsample,
     run_checkpointed,
-    upsample_conv,
 )
 
 Sides = tuple[int, int, int]
@@ -200,21 +200,18 @@ def _compute_slab(
         x = F.silu(torch.addcmul(affine[1], x, affine[0]).to(x.dtype), inplace=not torch.is_grad_enabled())
     if any(need.pad):
         x = F.pad(x, (0, 0, 0, 0, *need.pad))
-    if not isinstance(step.layer, nn.Conv3d):
-        x = step.layer(x)
-    elif step.upsample:
-        x = upsample_conv(x, step.layer, padding_x=0)
+    if isinstance(step.layer, Conv3):
+        x = step.layer(x, padding_x=0, upsample=step.upsample)
     else:
-        conv = step.layer
-        x = F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, *conv.padding[1:]))
+        x = step.layer(x)
     if residual is None:
         return x
     rest = residual.rows(start, stop)
     return x + (rest if step.shortcut is None else step.shortcut(rest))
 
 
-def _conv(layer: nn.Module) -> nn.Conv3d:
-    assert isinstance(layer, nn.Conv3d), f"no pass is known for {type(layer).__name__}"
+def _conv(layer: nn.Module) -> Conv3:
+    assert isinstance(layer, Conv3), f"no pass is known for {type(layer).__name__}"
     return layer
 
 

@@ -5,7 +5,6 @@ otherwise, read and written slab by slab with plain file access: a memory map wo
 group norm's statistics are gathered, in float64, while its input is written. Tensors are B C X Y Z of RAS+ volumes.
 """
 
-import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aldm.errors import UserError
+from aldm.memory import release_freed_memory
 from aldm.models.codecs import Codec, check_sides
 from aldm.models.passes import Pieces, PlannedPass, Sides, merge_moments, moments_of, plan, rows_within, run_pass
 from aldm.models.quantizer import CHUNK_BYTES
@@ -44,13 +44,6 @@ def slab_bytes(each: PlannedPass, batch: int, rows: int) -> int:
     weights = (3 if each.step.upsample else 1) * layer.weight.numel()
     residual = outputs if each.step.adds_residual or each.step.upsample else 0
     return FLOAT_BYTES * (2 * inputs + 2 * outputs + residual + unfolded + 2 * weights)
-
-
-def _release_freed_memory() -> None:
-    """Hand freed memory back to the system where the C library would keep it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Store:
@@ -95,7 +88,7 @@ class Store:
         else:
             self._transfer(slab, self._written, write=True)
         self._written += slab.shape[2]
-        _release_freed_memory()
+        release_freed_memory()
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each channel, (B, C) in float64."""

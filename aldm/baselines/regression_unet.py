@@ -1,0 +1,67 @@
+"""The plain 3D regression U-Net that stands beside every model. Volumes are B 1 X Y Z in [-1, 1]."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from aldm.config import Config
+from aldm.data.dataset import VolumePairs, checked_crop
+from aldm.data.store import VolumeStore
+from aldm.denoising import build_regression_unet, regress
+from aldm.latents import data_record
+from aldm.losses import weighted_mse
+from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
+from aldm.stage_data import psnr_db, with_data
+
+
+class RegressionStage:
+    """The plain 3D regression U-Net: source volume and one-hot planes of source and target in, target volume out (MSE).
+
+    Args:
+        config: regression_unet and train_unet.
+        store: prepared volumes.
+
+    Raises:
+        UserError: the crop does not fit the volumes.
+    """
+
+    name = "unet"
+    score = "psnr_db"
+    higher_is_better = True
+
+    def __init__(self, config: Config, store: VolumeStore) -> None:
+        self.config = with_data(config, store.modalities, asdict(store.preprocess))
+        self._store, self._training = store, config.train_unet
+        checked_crop(self._training.crop, store.preprocess.spatial_shape)
+        self.unet = build_regression_unet(self.config)
+        self.players = [Player("unet", self.unet, self._training, self._loss)]
+
+    def connect(self, engine: Engine) -> None:
+        """Nothing is frozen here."""
+
+    def samples(self, split: str) -> VolumePairs:
+        """Pairs of volumes, cropped and flipped."""
+        return VolumePairs(
+            self._store,
+            split,
+            self.config.modalities,
+            self._training.crop,
+            self._training.flip_probability,
+            self._training.same_modality_fraction,
+        )
+
+    def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        output = regress(model, batch["source_volume"], batch["source"], batch["target"], len(self.config.modalities))
+        return weighted_mse(output, batch["target_volume"]), {}
+
+    def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
+        """PSNR, dB, of the predicted volume."""
+        number = len(self.config.modalities)
+        output = regress(modules["unet"], batch["source_volume"], batch["source"], batch["target"], number)
+        return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
+
+    def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
+        """The U-Net."""
+        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        return Export("unet", self.config, weights["unet"], meta)
