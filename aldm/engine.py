@@ -26,14 +26,7 @@ class PlainEngine:
     def prepare(self, player: Player) -> nn.Module:
         """Move the module to the device and make its optimizer (fused)."""
         player.module.to(self.device).train()
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[player.config.optimizer]
-        self._optimizers[player.name] = kind(
-            [parameter for parameter in player.module.parameters() if parameter.requires_grad],
-            lr=player.config.learning_rate,
-            betas=player.config.betas,
-            weight_decay=player.config.weight_decay,
-            fused=True,
-        )
+        self._optimizers[player.name] = make_optimizer(player)
         self._players[player.name] = player
         return player.module
 
@@ -89,15 +82,27 @@ class PlainEngine:
             self._optimizers[name].load_state_dict(state[name]["optimizer"])
 
 
+def make_optimizer(player: Player) -> torch.optim.Optimizer:
+    """Return Adam or AdamW over the trainable parameters of a player's module (one fused kernel)."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[player.config.optimizer]
+    return kind(
+        [parameter for parameter in player.module.parameters() if parameter.requires_grad],
+        lr=player.config.learning_rate,
+        betas=player.config.betas,
+        weight_decay=player.config.weight_decay,
+        fused=True,
+    )
+
+
 class AveragedModule:
     """Exponential moving average of a player's weights, in fp32, outside the engine; buffers are copied.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short training is not averaged with its start.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, device: torch.device | str = "cpu") -> None:
         self.decay = decay
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module = copy.deepcopy(module).requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], count: int) -> None:

@@ -69,6 +69,7 @@ def adaptive_weight(
     redo: Callable[[Tensor], Tensor],
     reconstruction_loss: Callable[[Tensor], Tensor],
     adversarial_loss: Callable[[Tensor], Tensor],
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Tensor:
     """Return |grad of the reconstruction loss| / |grad of the adversarial loss| at the last layer (Esser et al. 2021,
     eq. 7).
@@ -80,6 +81,7 @@ def adaptive_weight(
         weight: the last layer's weight, whole.
         redo: the reconstruction from a weight of the last layer, its input fixed and detached.
         reconstruction_loss, adversarial_loss: of a reconstruction.
+        reduce: the mean of a gradient over all ranks, so that the weight is the whole batch's however it is shared.
 
     Returns:
         A scalar in [0, 1e4] without gradient; the denominator has 1e-4 added.
@@ -89,7 +91,7 @@ def adaptive_weight(
         reconstruction = redo(clone)
         (plain,) = torch.autograd.grad(reconstruction_loss(reconstruction), clone, retain_graph=True)
         (adversarial,) = torch.autograd.grad(adversarial_loss(reconstruction), clone)
-    return (plain.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (reduce(plain).norm() / (reduce(adversarial).norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, channel_weights: Tensor | None = None) -> Tensor:

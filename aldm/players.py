@@ -20,6 +20,8 @@ from aldm.data.dataset import Samples
 
 Batch = dict[str, Any]
 Values = dict[str, float | Tensor]
+Panel = dict[str, Tensor]
+"""Volumes (X, Y, Z) to look at beside each other, by name."""
 
 
 @dataclass
@@ -133,7 +135,10 @@ class Stage(Protocol):
         """Return the samples of a split."""
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
-        """Return means over a validation batch; `modules` hold the averaged weights where they are kept."""
+        """Return means over a validation batch; `modules` hold the averaged weights where they are kept.
+
+        What is worth a picture goes to info.shared["panel"], a Panel.
+        """
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """Return what a checkpoint holds, given the weights of every player (averaged where an average is kept)."""

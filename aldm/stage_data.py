@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aldm.config import CodecConfig, Config, PreprocessConfig, TrainingConfig, from_dict
 from aldm.errors import UserError
 from aldm.latents import LatentStore
-from aldm.players import Loss, Player, Values
+from aldm.players import Loss, Panel, Player, Values
 
 
 def with_data(
@@ -115,3 +115,11 @@ def latents_record(latents: LatentStore) -> dict[str, Any]:
         "std": latents.std.tolist(),
         "data": latents.data,
     }
+
+
+def panel(**tensors: Tensor) -> Panel:
+    """Return what a validation shows of its first sample: the first channel of each (B, C, X, Y, Z) tensor, by name.
+
+    The first channel of Haar latents is the low-pass: a small volume. Of other latents it is what it is.
+    """
+    return {name: tensor[0, 0].detach().float() for name, tensor in tensors.items()}

@@ -42,6 +42,7 @@ from aldm.stage_data import (
     latent_score,
     latent_values,
     latents_record,
+    panel,
     psnr_db,
     with_data,
 )
@@ -118,7 +119,7 @@ class VQGANStage:
             adversarial = self._adversarial_loss(output.reconstruction)
             weight = torch.ones((), device=x.device)
             if self._training.adaptive_weight:
-                weight = self._engine.reduce(self._adaptive_weight(last_calls, x))
+                weight = self._adaptive_weight(last_calls, x)
             values |= {"adversarial_loss": adversarial.detach(), "adaptive_weight": weight}
             loss = loss + self._training.adversarial_weight * weight * adversarial
         return loss, values
@@ -142,12 +143,12 @@ class VQGANStage:
         return hinge_generator_loss(self.discriminator(reconstruction))
 
     @contextlib.contextmanager
-    def _last_calls(self) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-        """Collect the detached inputs of the decoder's last convolution, slab by slab where it runs in slabs."""
-        calls: list[tuple[Tensor, dict[str, Any]]] = []
+    def _last_calls(self) -> Iterator[list[tuple[Tensor, int]]]:
+        """Collect the detached inputs of the decoder's last convolution and their padding along X, slab by slab."""
+        calls: list[tuple[Tensor, int]] = []
 
         def collect(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-            calls.append((inputs[0].detach(), options))
+            calls.append((inputs[0].detach(), options.get("padding_x", 1)))
 
         assert self.codec.last_layer is not None, "a codec that trains has a last layer"
         hook = self.codec.last_layer.register_forward_pre_hook(collect, with_kwargs=True)
@@ -156,7 +157,7 @@ class VQGANStage:
         finally:
             hook.remove()
 
-    def _adaptive_weight(self, last_calls: list[tuple[Tensor, dict[str, Any]]], x: Tensor) -> Tensor:
+    def _adaptive_weight(self, last_calls: list[tuple[Tensor, int]], x: Tensor) -> Tensor:
         """The ratio of gradient norms at the last convolution; inverse Haar transforms may follow it."""
         last_layer = self.codec.last_layer
         assert last_layer is not None, "a codec that trains has a last layer"
@@ -165,8 +166,7 @@ class VQGANStage:
             bias = last_layer.get_parameter("bias").detach().clone()
 
             def redo(weight: Tensor) -> Tensor:
-                state = {"weight": weight, "bias": bias}
-                slabs = [torch.func.functional_call(last_layer, state, (z,), options) for z, options in last_calls]
+                slabs = [F.conv3d(z, weight, bias, padding=(pad, 1, 1)) for z, pad in last_calls]
                 return haar(slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=2))
 
             return adaptive_weight(
@@ -174,11 +174,13 @@ class VQGANStage:
                 redo,
                 lambda reconstruction: self._reconstruction_loss(reconstruction, x),
                 self._adversarial_loss,
+                self._engine.reduce,
             )
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """PSNR, dB, and L1 of the reconstruction."""
         reconstruction = modules["codec"](batch["volume"]).reconstruction.float()
+        info.shared["panel"] = panel(volume=batch["volume"], reconstruction=reconstruction)
         return {
             "psnr_db": psnr_db((reconstruction - batch["volume"]).square()),
             "l1": F.l1_loss(reconstruction, batch["volume"]),
@@ -268,6 +270,7 @@ class MSSpadeStage:
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """The target-like latent's distance from the target's: PSNR, dB, of the volume where the codec is isometric."""
         z = modules["ms-spade"](batch["z_source"], batch["target"], batch["source"])
+        info.shared["panel"] = panel(source=batch["z_source"], prediction=z, target=batch["z_target"])
         return latent_values(self._latents, self._std, z, batch["z_target"])
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
@@ -369,6 +372,7 @@ class DiffusionStage:
             generator=info.generators[0],
             eta=sampling.eta,
         )
+        info.shared["panel"] = panel(source=batch["z_source"], prediction=z, target=batch["z_target"])
         values = latent_values(self._latents, self._std, z, batch["z_target"])
         before = latent_values(self._latents, self._std, z_target_like, batch["z_target"])
         return values | {f"ms_spade_{name}": value for name, value in before.items()}

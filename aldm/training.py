@@ -25,7 +25,7 @@ from aldm.engine import AveragedModule, PlainEngine
 from aldm.errors import UserError
 from aldm.interrupts import DeferredInterrupts
 from aldm.pace import MEASURED_STEPS, Pace, learning_rate
-from aldm.players import Batch, Engine, FitResult, Player, Snapshot, Stage, StepInfo, Values, only_trainable
+from aldm.players import Batch, Engine, FitResult, Panel, Player, Snapshot, Stage, StepInfo, Values, only_trainable
 from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
 from aldm.run_folder import LOOP_STATE
@@ -35,6 +35,7 @@ __all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
 
 OnLog = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Snapshot], None]
+OnPanel = Callable[[int, Panel], None]
 
 
 def fit(
@@ -45,6 +46,7 @@ def fit(
     seed: int,
     on_log: OnLog,
     on_checkpoint: OnCheckpoint,
+    on_panel: OnPanel | None = None,
     resume_from: Path | None = None,
 ) -> FitResult:
     """Train a stage.
@@ -56,6 +58,7 @@ def fit(
         seed: of every random choice.
         on_log: called on rank 0 with {step, ...} of training or {step, validation/...}; step counts finished steps.
         on_checkpoint: called on every rank with a snapshot to write.
+        on_panel: called on rank 0 after a validation with the step and volumes of its first sample to look at.
         resume_from: folder that a snapshot was written to.
 
     Raises:
@@ -63,7 +66,7 @@ def fit(
             finite (the weights are as before the step).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step at hand and a checkpoint.
     """
-    loop = _Loop(stage, engine, config, seed, on_log, on_checkpoint)
+    loop = _Loop(stage, engine, config, seed, on_log, on_checkpoint, on_panel)
     if resume_from is not None:
         loop.load(resume_from)
     with torch.random.fork_rng(devices=[]), DeferredInterrupts() as interrupts:
@@ -82,17 +85,18 @@ class _Loop:
         seed: int,
         on_log: OnLog,
         on_checkpoint: OnCheckpoint,
+        on_panel: OnPanel | None,
     ) -> None:
         self.stage, self.engine, self.config, self.seed = stage, engine, config, seed
-        self.on_log, self.on_checkpoint = on_log, on_checkpoint
+        self.on_log, self.on_checkpoint, self.on_panel = on_log, on_checkpoint, on_panel
         self.train, self.validation = stage.samples("train"), stage.samples("validation")
         _check(self.train, config, engine)
-        self.models = {player.name: engine.prepare(player) for player in stage.players}
-        self.averages = {
-            player.name: AveragedModule(player.module, player.config.ema_decay)
+        self.averages = {  # taken first: an engine may shard the weights that it prepares
+            player.name: AveragedModule(player.module, player.config.ema_decay, engine.device)
             for player in stage.players
             if player.config.ema_decay > 0
         }
+        self.models = {player.name: engine.prepare(player) for player in stage.players}
         stage.connect(engine)
         self.pace = Pace.plan(config, len(self.train), [player.start_step for player in stage.players])
         self.step = 0
@@ -216,13 +220,15 @@ class _Loop:
         window = _Window()
         for module in modules.values():
             module.eval()
-        for index, number in _spread(len(self.validation), self.config.num_validation_samples, self.engine):
+        panel: Panel | None = None
+        for index, number, weight in _spread(len(self.validation), self.config.num_validation_samples, self.engine):
             generator = derived_generator(self.seed, "validation", number)
             batch = _on_device(collate([self.validation.sample(index, generator)]), self.engine.device)
             torch.manual_seed(derived_seed(self.seed, "validation layers", number))
             info = StepInfo(self.step, [generator], frozenset(modules))
             with self.engine.autocast():
-                window.add("validation", self.stage.validate(modules, batch, info))
+                window.add("validation", self.stage.validate(modules, batch, info), weight)
+            panel = panel or info.shared.get("panel")
         for player in self.stage.players:
             player.module.train()
         values = window.means(self.engine)
@@ -230,6 +236,8 @@ class _Loop:
         self.pace.validation_done(self.step, self._seconds_since(begin))
         if self.engine.rank == 0:
             self.on_log({"step": self.step, **values})
+            if self.on_panel is not None and panel is not None:
+                self.on_panel(self.step, panel)
         score = self.validated[self.stage.score]
         if self.best is None or (score > self.best if self.stage.higher_is_better else score < self.best):
             self.best = score
@@ -292,24 +300,24 @@ class _Window:
 
     def __init__(self, state: Mapping[str, Sequence[float]] | None = None) -> None:
         self._sums = {
-            name: (torch.tensor(total, dtype=torch.float64), int(count))
-            for name, (total, count) in (state or {}).items()
+            name: (torch.tensor(total, dtype=torch.float64), count) for name, (total, count) in (state or {}).items()
         }
 
-    def add(self, prefix: str, values: Values) -> None:
-        """Add the values of one step."""
+    def add(self, prefix: str, values: Values, weight: int = 1) -> None:
+        """Add the values of one step, or with weight 0 nothing but their names."""
         for name, value in values.items():
             key = f"{prefix}/{name}"
             total, count = self._sums.get(key, (0.0, 0))
-            self._sums[key] = (torch.as_tensor(value, dtype=torch.float64) + total, count + 1)
+            added = torch.as_tensor(value, dtype=torch.float64) if weight else 0.0
+            self._sums[key] = (torch.as_tensor(total, dtype=torch.float64) + added, count + weight)
 
-    def state(self, engine: Engine) -> dict[str, tuple[float, int]]:
-        """Return {name: (sum, count)}, sums averaged over the ranks."""
+    def state(self, engine: Engine) -> dict[str, tuple[float, float]]:
+        """Return {name: (sum, count)}, both averaged over the ranks."""
         if not self._sums:
             return {}
-        totals = torch.stack([torch.as_tensor(total).to(engine.device) for total, _ in self._sums.values()])
-        counts = [count for _, count in self._sums.values()]
-        return dict(zip(self._sums, zip(engine.reduce(totals).tolist(), counts, strict=True), strict=True))
+        sums = [(torch.as_tensor(total).to(engine.device), count) for total, count in self._sums.values()]
+        totals = torch.stack([torch.stack((total, total.new_tensor(count))) for total, count in sums])
+        return dict(zip(self._sums, map(tuple, engine.reduce(totals).tolist()), strict=True))
 
     def means(self, engine: Engine) -> dict[str, float]:
         """Return {name: mean} over steps and ranks."""
@@ -325,15 +333,15 @@ def _check(train: Samples, config: TrainingConfig, engine: Engine) -> None:
         )
 
 
-def _spread(length: int, number: int, engine: Engine) -> list[tuple[int, int]]:
-    """Return this rank's (index, number) of validation samples spread over a split.
+def _spread(length: int, number: int, engine: Engine) -> list[tuple[int, int, int]]:
+    """Return this rank's (index, number, weight) of validation samples spread over a split.
 
-    Every rank gets as many, as engines that shard parameters need; where they do not come out even, the first samples
-    are looked at twice.
+    Every rank gets as many, as engines that shard parameters need; where they do not come out even, the last round is
+    filled with samples of weight 0.
     """
     places = [i * length // number if number <= length else i % length for i in range(number)]
     even = -(-number // engine.world_size) * engine.world_size
-    numbered = [(places[i % number], i % number) for i in range(even)]
+    numbered = [(places[i % number], i % number, int(i < number)) for i in range(even)]
     return numbered[engine.rank :: engine.world_size]
 
 

@@ -1,5 +1,6 @@
 """Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,28 @@ def brats_store(brats_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> V
 def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
     """The store that the tiny preset makes of `ixi_tree`. Read it only."""
     return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
+    import ray
+
+    from pipelines.ray_session import own_token, worker_environment
+
+    with pytest.MonkeyPatch.context() as patch, own_token():
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=2**28,
+            logging_level="warning",
+            log_to_driver=False,
+            runtime_env={"env_vars": worker_environment() | {"OMP_NUM_THREADS": "1"}},
+        )
+        yield
+        ray.shutdown()
 
 
 def _prepared(tree: Path, layout: str, out: Path) -> VolumeStore:

@@ -12,7 +12,7 @@ from aldm.denoising import build_regression_unet, regress
 from aldm.latents import data_record
 from aldm.losses import weighted_mse
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
-from aldm.stage_data import psnr_db, with_data
+from aldm.stage_data import panel, psnr_db, with_data
 
 
 class RegressionStage:
@@ -59,6 +59,7 @@ class RegressionStage:
         """PSNR, dB, of the predicted volume."""
         number = len(self.config.modalities)
         output = regress(modules["unet"], batch["source_volume"], batch["source"], batch["target"], number)
+        info.shared["panel"] = panel(source=batch["source_volume"], prediction=output, target=batch["target_volume"])
         return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:

@@ -1,0 +1,309 @@
+"""Engines of many processes: DDP (replicas) and DeepSpeed (ZeRO: states, gradients and weights sharded).
+
+Both run inside a process group that exists (Ray Train makes it). A player's own loss calls the module that `prepare`
+returns; everybody else's module is called directly, its parameters frozen meanwhile, so no engine's hooks meet a
+gradient that is not theirs.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aldm.engine import PlainEngine, make_optimizer
+from aldm.errors import UserError
+from aldm.players import Player
+
+ENGINES = ("plain", "ddp", "deepspeed")
+ZERO_STAGES = (0, 1, 2, 3)
+ENGINE_FILE = "engine.json"
+"""The file of a DeepSpeed checkpoint that says what wrote it."""
+TAG = "states"
+
+
+class DDPEngine(PlainEngine):
+    """Whole replicas whose gradients are averaged over the ranks (torch DistributedDataParallel)."""
+
+    def __init__(self, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+        """Join the process group that exists."""
+        super().__init__(device, precision)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def prepare(self, player: Player) -> nn.Module:
+        """Wrap the module; rank 0's weights go to all ranks. Buffers are kept equal by who changes them."""
+        super().prepare(player)
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(player.module, device_ids=devices, broadcast_buffers=False)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        return mean_over_ranks(value)
+
+    def save(self, folder: Path) -> None:
+        """Rank 0 writes engine.pt: the ranks are equal, so any number of workers can go on from it."""
+        if self.rank == 0:
+            super().save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read engine.pt on every rank.
+
+        Raises:
+            UserError: another engine wrote the checkpoint.
+        """
+        if (folder / ENGINE_FILE).is_file():
+            raise UserError(f"{folder} was written by --engine deepspeed: resume with that")
+        super().load(folder)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's ZeRO: stage 1 shards optimizer states, 2 gradients too, 3 weights too; 0 shards nothing.
+
+    Weights stay in fp32 and bf16 is autocast, as in the other engines: norms and the code search keep their precision.
+
+    Args:
+        device: of this rank.
+        precision: fp32 or bf16.
+        zero_stage: 0 to 3.
+        batch_size: of all ranks together.
+        resume_from: folder of the checkpoint that `load` will read, if any: one of another number of ranks has to be
+            known before the first player is prepared.
+
+    Raises:
+        UserError: bf16 with stage 0 (it diverges without an error), or a checkpoint of another stage or engine.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        *,
+        zero_stage: int = 1,
+        batch_size: int = 1,
+        resume_from: Path | None = None,
+    ) -> None:
+        check_precision(zero_stage, precision)
+        self.device = torch.device(device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._precision, self._zero_stage, self._batch_size = precision, zero_stage, batch_size
+        self._players: dict[str, Player] = {}
+        self._engines: dict[str, Any] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._universal = resume_from is not None and self._written_by(resume_from)["world_size"] != self.world_size
+        _start_deepspeed()
+
+    def prepare(self, player: Player) -> nn.Module:
+        """Hand module and optimizer to DeepSpeed."""
+        import deepspeed
+
+        _check_codebook(player.module, self._zero_stage)
+        player.module.to(self.device).train()
+        engine, *_ = deepspeed.initialize(
+            model=player.module, optimizer=make_optimizer(player), config=self._config(player)
+        )
+        self._players[player.name], self._engines[player.name] = player, engine
+        for parameter in player.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, name=player.name: self._note(name, gradient))
+        return engine
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast, or nothing for fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    def backward(self, player: Player, loss: Tensor) -> None:
+        """Backward through DeepSpeed, which reduces the gradients on the way."""
+        self._squares[player.name] = torch.zeros((), device=self.device)
+        self._engines[player.name].backward(loss)
+
+    def step(self, player: Player, learning_rate: float) -> Tensor:
+        """Clip and step.
+
+        Raises:
+            FloatingPointError: a gradient of some rank is not finite; nothing was changed.
+        """
+        engine = self._engines[player.name]
+        local = self.reduce(self._squares[player.name])
+        if not torch.isfinite(local):
+            raise FloatingPointError(f"the gradient of {player.name} has norm {float(local.sqrt())}")
+        norm = _gradient_norm(player.module) if self._zero_stage == 0 else None
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        engine.step()
+        return torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=self.device).float()
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        return mean_over_ranks(value)
+
+    def whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """Gather sharded parameters inside the block."""
+        if self._zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
+        return gathered
+
+    def weights(self, player: Player) -> dict[str, Tensor]:
+        """The whole weights, gathered one by one where they are sharded."""
+        state = dict(player.module.state_dict())
+        if self._zero_stage == 3:
+            for name, parameter in player.module.named_parameters():
+                with self.whole([parameter]):
+                    state[name] = parameter.detach().clone()
+        return state
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the bytes of weights and optimizer states that this rank holds, from DeepSpeed's own tensors."""
+        weights = states = 0
+        for name, engine in self._engines.items():
+            for parameter in self._players[name].module.parameters():
+                weights += _nbytes(getattr(parameter, "ds_tensor", parameter))
+            optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+            states += sum(_nbytes(value) for state in optimizer.state.values() for value in _tensors(state))
+        return {"weights": weights, "optimizer_states": states}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards of every player, all ranks at the same time."""
+        for name, engine in self._engines.items():
+            engine.save_checkpoint(str(folder / f"deepspeed-{name}"), tag=TAG)
+        if self.rank == 0:
+            record = {"engine": "deepspeed", "zero_stage": self._zero_stage, "world_size": self.world_size}
+            (folder / ENGINE_FILE).write_text(json.dumps(record) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read the shards; those of another number of ranks are converted first (DeepSpeed's universal checkpoint)."""
+        for name, engine in self._engines.items():
+            source = folder / f"deepspeed-{name}"
+            with self._readable(source) as (path, tag):
+                loaded, _ = engine.load_checkpoint(str(path), tag=tag)
+            if loaded is None:
+                raise UserError(
+                    f"{source} holds no state of {name}: the checkpoint is damaged, resume from another one"
+                )
+
+    def _config(self, player: Player) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self._batch_size // self.world_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": player.config.gradient_clip,
+            "zero_optimization": {"stage": self._zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        if self._precision == "bf16":
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if self._universal:
+            config["checkpoint"] = {"load_universal": True}
+        return config
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        """Add up the squares of this rank's gradients: whether they are finite is known before the step."""
+        self._squares[name] = self._squares[name] + gradient.float().square().sum()
+
+    def _written_by(self, folder: Path) -> dict[str, Any]:
+        file = folder / ENGINE_FILE
+        if not file.is_file():
+            raise UserError(f"{folder} was not written by --engine deepspeed: resume with the engine that wrote it")
+        record: dict[str, Any] = json.loads(file.read_text())
+        if record["zero_stage"] != self._zero_stage:
+            raise UserError(
+                f"--zero-stage {self._zero_stage}: {folder} was written with stage {record['zero_stage']}; resume with "
+                "that"
+            )
+        return record
+
+    @contextlib.contextmanager
+    def _readable(self, source: Path) -> Iterator[tuple[Path, str]]:
+        """Yield folder and tag of a checkpoint that this number of ranks can read."""
+        if not self._universal:
+            yield source, TAG
+            return
+        local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        holder = [tempfile.mkdtemp(prefix="aldm-universal-") if local_rank == 0 else ""]
+        if local_rank == 0:
+            convert_to_universal(source / TAG, Path(holder[0]) / TAG)
+        holders: list[Any] = [None] * self.world_size
+        dist.all_gather_object(holders, (os.uname().nodename, holder[0]))
+        folder = next(Path(path) for node, path in holders if path and node == os.uname().nodename)
+        try:
+            yield folder, TAG
+        finally:
+            dist.barrier()
+            if local_rank == 0:
+                import shutil
+
+                shutil.rmtree(holder[0], ignore_errors=True)
+
+
+def check_precision(zero_stage: int, precision: str) -> None:
+    """Refuse bf16 with stage 0, whose trajectory leaves that of fp32 without any error.
+
+    Raises:
+        UserError: that combination.
+    """
+    if precision == "bf16" and zero_stage == 0:
+        raise UserError(
+            "--engine deepspeed with --zero-stage 0 and bf16 diverges silently: give --zero-stage 1 or --precision fp32"
+        )
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a floating-point tensor over all ranks."""
+    if dist.get_world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """Write a DeepSpeed checkpoint so that any number of ranks can read it (a program of DeepSpeed's own)."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    done = subprocess.run(
+        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"converting {source} failed:\n{done.stderr[-2000:]}")
+
+
+def _start_deepspeed() -> None:
+    """Join the process group; on a CPU without DeepSpeed's shared-memory kernel, which would ask for a compiler."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def _check_codebook(module: nn.Module, zero_stage: int) -> None:
+    """Refuse a codebook that is a parameter: its revival writes weights that ZeRO keeps elsewhere."""
+    quantizer = getattr(module, "quantizer", None)
+    if zero_stage >= 1 and quantizer is not None and quantizer.update == "gradient":
+        raise UserError(
+            "codec.codebook_update is gradient, which DeepSpeed's stages 1 to 3 cannot train (dead codes are revived "
+            "in the weights themselves): say --set codec.codebook_update=ema, or take --engine ddp"
+        )
+
+
+def _gradient_norm(module: nn.Module) -> Tensor:
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

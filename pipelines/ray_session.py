@@ -1,0 +1,108 @@
+"""The Ray session that a job runs in: a cluster that exists, or one started here and ended again."""
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from aldm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 2**29
+"""Memory of a session's object store started here: results of tasks are small, volumes are read from the store."""
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Use this process's Ray session, connect to the cluster that RAY_ADDRESS names, or start a session and end it.
+
+    A session that is started here asks for a token of its own (Ray's authentication), which nobody else can read.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with contextlib.ExitStack() as stack:
+        if address:
+            try:
+                ray.init(address="auto" if address.startswith("http") else address, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one, or unset RAY_ADDRESS "
+                    "to run on this machine alone"
+                ) from error
+        else:
+            stack.enter_context(own_token())
+            logger.info(
+                "starting Ray on this machine (give --engine plain, or --num-workers 1 elsewhere, to do without)"
+            )
+            ray.init(
+                address="local",
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": worker_environment()},
+            )
+        stack.callback(ray.shutdown)
+        yield
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment that processes of a session started here need: tools of this Python's environment."""
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False) -> None:
+    """Refuse more workers than the cluster has CPUs or GPUs for; a cluster that grows by itself is not asked.
+
+    Args:
+        num_workers: the fewest that will do.
+        use_gpu: whether every worker takes a GPU.
+        autoscaling: the cluster adds nodes when they are asked for.
+
+    Raises:
+        UserError: too few of either.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    if use_gpu and gpus < num_workers and not autoscaling:
+        raise UserError(
+            f"--use-gpu with --num-workers {num_workers} needs {num_workers} GPUs, this Ray cluster has {gpus}: leave "
+            "--use-gpu out, take fewer workers, or say --autoscaling where the cluster adds nodes"
+        )
+    if cpus < num_workers and not autoscaling:
+        raise UserError(
+            f"--num-workers {num_workers} is more than the {cpus} CPUs of this Ray cluster: take at most {cpus}, or "
+            "say --autoscaling where the cluster adds nodes"
+        )
+
+
+@contextlib.contextmanager
+def own_token() -> Iterator[None]:
+    """Give a session that is started here a token of its own; the file goes with the session."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(os.environ.get(name) for name in names):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="aldm-ray-") as folder:  # readable by this user alone
+        token = Path(folder) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        try:
+            yield
+        finally:
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                os.environ.pop(name, None)
