@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the message without a traceback and exits with code 2; every other exception is a bug of
     ours and keeps its traceback.
     """
+
+
+class NotFiniteError(UserError):
+    """A loss or gradient that is not finite: every rank of a training meets it in the same step."""

@@ -32,16 +32,18 @@ CONFIG_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "run.json", "met
 LAST, BEST = "last", "best"
 LOOP_STATE = "training.json"
 """The file of a checkpoint that training.fit goes on from."""
+CHECKPOINT_FILES = ("weights.safetensors", "config.json")
+"""What anybody but the training itself reads of a checkpoint."""
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
 
 
 class RunFolder:
-    """A run folder, locked; use it in a `with` block."""
+    """A run folder; `RunFolder.open` locks it, use that in a `with` block."""
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
-        """Use RunFolder.open."""
+    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+        """Join a run whose folder another process of the same training has opened and keeps locked."""
         self.path = path
         self._lock = lock
 
@@ -53,6 +55,7 @@ class RunFolder:
         stage: str,
         config: Config,
         inputs: Mapping[str, str],
+        engine: str = "plain",
         resume: bool = False,
         overwrite: bool = False,
     ) -> "RunFolder":
@@ -63,13 +66,14 @@ class RunFolder:
             stage: the stage's name; `config.train_<stage>` may change its length when it is resumed.
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
+            engine: what the run trains with; it goes on with the same.
             resume: go on with the run in the folder.
             overwrite: delete the run in the folder.
 
         Raises:
             UserError: another process trains there; a run is there and neither `resume` nor `overwrite` is given; there
-                is none to resume, or it has another configuration; the folder holds something else; it cannot be
-                written.
+                is none to resume, or it has another configuration or engine; the folder holds something else; it
+                cannot be written.
         """
         path = Path(path)
         check_run_folder(path, resume, overwrite)
@@ -82,12 +86,12 @@ class RunFolder:
         try:
             check_run_folder(path, resume, overwrite)
             if resume:
-                _check_same(path, stage, config)
+                check_same_run(path, stage, config, engine)
                 run._recover()
             else:
                 run._clear()
             run._write_config(config)
-            run._write_record(stage, inputs)
+            run._write_record(stage, engine, inputs)
         except BaseException:
             run.close()
             raise
@@ -103,25 +107,28 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def resume_from(self) -> Path | None:
         """Return the checkpoint to go on from, or None where the run was stopped before its first one.
 
         Lines of metrics.jsonl that were logged after that checkpoint are dropped: they will be computed again.
         """
-        step = 0
-        if (self.path / LAST).is_dir():
-            step = _step_of(self.path / LAST)
+        step = _step_of(self.path / LAST) if (self.path / LAST / LOOP_STATE).is_file() else 0
+        self.rewind(step)
+        if step == 0:
+            logger.info("%s has no checkpoint yet: starting from the beginning", self.path)
+            return None
+        return self.path / LAST
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after a step, and a last line that was not written to its end."""
         metrics = self.path / METRICS_FILE
         if metrics.is_file():
             whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with atomic_path(metrics, overwrite=True) as temporary:
                 temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        if step == 0:
-            logger.info("%s has no checkpoint yet: starting from the beginning", self.path)
-            return None
-        return self.path / LAST
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
@@ -149,9 +156,17 @@ class RunFolder:
         with atomic_folder(self.path / LAST, overwrite=True) as temporary:
             write(temporary)
         if is_best:
-            with atomic_folder(self.path / BEST, overwrite=True) as temporary:
-                for name in ("weights.safetensors", "config.json"):
-                    shutil.copyfile(self.path / LAST / name, temporary / name)
+            self._copy(self.path / LAST, BEST)
+
+    def publish(self, checkpoint: Path, is_best: bool) -> None:
+        """Replace last/, and best/ where it is the best, by weights and config.json of a checkpoint kept elsewhere."""
+        for name in (LAST, BEST) if is_best else (LAST,):
+            self._copy(checkpoint, name)
+
+    def _copy(self, checkpoint: Path, name: str) -> None:
+        with atomic_folder(self.path / name, overwrite=True) as temporary:
+            for file in CHECKPOINT_FILES:
+                shutil.copyfile(checkpoint / file, temporary / file)
 
     def _recover(self) -> None:
         """Remove what a killed process has left unfinished; keep a checkpoint whose replacement it did not live to see.
@@ -178,7 +193,7 @@ class RunFolder:
         with atomic_path(self.path / CONFIG_FILE, overwrite=True) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
-    def _write_record(self, stage: str, inputs: Mapping[str, str]) -> None:
+    def _write_record(self, stage: str, engine: str, inputs: Mapping[str, str]) -> None:
         """Add this start to run.json."""
         import torch
 
@@ -188,6 +203,7 @@ class RunFolder:
             {
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "command": sys.argv,
+                "engine": engine,
                 "inputs": dict(inputs),
                 "aldm": __version__,
                 "torch": torch.__version__,
@@ -276,6 +292,18 @@ def _locked(path: Path) -> IO[str]:
     lock.write(f"process {os.getpid()} on {os.uname().nodename}")
     lock.flush()
     return lock
+
+
+def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
+    """Check what only resuming asks for: the same configuration but for length and cadence, and the same engine.
+
+    Raises:
+        UserError: another configuration, or another engine (each keeps its states in its own way).
+    """
+    _check_same(path, stage, config)
+    before = json.loads((path / RUN_FILE).read_text())["starts"][-1].get("engine", "plain")
+    if before != engine:
+        raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
 
 
 def _check_same(path: Path, stage: str, config: Config) -> None:

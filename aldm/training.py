@@ -22,7 +22,7 @@ from aldm.checkpoint import write_checkpoint
 from aldm.config import TrainingConfig
 from aldm.data.dataset import Samples, batch_places, collate
 from aldm.engine import AveragedModule, PlainEngine
-from aldm.errors import UserError
+from aldm.errors import NotFiniteError, UserError
 from aldm.interrupts import DeferredInterrupts
 from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, FitResult, Panel, Player, Snapshot, Stage, StepInfo, Values, only_trainable
@@ -184,8 +184,8 @@ class _Loop:
         if not math.isfinite(value):
             raise self._not_finite(f"the loss of {player.name} is {value}", batch)
 
-    def _not_finite(self, what: str, batch: Batch) -> UserError:
-        return UserError(
+    def _not_finite(self, what: str, batch: Batch) -> NotFiniteError:
+        return NotFiniteError(
             f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the "
             "step was not taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
         )

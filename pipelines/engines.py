@@ -6,12 +6,7 @@ gradient that is not theirs.
 """
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,12 +18,7 @@ from torch import Tensor, nn
 from aldm.engine import PlainEngine, make_optimizer
 from aldm.errors import UserError
 from aldm.players import Player
-
-ENGINES = ("plain", "ddp", "deepspeed")
-ZERO_STAGES = (0, 1, 2, 3)
-ENGINE_FILE = "engine.json"
-"""The file of a DeepSpeed checkpoint that says what wrote it."""
-TAG = "states"
+from pipelines.sharded_states import STEPS_FILE, base_optimizer, read_moments, read_weights, write_states
 
 
 class DDPEngine(PlainEngine):
@@ -43,7 +33,7 @@ class DDPEngine(PlainEngine):
         """Wrap the module; rank 0's weights go to all ranks. Buffers are kept equal by who changes them."""
         super().prepare(player)
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(player.module, device_ids=devices, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(player.module, device_ids=devices, forward_sync_buffers=False)
 
     def reduce(self, value: Tensor) -> Tensor:
         """The mean over all ranks."""
@@ -60,7 +50,7 @@ class DDPEngine(PlainEngine):
         Raises:
             UserError: another engine wrote the checkpoint.
         """
-        if (folder / ENGINE_FILE).is_file():
+        if (folder / STEPS_FILE).is_file():
             raise UserError(f"{folder} was written by --engine deepspeed: resume with that")
         super().load(folder)
 
@@ -75,11 +65,7 @@ class DeepSpeedEngine:
         precision: fp32 or bf16.
         zero_stage: 0 to 3.
         batch_size: of all ranks together.
-        resume_from: folder of the checkpoint that `load` will read, if any: one of another number of ranks has to be
-            known before the first player is prepared.
-
-    Raises:
-        UserError: bf16 with stage 0 (it diverges without an error), or a checkpoint of another stage or engine.
+        resume_from: the checkpoint to go on from, if any; of whatever stage and number of ranks.
     """
 
     def __init__(
@@ -91,14 +77,13 @@ class DeepSpeedEngine:
         batch_size: int = 1,
         resume_from: Path | None = None,
     ) -> None:
-        check_precision(zero_stage, precision)
         self.device = torch.device(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._precision, self._zero_stage, self._batch_size = precision, zero_stage, batch_size
         self._players: dict[str, Player] = {}
         self._engines: dict[str, Any] = {}
         self._squares: dict[str, Tensor] = {}
-        self._universal = resume_from is not None and self._written_by(resume_from)["world_size"] != self.world_size
+        self._resume_from = resume_from
         _start_deepspeed()
 
     def prepare(self, player: Player) -> nn.Module:
@@ -106,6 +91,8 @@ class DeepSpeedEngine:
         import deepspeed
 
         _check_codebook(player.module, self._zero_stage)
+        if self._resume_from is not None:  # before DeepSpeed shards the weights
+            read_weights(self._resume_from, player.name, player.module)
         player.module.to(self.device).train()
         engine, *_ = deepspeed.initialize(
             model=player.module, optimizer=make_optimizer(player), config=self._config(player)
@@ -169,28 +156,18 @@ class DeepSpeedEngine:
         for name, engine in self._engines.items():
             for parameter in self._players[name].module.parameters():
                 weights += _nbytes(getattr(parameter, "ds_tensor", parameter))
-            optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+            optimizer = base_optimizer(engine)
             states += sum(_nbytes(value) for state in optimizer.state.values() for value in _tensors(state))
         return {"weights": weights, "optimizer_states": states}
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards of every player, all ranks at the same time."""
-        for name, engine in self._engines.items():
-            engine.save_checkpoint(str(folder / f"deepspeed-{name}"), tag=TAG)
-        if self.rank == 0:
-            record = {"engine": "deepspeed", "zero_stage": self._zero_stage, "world_size": self.world_size}
-            (folder / ENGINE_FILE).write_text(json.dumps(record) + "\n")
+        """Write this rank's share of every player, all ranks at the same time."""
+        write_states(folder, self._engines)
 
     def load(self, folder: Path) -> None:
-        """Read the shards; those of another number of ranks are converted first (DeepSpeed's universal checkpoint)."""
-        for name, engine in self._engines.items():
-            source = folder / f"deepspeed-{name}"
-            with self._readable(source) as (path, tag):
-                loaded, _ = engine.load_checkpoint(str(path), tag=tag)
-            if loaded is None:
-                raise UserError(
-                    f"{source} holds no state of {name}: the checkpoint is damaged, resume from another one"
-                )
+        """Read the optimizers' states; `prepare` has read the weights."""
+        assert folder == self._resume_from, "the engine was made for another checkpoint"
+        read_moments(folder, self._engines)
 
     def _config(self, player: Player) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -203,59 +180,11 @@ class DeepSpeedEngine:
         }
         if self._precision == "bf16":
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        if self._universal:
-            config["checkpoint"] = {"load_universal": True}
         return config
 
     def _note(self, name: str, gradient: Tensor) -> None:
         """Add up the squares of this rank's gradients: whether they are finite is known before the step."""
         self._squares[name] = self._squares[name] + gradient.float().square().sum()
-
-    def _written_by(self, folder: Path) -> dict[str, Any]:
-        file = folder / ENGINE_FILE
-        if not file.is_file():
-            raise UserError(f"{folder} was not written by --engine deepspeed: resume with the engine that wrote it")
-        record: dict[str, Any] = json.loads(file.read_text())
-        if record["zero_stage"] != self._zero_stage:
-            raise UserError(
-                f"--zero-stage {self._zero_stage}: {folder} was written with stage {record['zero_stage']}; resume with "
-                "that"
-            )
-        return record
-
-    @contextlib.contextmanager
-    def _readable(self, source: Path) -> Iterator[tuple[Path, str]]:
-        """Yield folder and tag of a checkpoint that this number of ranks can read."""
-        if not self._universal:
-            yield source, TAG
-            return
-        local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        holder = [tempfile.mkdtemp(prefix="aldm-universal-") if local_rank == 0 else ""]
-        if local_rank == 0:
-            convert_to_universal(source / TAG, Path(holder[0]) / TAG)
-        holders: list[Any] = [None] * self.world_size
-        dist.all_gather_object(holders, (os.uname().nodename, holder[0]))
-        folder = next(Path(path) for node, path in holders if path and node == os.uname().nodename)
-        try:
-            yield folder, TAG
-        finally:
-            dist.barrier()
-            if local_rank == 0:
-                import shutil
-
-                shutil.rmtree(holder[0], ignore_errors=True)
-
-
-def check_precision(zero_stage: int, precision: str) -> None:
-    """Refuse bf16 with stage 0, whose trajectory leaves that of fp32 without any error.
-
-    Raises:
-        UserError: that combination.
-    """
-    if precision == "bf16" and zero_stage == 0:
-        raise UserError(
-            "--engine deepspeed with --zero-stage 0 and bf16 diverges silently: give --zero-stage 1 or --precision fp32"
-        )
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -265,16 +194,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def convert_to_universal(source: Path, target: Path) -> None:
-    """Write a DeepSpeed checkpoint so that any number of ranks can read it (a program of DeepSpeed's own)."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    done = subprocess.run(
-        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"converting {source} failed:\n{done.stderr[-2000:]}")
 
 
 def _start_deepspeed() -> None:

@@ -26,14 +26,16 @@ def ray_session() -> Iterator[None]:
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
     """
-    import ray
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
+        if not address:
+            stack.enter_context(own_token())  # before Ray is imported: it reads the environment then
+        import ray
+
         if address:
             try:
                 ray.init(address="auto" if address.startswith("http") else address, logging_level=logging.WARNING)
@@ -91,9 +93,12 @@ def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False)
 
 @contextlib.contextmanager
 def own_token() -> Iterator[None]:
-    """Give a session that is started here a token of its own; the file goes with the session."""
+    """Give a session that is started here a token of its own; the file goes with the session.
+
+    Where the user has chosen something, or Ray is imported already and has read the environment, that stays.
+    """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(os.environ.get(name) for name in names):
+    if "ray" in sys.modules or any(os.environ.get(name) for name in names):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="aldm-ray-") as folder:  # readable by this user alone

@@ -1,6 +1,7 @@
-"""aldm train vqgan|ms-spade|diffusion|unet: one training in one process."""
+"""aldm train vqgan|ms-spade|diffusion|unet: one training, on the workers of a Ray cluster or in this process."""
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, TrainingConfig
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
 
 if TYPE_CHECKING:
-    from aldm.players import Stage
+    import torch
+
+    from aldm.players import FitResult, Stage
+    from aldm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,8 @@ STAGES = {
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
     "unet": "a plain 3D regression U-Net, the yardstick beside the model",
 }
+INPUTS = {"vqgan": ("store",), "unet": ("store",), "ms-spade": ("latents",), "diffusion": ("latents", "ms_spade")}
+"""The flags that name what a stage is built from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,28 +45,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     built, inputs = build_stage(stage, config, args)
     config = built.config
     training: TrainingConfig = getattr(config, _section(stage))
+    cluster = cluster_of(args, training, config.precision)
+    if args.resume:
+        from aldm.run_folder import check_same_run
+
+        check_same_run(args.run_dir, stage, config, args.engine)
     if args.dry_run:
         print(_plan(stage, built, training, args, str(device)))
         return 0
-    from aldm.run_folder import RunFolder
-    from aldm.training import PlainEngine, fit
-
-    with RunFolder.open(
-        args.run_dir, stage=stage, config=config, inputs=inputs, resume=args.resume, overwrite=args.overwrite
-    ) as run:
-        logger.info("training %s in %s on %s", stage, run.path, device)
-        result = fit(
-            built,
-            PlainEngine(device, config.precision),
-            training,
-            seed=config.seed,
-            on_log=run.log,
-            on_checkpoint=lambda snapshot: run.save(snapshot.write, snapshot.is_best),
-            resume_from=run.resume_from() if args.resume else None,
-        )
+    with contextlib.ExitStack() as stack:
+        storage = None
+        if args.engine != "plain":
+            opened = open_cluster(cluster, args.run_dir, resume=args.resume, overwrite=args.overwrite)
+            storage = stack.enter_context(opened)
+        run = stack.enter_context(_open_run(stage, config, inputs, args))
+        if storage is None:
+            logger.info("training %s in %s on %s", stage, run.path, device)
+            result = _train_here(built, training, run, device, args.resume)
+        else:
+            logger.info("training %s in %s on Ray, workers: %s", stage, run.path, args.num_workers)
+            paths = {name: str(getattr(args, name)) for name in INPUTS[stage]}
+            options = {"overwrite": args.overwrite, "log_level": args.log_level}
+            result = train_on_ray(run, cluster, storage, stage=stage, config=config, inputs=paths, options=options)
     best = "no validation subjects" if result.best is None else f"best {built.score} {result.best:.4g}"
     print(f"{stage}: {result.step} steps, {best}; checkpoints in {args.run_dir}")
     return 0
+
+
+def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse.Namespace) -> "RunFolder":
+    from aldm.run_folder import RunFolder
+
+    return RunFolder.open(
+        args.run_dir,
+        stage=stage,
+        config=config,
+        inputs=inputs,
+        engine=args.engine,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+
+
+def _train_here(
+    built: "Stage", training: TrainingConfig, run: "RunFolder", device: "torch.device", resume: bool
+) -> "FitResult":
+    """Train in this process."""
+    from aldm.training import PlainEngine, fit
+
+    config = built.config
+    return fit(
+        built,
+        PlainEngine(device, config.precision),
+        training,
+        seed=config.seed,
+        on_log=run.log,
+        on_checkpoint=lambda snapshot: run.save(snapshot.write, snapshot.is_best),
+        resume_from=run.resume_from() if resume else None,
+    )
 
 
 def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["Stage", dict[str, str]]:
@@ -148,6 +190,7 @@ def _parser(stage: str) -> JobParser:
         action="store_true",
         help="recompute activations in the backward pass: less memory, about a third more time",
     )
+    add_cluster_arguments(parser)
     return parser
 
 

@@ -15,6 +15,15 @@ NUM_SUBJECTS = 9
 SPACING_MM = 8.0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the Ray session of the tests a token before anything imports Ray."""
+    from pipelines.ray_session import own_token
+
+    token = own_token()
+    token.__enter__()
+    config.add_cleanup(lambda: token.__exit__(None, None, None))
+
+
 @pytest.fixture(scope="session")
 def brats_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Simulated subjects as a BraTS tree at 8 mm: t1, t1ce, t2, flair and seg. Read it only."""
@@ -48,9 +57,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
     import ray
 
-    from pipelines.ray_session import own_token, worker_environment
+    from pipelines.ray_session import worker_environment
 
-    with pytest.MonkeyPatch.context() as patch, own_token():
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(

@@ -1,0 +1,158 @@
+"""Every engine computes the same training, however many workers share it."""
+
+from pathlib import Path
+from typing import Any
+
+import engine_curves
+import numpy as np
+import pytest
+
+from aldm.data.store import VolumeStore
+from aldm.errors import UserError
+from aldm.presets import tiny
+from pipelines.train import main as train_job
+
+TRAINING = {
+    "batch_size": 6,
+    "max_steps": 4,
+    "log_every": 1,
+    "validate_every": 2,
+    "num_validation_samples": 3,
+    "checkpoint_every": 2,
+    "ema_decay": 0.9,
+}
+STAGES = ("vqgan", "diffusion")
+"""Two players and one."""
+
+
+@pytest.fixture(scope="module")
+def inputs(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The paths that each stage is built from."""
+    from pipelines.encode import main as encode_job
+
+    folder = tmp_path_factory.mktemp("engines")
+    latents, run = folder / "latents", folder / "ms-spade"
+    common = ["--preset", "tiny", "--log-level", "warning"]
+    encode_job(["--store", str(brats_store.path), "--codec", "haar", "--out", str(latents), *common])
+    train_job(["ms-spade", "--latents", str(latents), "--run-dir", str(run), "--engine", "plain", *common])
+    return {
+        "vqgan": {"store": str(brats_store.path)},
+        "diffusion": {"latents": str(latents), "ms_spade": str(run)},
+    }
+
+
+def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run the tasks on so many Ray Train workers."""
+    from ray import cloudpickle
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cloudpickle.register_pickle_by_value(engine_curves)
+    trainer = TorchTrainer(
+        engine_curves.curves,
+        train_loop_config={"tasks": tasks},
+        scaling_config=ScalingConfig(num_workers=num_workers),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(name=f"workers-{num_workers}", storage_path=str(folder)),
+    )
+    result: list[dict[str, Any]] = trainer.fit().return_value
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ray_cluster: None, inputs: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Trainings by (number of workers, stage, engine); those marked + go on from step 2 of two workers."""
+    folder = tmp_path_factory.mktemp("trained")
+    found = {}
+
+    def tasks(workers: str, engines: tuple[str, ...], resume: bool = False) -> dict[tuple[str, str, str], Any]:
+        planned = {}
+        for stage in STAGES:
+            for engine in engines:
+                own = folder / workers / stage / engine
+                task = {"stage": stage, "engine": engine, "inputs": inputs[stage], "training": TRAINING}
+                task |= {"folder": str(own)}
+                if resume:
+                    task["resume"] = str(folder / "2" / stage / engine / "2")
+                planned[workers, stage, engine] = task
+        return planned
+
+    def run(number: int, planned: dict[tuple[str, str, str], Any]) -> None:
+        found.update(zip(planned, run_on(number, list(planned.values()), folder), strict=True))
+
+    run(2, tasks("2", ("ddp", "zero-0", "zero-1", "zero-2", "zero-3")))
+    going_on = ("ddp", "zero-1", "zero-2", "zero-3")
+    run(1, tasks("1", ("plain", "ddp", "zero-0", "zero-1")) | tasks("1+", going_on, resume=True))
+    run(3, tasks("3+", going_on, resume=True))
+    return found
+
+
+def losses(run: dict[str, Any], after: int = 0) -> dict[str, list[float]]:
+    """Return every logged value by name, one a step."""
+    values: dict[str, list[float]] = {}
+    for record in run["log"]:
+        if record["step"] > after:
+            for name, value in record.items():
+                if "/" in name:
+                    values.setdefault(name, []).append(value)
+    return values
+
+
+def assert_same(got: dict[str, list[float]], wanted: dict[str, list[float]], relative: float) -> None:
+    assert got.keys() == wanted.keys()
+    assert any(name.endswith("/loss") for name in got)
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=relative, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ["ddp", "zero-0", "zero-1"])
+def test_one_worker_computes_what_one_process_computes(trained: Any, stage: str, engine: str) -> None:
+    assert_same(losses(trained["1", stage, engine]), losses(trained["1", stage, "plain"]), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_zero_stage_computes_what_ddp_computes(trained: Any, stage: str, zero_stage: int) -> None:
+    run, ddp = trained["2", stage, f"zero-{zero_stage}"], trained["2", stage, "ddp"]
+    assert_same(losses(run), losses(ddp), 1e-5)
+    assert run["weights"].keys() == ddp["weights"].keys()
+    for name, wanted in ddp["weights"].items():
+        np.testing.assert_allclose(run["weights"][name], wanted, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_workers_compute_what_one_process_computes(trained: Any) -> None:
+    """Stage 3; in stage 1 the workers draw other vectors for the first codes."""
+    assert_same(losses(trained["2", "diffusion", "ddp"]), losses(trained["1", "diffusion", "plain"]), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ["ddp", "zero-1", "zero-2", "zero-3"])
+@pytest.mark.parametrize("workers", ["1+", "3+"])
+def test_a_run_of_two_workers_goes_on_with_one_and_with_three(
+    trained: Any, stage: str, engine: str, workers: str
+) -> None:
+    """The same global batch at the same weights: the losses of having gone on with two."""
+    got, wanted = trained[workers, stage, engine], trained["2", stage, engine]
+    first = {name: values[:1] for name, values in losses(got, after=2).items()}
+    assert_same(first, {name: values[:1] for name, values in losses(wanted, after=2).items()}, 1e-4)
+    for name, values in wanted["weights"].items():
+        np.testing.assert_allclose(got["weights"][name], values, rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+def test_deepspeed_in_bf16_without_sharding_is_refused(inputs: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    arguments = ["vqgan", "--store", inputs["vqgan"]["store"], "--run-dir", str(tmp_path / "run"), "--preset", "tiny"]
+    with pytest.raises(UserError, match=r"--zero-stage 0 and bf16 diverges silently"):
+        train_job([*arguments, "--engine", "deepspeed", "--zero-stage", "0", "--precision", "bf16"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_of_the_engines_tests_is_shared_by_one_two_and_three() -> None:
+    assert all(TRAINING["batch_size"] % number == 0 for number in (1, 2, 3))
+    assert tiny().train_vqgan.adversarial_start_step < TRAINING["max_steps"]
