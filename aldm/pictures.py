@@ -124,6 +124,44 @@ def save_translation_panel(
     _save(figure, path)
 
 
+def save_training_panel(path: Path, volumes: Mapping[str, np.ndarray], title: str = "") -> None:
+    """Write a PNG of what a training looks at: a row per plane, a column per volume, no colour bar.
+
+    All columns share one grey scale, the first volume's 0.1st to 99.9th percentile, whatever its units are.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        volumes: name -> X Y Z of equal shape and cubic voxels, in the order of the columns; the first is data, not a
+            prediction.
+        title: text above the panel.
+
+    Raises:
+        UserError: no volumes, or volumes of different shapes.
+    """
+    shapes = {name: volume.shape for name, volume in volumes.items()}
+    if len(set(shapes.values())) != 1:
+        raise UserError(f"panel: volumes of shapes {shapes}, wanted one shape")
+    first = next(iter(volumes.values()))
+    shape, center = first.shape, planes_through(first)
+    low, high = np.percentile(first, (0.1, 99.9))
+    heights = [shape[1] if normal == 2 else shape[2] for _, normal, _ in PLANES]
+    width = 2.4
+    figure = _figure(width * len(volumes) + 0.4, sum(heights) * width / max(shape[0], shape[1]) + 1.0, title)
+    grid = figure.add_gridspec(3, len(volumes), height_ratios=heights, hspace=0.04, wspace=0.04)
+    grid.update(left=0.05, right=0.99, top=1 - 0.7 / figure.get_figheight(), bottom=0.25 / figure.get_figheight())
+    for column, (name, volume) in enumerate(volumes.items()):
+        data = (volume - low) / max(float(high - low), 1e-6)
+        for row, (plane, normal, right) in enumerate(PLANES):
+            axes = figure.add_subplot(grid[row, column])
+            _draw_plane(axes, data, normal, center[normal], (1.0, 1.0, 1.0), "gray", 1.0)
+            if row == 0:
+                axes.set_title(name, fontsize=9)
+            if column == 0:
+                axes.set_ylabel(plane, fontsize=8)
+                _write_on(axes, right)
+    _save(figure, path)
+
+
 def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "", region: str = "volume") -> None:
     """Write a PNG of mean PSNR (dB) against seconds per volume, one dot per model, sampler and number of steps.
 

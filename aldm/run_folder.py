@@ -3,7 +3,8 @@
 config.yaml     the resolved configuration
 run.json        stage, inputs, command, git commit and versions, once per start
 metrics.jsonl   one line per log: training values and validations
-last/ best/     checkpoints (aldm/checkpoint.py); last/ holds what --resume needs besides
+last/ best/     checkpoints (aldm/checkpoint.py); last/ holds what --resume needs besides (without Ray)
+checkpoints/    what a training on Ray resumes from
 run.lock        held while a process trains here
 """
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
 LAST, BEST = "last", "best"
+CHECKPOINTS = "checkpoints"
+"""Folder of what a training on Ray resumes from, where no other storage is given."""
 LOOP_STATE = "training.json"
 """The file of a checkpoint that training.fit goes on from."""
 CHECKPOINT_FILES = ("weights.safetensors", "config.json")
@@ -184,7 +187,7 @@ class RunFolder:
         """Remove an earlier run."""
         for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / LAST, self.path / BEST, *self.path.glob(".tmp-*")):
+        for folder in (*(self.path / name for name in (LAST, BEST, CHECKPOINTS)), *self.path.glob(".tmp-*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write_config(self, config: Config) -> None:

@@ -4,10 +4,14 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from aldm.errors import UserError
 
@@ -36,6 +40,7 @@ def ray_session() -> Iterator[None]:
             stack.enter_context(own_token())  # before Ray is imported: it reads the environment then
         import ray
 
+        handler = signal.getsignal(signal.SIGTERM)
         if address:
             try:
                 ray.init(address="auto" if address.startswith("http") else address, logging_level=logging.WARNING)
@@ -45,10 +50,7 @@ def ray_session() -> Iterator[None]:
                     "to run on this machine alone"
                 ) from error
         else:
-            stack.enter_context(own_token())
-            logger.info(
-                "starting Ray on this machine (give --engine plain, or --num-workers 1 elsewhere, to do without)"
-            )
+            logger.info("starting Ray on this machine")
             ray.init(
                 address="local",
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -56,7 +58,36 @@ def ray_session() -> Iterator[None]:
                 runtime_env={"env_vars": worker_environment()},
             )
         stack.callback(ray.shutdown)
+        with _sigterm_as(handler):
+            yield
+
+
+@contextlib.contextmanager
+def _sigterm_as(handler: Any) -> Iterator[None]:
+    """Do inside the block what `handler` does on SIGTERM.
+
+    Ray puts a handler of its own in its place, and where Ray waits, whatever a handler raises arrives as
+    KeyboardInterrupt: so the signal is noted and delivered again.
+    """
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
+        return
+    received = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, handler)
+        if received:
+            signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def worker_environment() -> dict[str, str]:

@@ -7,36 +7,26 @@ through ray.train.report into the storage path. A worker that dies takes the gro
 
 import argparse
 import contextlib
-import json
 import logging
-import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config, TrainingConfig, from_dict, to_dict
-from aldm.errors import NotFiniteError, UserError
-from aldm.run_folder import LOOP_STATE, RunFolder
-from pipelines.arguments import JobParser, configure_logging
+from aldm.config import Config, TrainingConfig, to_dict
+from aldm.errors import UserError
+from aldm.run_folder import CHECKPOINTS, RunFolder
+from pipelines.arguments import JobParser
+from pipelines.ray_storage import Storage
 
 if TYPE_CHECKING:
-    import pyarrow.fs
-    import torch
-
-    from aldm.players import Engine, FitResult, Snapshot, Stage
+    from aldm.players import FitResult
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("plain", "ddp", "deepspeed")
 ZERO_STAGES = (0, 1, 2, 3)
-CHECKPOINTS = "checkpoints"
-"""Folder of a run folder where the states for resuming lie, without --storage-path."""
-WORST = -1e30
-"""Reported where nothing was validated: such a checkpoint is among the best of none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +145,7 @@ def _worker_range(text: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def open_cluster(cluster: Cluster, run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator["Storage"]:
+def open_cluster(cluster: Cluster, run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[Storage]:
     """Check the storage, reach the Ray cluster and check what it has; nothing of an earlier run is touched.
 
     Args:
@@ -178,12 +168,14 @@ def open_cluster(cluster: Cluster, run_dir: Path, *, resume: bool, overwrite: bo
 def train_on_ray(
     run: RunFolder,
     cluster: Cluster,
-    storage: "Storage",
+    storage: Storage,
     *,
     stage: str,
     config: Config,
     inputs: dict[str, str],
-    options: dict[str, Any],
+    record: dict[str, str],
+    tracking: dict[str, str | None] | None,
+    args: argparse.Namespace,
 ) -> "FitResult":
     """Train on the workers of a Ray cluster and return how it ended.
 
@@ -194,14 +186,16 @@ def train_on_ray(
         stage: vqgan, ms-spade, diffusion or unet.
         config: resolved.
         inputs: the paths that the stage is built from, by flag name.
-        options: overwrite, log_level, and what the tracking needs.
+        record: name -> path or hash of what the stage is built from, for the tracking.
+        tracking: from training_logs.tracking_of.
+        args: --overwrite and --log-level.
 
     Raises:
         UserError: what a worker refuses, or workers died more often than max_failures allows.
     """
     from aldm.players import FitResult
 
-    if options["overwrite"]:
+    if args.overwrite:
         storage.clear()
     settings = {
         "run_dir": str(run.path.resolve()),
@@ -210,7 +204,9 @@ def train_on_ray(
         "inputs": {name: str(Path(path).resolve()) for name, path in inputs.items()},
         "engine": cluster.engine,
         "zero_stage": cluster.zero_stage,
-        "options": options,
+        "record": record,
+        "tracking": tracking,
+        "log_level": args.log_level,
     }
     outcome = _fit(cluster, storage, settings)
     if "refused" in outcome:
@@ -218,10 +214,12 @@ def train_on_ray(
     return FitResult(**outcome)
 
 
-def _fit(cluster: Cluster, storage: "Storage", settings: dict[str, Any]) -> dict[str, Any]:
+def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[str, Any]:
     """Run the trainer; Ctrl-C is Ctrl-C again, and what a worker said is said once."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.ray_worker import train_worker
 
     elastic = cluster.min_workers != cluster.max_workers
     trainer = TorchTrainer(
@@ -251,6 +249,10 @@ def _fit(cluster: Cluster, storage: "Storage", settings: dict[str, Any]) -> dict
     except SystemExit as error:  # Ray's own handler of Ctrl-C ends the process with 0
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
+        if settings["tracking"] is not None:
+            from pipelines.tracking import mark_failed
+
+            mark_failed(Path(settings["run_dir"]))
         raise _failure(error, cluster, settings["run_dir"]) from error
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -271,166 +273,3 @@ def _failure(error: Exception, cluster: Cluster, run_dir: str) -> Exception:
             f"workers on a node or a higher --max-failures; {run_dir} keeps what was reached"
         )
     return error
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where Ray Train keeps the checkpoints of one run: `parent`/`name`."""
-
-    parent: str
-    name: str
-    flag: str
-    """How the user named it, for messages."""
-    in_run_folder: bool = False
-
-    @classmethod
-    def of(cls, run_dir: Path, storage_path: str | None) -> "Storage":
-        """Return the storage of a run: a folder in it, or one of the run's name under --storage-path."""
-        if storage_path is None:
-            return cls(str(run_dir.resolve()), CHECKPOINTS, f"{run_dir}/{CHECKPOINTS}", in_run_folder=True)
-        parent = storage_path if "://" in storage_path else str(Path(storage_path).resolve())
-        return cls(parent, run_dir.resolve().name, f"--storage-path {storage_path}")
-
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Check that it can be written and holds no other run.
-
-        Raises:
-            UserError: it cannot be reached or written, or it holds a run and neither flag is given.
-        """
-        if self.in_run_folder:
-            return  # RunFolder.open checks that one
-        from pyarrow.fs import FileType
-
-        try:
-            filesystem, folder = self._filesystem()
-            filesystem.create_dir(folder, recursive=False)
-            probe = f"{folder}/.aldm-probe-{os.getpid()}"
-            with filesystem.open_output_stream(probe) as stream:
-                stream.write(b"aldm")
-            filesystem.delete_file(probe)
-            exists = filesystem.get_file_info(f"{folder}/{self.name}").type == FileType.Directory
-        except (OSError, ValueError) as error:  # pyarrow's errors are OSErrors; a bad URI is a ValueError
-            raise UserError(f"{self.flag} cannot be reached or written: {error}") from error
-        if exists and not resume and not overwrite:
-            raise UserError(
-                f"{self.flag} holds a run named {self.name} already: --resume goes on with it, --overwrite deletes it, "
-                "or give another name or place"
-            )
-
-    def clear(self) -> None:
-        """Delete what an earlier run of this name left."""
-        from pyarrow.fs import FileType
-
-        filesystem, folder = self._filesystem()
-        if filesystem.get_file_info(f"{folder}/{self.name}").type == FileType.Directory:
-            filesystem.delete_dir(f"{folder}/{self.name}")
-
-    def _filesystem(self) -> tuple["pyarrow.fs.FileSystem", str]:
-        from pyarrow.fs import FileSystem, LocalFileSystem
-
-        if "://" in self.parent:
-            filesystem, folder = FileSystem.from_uri(self.parent)
-            return filesystem, folder
-        return LocalFileSystem(), self.parent
-
-
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as one of the workers; returns {step, values, best}, or {refused: message} where all ranks agree on it."""
-    import ray.train
-    import torch
-
-    from aldm.training import fit
-
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    configure_logging(settings["options"]["log_level"] if rank == 0 else "warning")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    built = _agreed(lambda: _built_stage(settings))
-    if isinstance(built, str):
-        return {"refused": built}
-    config: Config = built.config
-    training: TrainingConfig = getattr(config, "train_" + settings["stage"].replace("-", "_"))
-    run = RunFolder(Path(settings["run_dir"]))
-    with contextlib.ExitStack() as stack:
-        checkpoint = ray.train.get_checkpoint()
-        resume_from = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
-        engine = _agreed(lambda: _engine(settings, config, training.batch_size, resume_from))
-        if isinstance(engine, str):
-            return {"refused": engine}
-        if rank == 0:
-            run.rewind(0 if resume_from is None else _step_of(resume_from))
-        try:
-            result = fit(
-                built,
-                engine,
-                training,
-                seed=config.seed,
-                on_log=run.log,
-                on_checkpoint=lambda snapshot: _checkpoint(run, snapshot, built, rank),
-                resume_from=resume_from,
-            )
-        except NotFiniteError as error:  # met by all ranks in the same step
-            return {"refused": str(error)}
-    return {"step": result.step, "values": result.values, "best": result.best}
-
-
-def _built_stage(settings: dict[str, Any]) -> "Stage":
-    from pipelines.train import build_stage
-
-    inputs = argparse.Namespace(**{name: Path(path) for name, path in settings["inputs"].items()})
-    return build_stage(settings["stage"], from_dict(Config, settings["config"]), inputs)[0]
-
-
-def _engine(settings: dict[str, Any], config: Config, batch_size: int, resume_from: Path | None) -> "Engine":
-    import ray.train.torch
-
-    from pipelines.engines import DDPEngine, DeepSpeedEngine
-
-    device: torch.device = ray.train.torch.get_device()
-    if settings["engine"] == "ddp":
-        return DDPEngine(device, config.precision)
-    return DeepSpeedEngine(
-        device,
-        config.precision,
-        zero_stage=settings["zero_stage"],
-        batch_size=batch_size,
-        resume_from=resume_from,
-    )
-
-
-def _agreed(make: Any) -> Any:
-    """Return what `make` makes, or the first message where it refuses on any rank: no rank goes on alone."""
-    import torch.distributed as dist
-
-    try:
-        made, message = make(), None
-    except UserError as error:
-        made, message = None, str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return next((found for found in messages if found is not None), made)
-
-
-def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int) -> None:
-    """Write this rank's share and report it; return when the checkpoint counts."""
-    import ray.train
-
-    folder = Path(tempfile.mkdtemp(prefix="aldm-checkpoint-"))
-    try:
-        snapshot.write(folder)
-        if rank == 0:
-            run.publish(folder, snapshot.is_best)
-        score = snapshot.values.get(stage.score)
-        sign = 1 if stage.higher_is_better else -1
-        ray.train.report(
-            {"step": snapshot.step, "score": WORST if score is None else sign * score},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"step-{snapshot.step:08d}",
-        )
-        ray.train.get_all_reported_checkpoints()  # waits until it is committed: a crash now goes back to this step
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _step_of(folder: Path) -> int:
-    return int(json.loads((folder / LOOP_STATE).read_text())["step"])

@@ -13,6 +13,7 @@ from aldm.config import Config, TrainingConfig
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
+from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tracking_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = built.config
     training: TrainingConfig = getattr(config, _section(stage))
     cluster = cluster_of(args, training, config.precision)
+    tracking = tracking_of(args)
     if args.resume:
         from aldm.run_folder import check_same_run
 
@@ -59,14 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             opened = open_cluster(cluster, args.run_dir, resume=args.resume, overwrite=args.overwrite)
             storage = stack.enter_context(opened)
         run = stack.enter_context(_open_run(stage, config, inputs, args))
+        if tracking is not None and not args.resume:
+            from pipelines.tracking import discard
+
+            discard(run.path)
         if storage is None:
             logger.info("training %s in %s on %s", stage, run.path, device)
-            result = _train_here(built, training, run, device, args.resume)
+            logs = stack.enter_context(open_logs(run, stage, config, inputs, tracking))
+            result = _train_here(built, training, run, logs, device, args.resume)
         else:
             logger.info("training %s in %s on Ray, workers: %s", stage, run.path, args.num_workers)
-            paths = {name: str(getattr(args, name)) for name in INPUTS[stage]}
-            options = {"overwrite": args.overwrite, "log_level": args.log_level}
-            result = train_on_ray(run, cluster, storage, stage=stage, config=config, inputs=paths, options=options)
+            result = train_on_ray(
+                run,
+                cluster,
+                storage,
+                stage=stage,
+                config=config,
+                inputs={name: str(getattr(args, name)) for name in INPUTS[stage]},
+                record=inputs,
+                tracking=tracking,
+                args=args,
+            )
     best = "no validation subjects" if result.best is None else f"best {built.score} {result.best:.4g}"
     print(f"{stage}: {result.step} steps, {best}; checkpoints in {args.run_dir}")
     return 0
@@ -87,7 +102,7 @@ def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse
 
 
 def _train_here(
-    built: "Stage", training: TrainingConfig, run: "RunFolder", device: "torch.device", resume: bool
+    built: "Stage", training: TrainingConfig, run: "RunFolder", logs: Logs, device: "torch.device", resume: bool
 ) -> "FitResult":
     """Train in this process."""
     from aldm.training import PlainEngine, fit
@@ -98,8 +113,9 @@ def _train_here(
         PlainEngine(device, config.precision),
         training,
         seed=config.seed,
-        on_log=run.log,
+        on_log=logs.on_log,
         on_checkpoint=lambda snapshot: run.save(snapshot.write, snapshot.is_best),
+        on_panel=logs.on_panel,
         resume_from=run.resume_from() if resume else None,
     )
 
@@ -191,6 +207,7 @@ def _parser(stage: str) -> JobParser:
         help="recompute activations in the backward pass: less memory, about a third more time",
     )
     add_cluster_arguments(parser)
+    add_tracking_arguments(parser)
     return parser
 
 

@@ -34,7 +34,9 @@ def inputs(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -
     latents, run = folder / "latents", folder / "ms-spade"
     common = ["--preset", "tiny", "--log-level", "warning"]
     encode_job(["--store", str(brats_store.path), "--codec", "haar", "--out", str(latents), *common])
-    train_job(["ms-spade", "--latents", str(latents), "--run-dir", str(run), "--engine", "plain", *common])
+    train_job(
+        ["ms-spade", "--latents", str(latents), "--run-dir", str(run), "--engine", "plain", "--no-tracking", *common]
+    )
     return {
         "vqgan": {"store": str(brats_store.path)},
         "diffusion": {"latents": str(latents), "ms_spade": str(run)},

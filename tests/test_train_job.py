@@ -24,7 +24,10 @@ TINY = ("--preset", "tiny", "--device", "cpu", "--log-level", "warning")
 
 
 def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
+    here = (
+        ("--engine", "plain", "--no-tracking") if words[0] == "train" and len(words) > 2 else ()
+    )  # test_ray_training.py has Ray's
+    return cli.main([str(word) for word in (*words, *here)])
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +259,7 @@ def test_a_full_disk_is_seen_before_encoding(
 def training(latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A long training of stage 2 in a process of its own, in tmp_path / run, past its first checkpoint."""
     words = ["train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "run", "--max-steps", 100000, *TINY]
+    words += ["--engine", "plain", "--no-tracking"]
     process = subprocess.Popen([sys.executable, "-m", "aldm.cli", *map(str, words)], env=os.environ)
     try:
         while not (tmp_path / "run" / "last").is_dir():

@@ -1,0 +1,73 @@
+"""Where Ray Train keeps the checkpoints of a run: a folder that all nodes reach, or a bucket."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aldm.errors import UserError
+from aldm.run_folder import CHECKPOINTS
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where Ray Train keeps the checkpoints of one run: `parent`/`name`."""
+
+    parent: str
+    name: str
+    flag: str
+    """How the user named it, for messages."""
+    in_run_folder: bool = False
+
+    @classmethod
+    def of(cls, run_dir: Path, storage_path: str | None) -> "Storage":
+        """Return the storage of a run: a folder in it, or one of the run's name under --storage-path."""
+        if storage_path is None:
+            return cls(str(run_dir.resolve()), CHECKPOINTS, f"{run_dir}/{CHECKPOINTS}", in_run_folder=True)
+        parent = storage_path if "://" in storage_path else str(Path(storage_path).resolve())
+        return cls(parent, run_dir.resolve().name, f"--storage-path {storage_path}")
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that it can be written and holds no other run.
+
+        Raises:
+            UserError: it cannot be reached or written, or it holds a run and neither flag is given.
+        """
+        if self.in_run_folder:
+            return  # RunFolder.open checks that one
+        from pyarrow.fs import FileType
+
+        try:
+            filesystem, folder = self._filesystem()
+            filesystem.create_dir(folder, recursive=False)
+            probe = f"{folder}/.aldm-probe-{os.getpid()}"
+            with filesystem.open_output_stream(probe) as stream:
+                stream.write(b"aldm")
+            filesystem.delete_file(probe)
+            exists = filesystem.get_file_info(f"{folder}/{self.name}").type == FileType.Directory
+        except (OSError, ValueError) as error:  # pyarrow's errors are OSErrors; a bad URI is a ValueError
+            raise UserError(f"{self.flag} cannot be reached or written: {error}") from error
+        if exists and not resume and not overwrite:
+            raise UserError(
+                f"{self.flag} holds a run named {self.name} already: --resume goes on with it, --overwrite deletes it, "
+                "or give another name or place"
+            )
+
+    def clear(self) -> None:
+        """Delete what an earlier run of this name left."""
+        from pyarrow.fs import FileType
+
+        filesystem, folder = self._filesystem()
+        if filesystem.get_file_info(f"{folder}/{self.name}").type == FileType.Directory:
+            filesystem.delete_dir(f"{folder}/{self.name}")
+
+    def _filesystem(self) -> tuple["pyarrow.fs.FileSystem", str]:
+        from pyarrow.fs import FileSystem, LocalFileSystem
+
+        if "://" in self.parent:
+            filesystem, folder = FileSystem.from_uri(self.parent)
+            return filesystem, folder
+        return LocalFileSystem(), self.parent

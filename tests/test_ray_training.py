@@ -1,0 +1,267 @@
+"""`aldm train` on Ray Train, as its user runs it: workers that share the batch, die, and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from aldm import cli
+from aldm.checkpoint import load_checkpoint
+from aldm.data.store import VolumeStore
+from pipelines.ray_training import Storage
+
+TINY = ("--preset", "tiny", "--device", "cpu", "--log-level", "warning")
+BATCH = ("--set", "train_ms_spade.batch_size=2")
+STEADY = ("--set", "train_ms_spade.warmup_steps=0", "--set", "train_ms_spade.decay=constant")
+"""A learning rate that does not depend on the length of the training."""
+SLOW = ("--set", "train_ms_spade.learning_rate=0.0001")
+"""Rounding differs between one worker and two; with large steps it would grow."""
+LONG = (
+    *STEADY,
+    *SLOW,
+    "--max-steps",
+    16,
+    "--set",
+    "train_ms_spade.checkpoint_every=4",
+    "--set",
+    "train_ms_spade.validate_every=8",
+)
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Return the loss of every step; a step that is logged twice is a mistake."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(record["step"], record["ms-spade/loss"]) for record in records if "ms-spade/loss" in record]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def assert_same_curve(folder: Path, reference: dict[int, float]) -> None:
+    got = losses(folder)
+    assert list(got) == list(reference)
+    np.testing.assert_allclose(list(got.values()), list(reference.values()), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "haar"
+    assert run("encode", "--store", brats_store.path, "--codec", "haar", "--out", out, *TINY) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss curve of one process that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert run(*train(latents, folder), *LONG, "--engine", "plain") == 0
+    return losses(folder)
+
+
+def train(latents: Path, folder: Path) -> tuple[object, ...]:
+    return ("train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, "--no-tracking", *BATCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_the_job_trains_resumes_and_leaves_a_plain_run_folder(
+    ray_cluster: None, latents: Path, reference: dict[int, float], tmp_path: Path, engine: str
+) -> None:
+    """Two workers; stopped after 8 steps and resumed by one worker it is the curve of one process."""
+    words = (*train(latents, tmp_path / "run"), "--engine", engine)
+    assert run(*words, *LONG, "--max-steps", 8, "--num-workers", 2, "--keep-checkpoints", 1) == 0
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert "step-00000008" in kept
+    assert len(kept) <= 2  # the best one and the last one
+    before = os.stat(tmp_path / "run" / "last" / "weights.safetensors").st_mtime_ns
+    assert run(*words, *LONG, "--resume") == 0
+    assert os.stat(tmp_path / "run" / "last" / "weights.safetensors").st_mtime_ns > before
+    assert_same_curve(tmp_path / "run", reference)
+    for name in ("best", "last"):
+        load_checkpoint(tmp_path / "run" / name, "ms-spade")
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert [start["engine"] for start in starts] == [engine, engine]
+
+
+def workers_below(process: psutil.Process) -> list[psutil.Process]:
+    """Return the Ray Train workers that a process has started."""
+    return [child for child in process.children(recursive=True) if "RayTrainWorker" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def when(condition: Callable[[], bool], action: Callable[[], None], timeout_s: float = 120) -> threading.Thread:
+    """Start a thread that acts once the condition holds."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if condition():
+                action()
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
+    ray_cluster: None, latents: Path, reference: dict[int, float], tmp_path: Path
+) -> None:
+    """SIGKILL to a worker in mid-training; elastic, so that one or two workers may go on."""
+    folder, killed = tmp_path / "run", []
+
+    def kill() -> None:
+        victim = workers_below(psutil.Process())[-1]
+        killed.append(len(losses(folder)))
+        victim.kill()
+
+    watcher = when(lambda: (folder / "checkpoints" / "step-00000008").is_dir(), kill)
+    assert run(*train(latents, folder), *LONG, "--num-workers", "1:2", "--max-failures", 1) == 0
+    watcher.join(timeout=10)
+    assert killed, "the training was over before the worker could be killed"
+    assert_same_curve(folder, reference)
+
+
+@pytest.fixture
+def driver(latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A training in a process that starts Ray by itself."""
+    words = [*train(latents, tmp_path / "run"), *LONG, "--num-workers", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "aldm.cli", *map(str, words)], env=environment)
+    yield process
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    for each in (process, *children):
+        each.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_driver_leaves_nothing_running_and_the_run_goes_on(
+    driver: subprocess.Popen[bytes],
+    ray_cluster: None,
+    latents: Path,
+    reference: dict[int, float],
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    folder = tmp_path / "run"
+    snapshot = folder / "checkpoints" / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 120
+    while not snapshot.is_file():
+        assert driver.poll() is None, "the training ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(number)
+    code = driver.wait(timeout=60)
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    _, alive = psutil.wait_procs(started, timeout=20 if number == signal.SIGKILL else 60)
+    if number == signal.SIGKILL:  # nobody is left to end Ray's own two agents, which hold nothing of the run
+        assert len(alive) <= 2, [_command(process) for process in alive]
+        for process in alive:
+            assert "Agent" in _command(process)[0], _command(process)
+            process.kill()
+    else:
+        assert not alive, [_command(process) for process in alive]
+    assert run(*train(latents, folder), *LONG, "--num-workers", 2, "--resume") == 0
+    assert_same_curve(folder, reference)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Return the one message of a job that is refused."""
+    capsys.readouterr()
+    assert run(*words) == cli.EXIT_USER_ERROR
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-workers", 64, "--set", "train_ms_spade.batch_size=64"), "--num-workers 64 is more than the 4 CPUs"),
+        (("--use-gpu", "--device", "auto"), "--use-gpu with --num-workers 1 needs 1 GPUs, this Ray cluster has 0"),
+        (("--num-workers", 3), "3 workers cannot share batches of 2 evenly"),
+        (("--num-workers", "1:3"), "3 workers cannot share batches of 2 evenly"),
+        (("--num-workers", "two"), "--num-workers 'two' is neither a number nor MIN:MAX"),
+        (("--num-workers", "2:1"), "MIN not above MAX"),
+        (("--max-failures", -1), "--max-failures is -1"),
+        (("--storage-path", "/proc/aldm"), "--storage-path /proc/aldm cannot be reached or written"),
+        (("--storage-path", "nowhere://x"), "--storage-path nowhere://x cannot be reached or written"),
+    ],
+    ids=str,
+)
+def test_what_the_cluster_cannot_do_is_refused_and_nothing_is_written(
+    ray_cluster: None,
+    latents: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[object, ...],
+    message: str,
+) -> None:
+    assert message in refused(capsys, *train(latents, tmp_path / "run"), *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_not_lost_by_a_wrong_resume_or_a_name_used_twice(
+    ray_cluster: None, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*train(latents, tmp_path / "run"), "--storage-path", tmp_path / "storage")
+    assert "cannot be reached" not in refused(capsys, *words, "--num-workers", 3)
+    (tmp_path / "storage").mkdir()
+    assert run(*words) == 0
+    kept = sorted(path.name for path in (tmp_path / "storage" / "run").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004"]
+    before = losses(tmp_path / "run")
+    other = refused(capsys, *words, "--resume", "--set", "ms_spade.hidden_channels=8")
+    assert "another configuration (ms_spade.hidden_channels was 4, now 8)" in other
+    assert "--engine plain" in refused(capsys, *words, "--resume", "--engine", "plain")
+    twin = (*train(latents, tmp_path / "twin" / "run"), "--storage-path", tmp_path / "storage")
+    (tmp_path / "twin").mkdir()
+    assert "holds a run named run already" in refused(capsys, *twin)
+    assert not (tmp_path / "twin" / "run").exists()
+    assert losses(tmp_path / "run") == before
+    assert sorted(path.name for path in (tmp_path / "storage" / "run").glob("step-*")) == kept
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_not_tried_again(
+    ray_cluster: None, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that blows up: one message, no restart although restarts are allowed."""
+    flags = ("--set", "train_ms_spade.learning_rate=1e30", *STEADY)
+    begin = time.monotonic()
+    message = refused(
+        capsys, *train(latents, tmp_path / "run"), *flags, "--num-workers", 2, "--max-failures", 3, "--max-steps", 50
+    )
+    assert "the step was not taken" in message
+    assert "ms-spade" in message
+    assert time.monotonic() - begin < 100
+
+
+def test_the_storage_of_a_run_is_found_from_its_name(tmp_path: Path) -> None:
+    assert Storage.of(tmp_path / "r1", None).parent == str(tmp_path / "r1")
+    elsewhere = Storage.of(tmp_path / "r1", "s3://bucket/aldm")
+    assert (elsewhere.parent, elsewhere.name) == ("s3://bucket/aldm", "r1")
