@@ -14,7 +14,13 @@ def curves(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve(
-    stage: str, engine: str, inputs: dict[str, str], training: dict[str, Any], folder: str, resume: str | None = None
+    stage: str,
+    engine: str,
+    inputs: dict[str, str],
+    training: dict[str, Any],
+    folder: str,
+    resume: str | None = None,
+    poisoned_rank: int | None = None,
 ) -> dict[str, Any]:
     """Train a stage with an engine; its checkpoints go to folder/step.
 
@@ -25,9 +31,14 @@ def curve(
         training: changes of the tiny preset's section.
         folder: for the checkpoints, shared by all ranks.
         resume: checkpoint to go on from.
+        poisoned_rank: the rank whose loss of the third step is not a number.
+
+    Returns:
+        log and exported weights of rank 0; codebooks: a digest of every rank's; refused: every rank's message.
     """
     from safetensors.numpy import load_file
 
+    from aldm.errors import NotFiniteError
     from aldm.training import fit
 
     built, section = make_stage(stage, inputs, training)
@@ -40,9 +51,55 @@ def curve(
         path.mkdir(exist_ok=True, parents=True)
         snapshot.write(path)
 
-    result = fit(built, made, section, seed=0, on_log=logged.append, on_checkpoint=save, resume_from=resume_from)
-    weights = load_file(Path(folder) / str(result.step) / "weights.safetensors") if made.rank == 0 else {}
-    return {"log": logged, "weights": weights}
+    if poisoned_rank == made.rank:
+        poison(built, step=2)
+    message = None
+    try:
+        fit(built, made, section, seed=0, on_log=logged.append, on_checkpoint=save, resume_from=resume_from)
+    except NotFiniteError as error:
+        message = str(error)
+    last = max((int(path.name) for path in Path(folder).iterdir()), default=0)
+    weights = load_file(Path(folder) / str(last) / "weights.safetensors") if made.rank == 0 else {}
+    return {
+        "log": logged,
+        "weights": weights,
+        "codebooks": of_all_ranks(made, codebook_digest(built)),
+        "refused": of_all_ranks(made, message),
+    }
+
+
+def poison(stage: Any, step: int) -> None:
+    """Make the first player's loss of a step not a number."""
+    player = stage.players[0]
+    whole = player.loss
+
+    def loss(model: Any, batch: Any, info: Any) -> Any:
+        value, values = whole(model, batch, info)
+        return (value * float("nan") if info.step == step else value), values
+
+    player.loss = loss
+
+
+def codebook_digest(stage: Any) -> str | None:
+    """Return a digest of the codebook and its statistics; None where there is none."""
+    import hashlib
+
+    quantizer = getattr(getattr(stage, "codec", None), "quantizer", None)
+    if quantizer is None:
+        return None
+    state = sorted(quantizer.state_dict().items())
+    return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for _, tensor in state)).hexdigest()
+
+
+def of_all_ranks(engine: Any, value: Any) -> list[Any]:
+    """Return what every rank has."""
+    import torch.distributed as dist
+
+    if engine.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * engine.world_size
+    dist.all_gather_object(found, value)
+    return found
 
 
 def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> tuple[Any, Any]:

@@ -84,7 +84,9 @@ def trained(
     def run(number: int, planned: dict[tuple[str, str, str], Any]) -> None:
         found.update(zip(planned, run_on(number, list(planned.values()), folder), strict=True))
 
-    run(2, tasks("2", ("ddp", "zero-0", "zero-1", "zero-2", "zero-3")))
+    whole = tasks("2", ("ddp", "zero-0", "zero-1", "zero-2", "zero-3"))
+    poisoned = tasks("poisoned", ("ddp", "zero-2"))
+    run(2, whole | {key: task | {"poisoned_rank": 1} for key, task in poisoned.items()})
     going_on = ("ddp", "zero-1", "zero-2", "zero-3")
     run(1, tasks("1", ("plain", "ddp", "zero-0", "zero-1")) | tasks("1+", going_on, resume=True))
     run(3, tasks("3+", going_on, resume=True))
@@ -146,6 +148,26 @@ def test_a_run_of_two_workers_goes_on_with_one_and_with_three(
     assert_same(first, {name: values[:1] for name, values in losses(wanted, after=2).items()}, 1e-4)
     for name, values in wanted["weights"].items():
         np.testing.assert_allclose(got["weights"][name], values, rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero-0", "zero-1", "zero-2", "zero-3"])
+def test_the_codebook_is_the_same_on_every_rank(trained: Any, engine: str) -> None:
+    ranks = trained["2", "vqgan", engine]["codebooks"]
+    assert len(ranks) == 2
+    assert ranks[0] is not None
+    assert len(set(ranks)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ["ddp", "zero-2"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(trained: Any, stage: str, engine: str) -> None:
+    stopped = trained["poisoned", stage, engine]
+    assert len(stopped["refused"]) == 2
+    assert all("is nan at step 3" in message for message in stopped["refused"])
+    two_steps = [record for record in trained["2", stage, engine]["log"] if record["step"] <= 2]
+    assert losses(stopped) == losses({"log": two_steps})
 
 
 def test_deepspeed_in_bf16_without_sharding_is_refused(inputs: dict[str, dict[str, str]], tmp_path: Path) -> None:
