@@ -103,7 +103,7 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
     def train(stage: str, title: str, *words: object) -> Step:
         minutes = MINUTES[stage]
         command = job("train", stage, *words, "--run-dir", runs / stage, "--max-minutes", minutes, "--seed", seed)
-        command += ["--engine", "plain"]  # one process: starting Ray four times would cost a minute
+        command += ["--engine", "plain", "--group", out.name]  # without Ray: starting it four times costs a minute
         return Step(title, command, runs / stage / "config.yaml", minutes, "--resume")
 
     def translate(title: str, volume: Path, name: str) -> Step:

@@ -136,10 +136,42 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
         victim.kill()
 
     watcher = when(lambda: (folder / "checkpoints" / "step-00000008").is_dir(), kill)
-    assert run(*train(latents, folder), *LONG, "--num-workers", "1:2", "--max-failures", 1) == 0
+    words = [word for word in train(latents, folder) if word != "--no-tracking"]
+    assert run(*words, *LONG, "--num-workers", "1:2", "--max-failures", 1) == 0
     watcher.join(timeout=10)
     assert killed, "the training was over before the worker could be killed"
     assert_same_curve(folder, reference)
+    assert_one_tracked_run(folder)
+
+
+def assert_one_tracked_run(folder: Path) -> None:
+    """One MLflow run, nested in one parent, that has every step of metrics.jsonl once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("aldm")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {folder.parent.name, "run"}
+    child = runs["run"]
+    assert child.data.tags["mlflow.parentRunId"] == runs[folder.parent.name].info.run_id
+    assert child.info.status == "FINISHED"
+    assert child.data.params["train_ms_spade.batch_size"] == "2"
+    history = client.get_metric_history(child.info.run_id, "ms-spade/loss")
+    assert sorted((metric.step, metric.value) for metric in history) == sorted(losses(folder).items())
+    assert {file.path for file in client.list_artifacts(child.info.run_id, "panels")} == {
+        "panels/step-00000008.png",
+        "panels/step-00000016.png",
+    }
+
+
+def test_a_tracking_server_that_does_not_answer_is_an_error_at_the_start(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    words = [word for word in train(latents, tmp_path / "run") if word != "--no-tracking"]
+    message = refused(capsys, *words, "--engine", "plain")
+    assert "MLflow at http://127.0.0.1:9 cannot be used" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
