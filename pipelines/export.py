@@ -1,5 +1,6 @@
 """aldm export: put trained stages together into a translator folder, which is all that using the model needs."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --codec, --ms-spade and --diffusion, or --unet alone")
     if args.unet is not None and any(stage is not None for stage in stages):
         parser.error("--unet is a model by itself: leave out --codec, --ms-spade and --diffusion")
+    if args.alias is not None and args.register is None:
+        parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
     from aldm.files import atomic_folder, check_folder
 
     check_folder(args.out, args.overwrite, marker=CONFIG)
+    if args.register is not None:
+        _check_registry(args)
     if args.unet is not None:
         model = unet_model(args.unet)
     else:
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     number = sum(tensor.numel() for tensor in model.weights.values())
     if args.dry_run:
         print(f"would write {args.out}: a model of kind {model.kind}, {number:,} numbers")
+        if args.register is not None:
+            print(f"would register it as {args.register}")
         return 0
     with atomic_folder(args.out, args.overwrite, marker=CONFIG) as temporary:
         digest = write_checkpoint(
@@ -54,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         (temporary / CARD).write_text(model_card(model, digest))
     print(f"{args.out}: {model.kind} model for {', '.join(model.config.modalities)}, hash {digest[:12]}")
+    if args.register is not None:
+        _register(args)
     return 0
 
 
@@ -208,6 +217,28 @@ def _codec_training(codec: str) -> list[dict[str, Any]]:
     return [] if codec == "haar" else [read_checkpoint_record(checkpoint_folder(codec))["meta"]["training"]]
 
 
+def _check_registry(args: argparse.Namespace) -> None:
+    """Refuse names and a server that MLflow will not take, before anything is written."""
+    from pipelines.registry import check_names
+    from pipelines.tracking_server import check_server, tracking_uri
+
+    check_names(args.register, args.alias)
+    check_server(tracking_uri(args.out))
+
+
+def _register(args: argparse.Namespace) -> None:
+    from pipelines.registry import register
+    from pipelines.tracking_server import tracking_uri
+
+    uri = tracking_uri(args.out)
+    try:
+        version = register(args.out, args.register, args.alias, uri)
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but not registered as {args.register}: {error}") from error
+    address = f"models:/{args.register}@{args.alias}" if args.alias else f"models:/{args.register}/{version}"
+    print(f"registered as {args.register} version {version}: MLFLOW_TRACKING_URI={uri}, {address}")
+
+
 def _parser() -> JobParser:
     parser = job_parser("export", "Put trained stages together into a translator folder.")
     parser.add_argument("--codec", metavar="RUN|haar", help="run folder of stage 1, or haar")
@@ -218,4 +249,14 @@ def _parser() -> JobParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="the translator folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    parser.add_argument(
+        "--register",
+        metavar="NAME",
+        help="register the model with MLflow as a new version of NAME: at MLFLOW_TRACKING_URI, or in the file "
+        "mlflow.db beside --out (default: not registered)",
+    )
+    parser.add_argument(
+        "--alias",
+        help="with --register: let this alias, such as champion, point to the new version (default: no alias)",
+    )
     return parser

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             opened = open_cluster(cluster, args.run_dir, resume=args.resume, overwrite=args.overwrite)
             storage = stack.enter_context(opened)
         run = stack.enter_context(_open_run(stage, config, inputs, args))
-        if tracking is not None and not args.resume:
+        if not args.resume:
             from pipelines.tracking import discard
 
             discard(run.path)
