@@ -20,6 +20,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "export": ("pipelines.export", "put trained stages together into a translator folder"),
     "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),
     "evaluate": ("pipelines.evaluate", "score a translator over all pairs of modalities of a store"),
+    "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),
     "demo": ("pipelines.demo", "everything once on simulated data, with a report"),
 }
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm JOB ARGUMENTS` and return the exit code.
 
     A UserError is one message on stderr and code 2; Ctrl-C is 130 and SIGTERM 143, each with one line; any other
-    exception is a bug and keeps its traceback.
+    exception is a bug and keeps its traceback, unless Ctrl-C or SIGTERM came first: some libraries swallow it while
+    they are loaded (torch, where it loads numpy) and break later for want of what was not loaded.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -47,24 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"aldm {__version__}")
         return 0
     job, *rest = arguments
-    previous = _handle_sigterm()
+    signals = _Signals()
     try:
         module = _module_of(job)
         return int(importlib.import_module(module).main(rest) or 0)
     except UserError as error:
         print(f"aldm {job}: {error}" if job in JOBS else f"aldm: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except Terminated:
-        print(f"aldm {job}: terminated", file=sys.stderr)
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        print(f"aldm {job}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return _stopped(job, stop)
     except BrokenPipeError:  # `aldm info | head`: point stdout elsewhere, or Python complains again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except Exception:
+        if signals.raised is None:
+            raise
+        return _stopped(job, signals.raised)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signals.put_back()
 
 
 def usage() -> str:
@@ -93,16 +95,41 @@ def _module_of(job: str) -> str:
     raise UserError(f"no job {job!r}{hint}: the jobs are {', '.join(JOBS)}; see aldm --help")
 
 
-def _handle_sigterm() -> Any:
-    """Make SIGTERM raise Terminated in this process; a forked worker dies of it as usual. Returns the old handler."""
-    owner = os.getpid()
+def _stopped(job: str, stop: KeyboardInterrupt) -> int:
+    """Say what ended the job and return the exit code."""
+    terminated = isinstance(stop, Terminated)
+    print(f"aldm {job}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
 
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        if os.getpid() != owner:
+
+class _Signals:
+    """Makes SIGTERM raise Terminated in this process (a forked worker dies of it as usual) and remembers Ctrl-C too.
+
+    Attributes:
+        raised: what the last of the two signals raised; None before.
+    """
+
+    def __init__(self) -> None:
+        self.raised: KeyboardInterrupt | None = None
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate)}
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup, for one, has it ignored
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+
+    def put_back(self) -> None:
+        """Restore the handlers of before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> NoReturn:
+        if os.getpid() != self._owner:
             os._exit(EXIT_TERMINATED)
-        raise Terminated
+        self.raised = Terminated()
+        raise self.raised
 
-    return signal.signal(signal.SIGTERM, terminate)
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.raised = KeyboardInterrupt()
+        raise self.raised
 
 
 if __name__ == "__main__":

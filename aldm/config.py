@@ -31,6 +31,17 @@ def _positive(owner: object, *names: str) -> None:
         values = value if isinstance(value, tuple) else (value,)
         if any(v is not None and v <= 0 for v in values):
             raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a value above 0")
+        if not values:
+            raise UserError(f"{type(owner).__name__}.{name} is empty, wanted at least one value")
+
+
+def _within(owner: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if any(v is not None and not low <= v <= high for v in values):
+            wanted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +98,8 @@ class CodecConfig:
         _choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
         _choice("codec.codebook_update", self.codebook_update, ("ema", "gradient"))
         _positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
+        _within(self, 0, 1, "codebook_decay")
+        _within(self, 0, math.inf, "commitment_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +121,8 @@ class MSSpadeConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "in_channels", "res_channels", "spade_channels", "hidden_channels", "kernel_size")
+        if self.kernel_size % 2 == 0:
+            raise UserError(f"ms_spade.kernel_size is {self.kernel_size}, wanted an odd number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +184,8 @@ class DiffusionConfig:
         _choice("diffusion.objective", self.objective, OBJECTIVES)
         _choice("diffusion.schedule", self.schedule, SCHEDULES)
         _positive(self, "num_train_timesteps", "beta_start", "beta_end")
-        if not 0 <= self.bridge_start_fraction <= 1:
-            raise UserError(f"diffusion.bridge_start_fraction is {self.bridge_start_fraction}, wanted 0 to 1")
+        _within(self, 0, 1, "beta_start", "beta_end", "bridge_start_fraction")
+        _within(self, 0, math.inf, "bridge_noise")
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "
@@ -194,6 +209,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _choice("sampling.sampler", self.sampler, SAMPLERS)
         _positive(self, "num_inference_steps", "num_samples")
+        _within(self, 0, 1, "eta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +274,10 @@ class TrainingConfig:
         _choice("decay", self.decay, ("constant", "cosine"))
         _positive(self, "batch_size", "epochs", "learning_rate", "crop", "max_steps", "max_minutes", "log_every")
         _positive(self, "validate_every", "num_validation_samples", "checkpoint_every", "gradient_clip")
+        _positive(self, "discriminator_channels", "discriminator_layers")
+        _within(self, 0, 1, "betas", "ema_decay", "flip_probability", "same_modality_fraction")
+        _within(self, 0, math.inf, "weight_decay", "warmup_steps", "adversarial_weight", "adversarial_start_step")
+        _within(self, 0, math.inf, "perceptual_weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,12 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from aldm.config import SamplingConfig
+from aldm.data.parallel import Workers, map_in_order
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 from aldm.metrics import score, to_unit
@@ -65,6 +67,12 @@ class Evaluation:
     seconds: dict[MethodKey, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Wall time of every translated volume, encoding and decoding included, s."""
 
+    def extend(self, other: "Evaluation") -> None:
+        """Append what was measured elsewhere."""
+        self.rows += other.rows
+        for key, values in other.seconds.items():
+            self.seconds[key] += values
+
 
 def evaluate(
     store: VolumeStore,
@@ -74,6 +82,8 @@ def evaluate(
     seed: int = 0,
     on_example: Callable[[Example], None] | None = None,
     on_volume: Callable[[], None] | None = None,
+    workers: Workers | None = None,
+    load: Callable[[], Sequence[Candidate]] | None = None,
 ) -> Evaluation:
     """Score every candidate and the honest rows over every pair of modalities that a subject has.
 
@@ -82,8 +92,12 @@ def evaluate(
         subjects: of the store.
         candidates: at least one; the rows identity, training-mean and reconstruction are made once.
         seed: of the samples; every (subject, source, target) has its own, the same for all candidates.
-        on_example: given every translation made with a candidate's first sampling.
-        on_volume: called after each translation (see `count_translations`).
+        on_example: given every translation made with a candidate's first sampling, where it was made: with `workers`
+            it is sent to them, pickled.
+        on_volume: called after each translation (see `count_translations`); not called with `workers`.
+        workers: measure a subject each, the rows being the same; the store's path, which must be absolute, is one that
+            all of them reach. None measures in this process.
+        load: returns the candidates anew; every worker calls it once. None sends them to the workers, pickled.
 
     Raises:
         UserError: no subjects, or a candidate whose modalities or preprocessing are not the store's.
@@ -91,24 +105,15 @@ def evaluate(
     modalities = check_candidates(store, candidates)
     if not subjects:
         raise UserError(f"the store {store.path} has no subject to evaluate in this split")
+    measure = _SubjectTask(store, load or partial(tuple, candidates), modalities, seed, on_example or _ignore)
     result = Evaluation()
-    for record in subjects:
-        names = tuple(name for name in record.modalities if name in modalities)
-        volumes = {name: store.volume(record.subject_id, name) for name in names}
-        scorer = _Scorer(result.rows, record.subject_id, _regions(store, record), volumes)
-        _score_company(scorer, store, names, candidates)
-        for candidate in candidates:
-            for source in names:
-                _score_candidate(
-                    candidate,
-                    source,
-                    volumes,
-                    scorer,
-                    result.seconds,
-                    seed,
-                    on_example or _ignore,
-                    on_volume or _ignore,
-                )
+    if workers is None:
+        measure.candidates, measure.on_volume = candidates, on_volume or _ignore
+        for record in subjects:
+            result.extend(measure(record))
+    else:
+        for part in map_in_order(workers, measure, subjects, description="evaluate", unit="subject"):
+            result.extend(part)
     return result
 
 
@@ -145,6 +150,45 @@ def count_translations(store: VolumeStore, subjects: Sequence[SubjectRecord], ca
 def pair_seed(seed: int, subject_id: str, source: str, target: str) -> int:
     """Return the seed of one translation: other noise for every subject and pair, the same on every machine."""
     return seed + zlib.crc32(f"{subject_id}/{source}/{target}".encode())
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a callback that nobody gave."""
+
+
+@dataclass(eq=False)
+class _SubjectTask:
+    """Measures one subject after another; the candidates are loaded for the first one and kept."""
+
+    store: VolumeStore
+    load: Callable[[], Sequence[Candidate]]
+    modalities: tuple[str, ...]
+    seed: int
+    on_example: Callable[[Example], None]
+    on_volume: Callable[[], None] = _ignore
+    candidates: Sequence[Candidate] | None = None
+
+    def __call__(self, record: SubjectRecord) -> Evaluation:
+        if self.candidates is None:
+            self.candidates = self.load()
+        result = Evaluation()
+        names = tuple(name for name in record.modalities if name in self.modalities)
+        volumes = {name: self.store.volume(record.subject_id, name) for name in names}
+        scorer = _Scorer(result.rows, record.subject_id, _regions(self.store, record), volumes)
+        _score_company(scorer, self.store, names, self.candidates)
+        for candidate in self.candidates:
+            for source in names:
+                _score_candidate(
+                    candidate,
+                    source,
+                    volumes,
+                    scorer,
+                    result.seconds,
+                    self.seed,
+                    self.on_example,
+                    self.on_volume,
+                )
+        return result
 
 
 class _Scorer:
@@ -241,7 +285,3 @@ def _score_candidate(
                     )
                 )
             on_volume()
-
-
-def _ignore(*_: object) -> None:
-    """Stand in for a callback that nobody gave."""

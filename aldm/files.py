@@ -11,6 +11,8 @@ from pathlib import Path
 from aldm.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BYTES = 2**20
+"""Less free space than this explains a RuntimeError: torch.save does not say why it could not write."""
 
 
 @contextmanager
@@ -61,9 +63,11 @@ def atomic_folder(
     try:
         with _explained(target):
             temporary.mkdir()
+            permissions = temporary.stat().st_mode & 0o666
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
+                    file.chmod(permissions)  # those of any new file: some writers (safetensors) make theirs private
                     _sync(file)
             check_folder(target, overwrite, marker=marker)
             _replace_folder(temporary, target)
@@ -162,10 +166,11 @@ def _explained(target: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if _is_disk_full(error):
+        free = shutil.disk_usage(target.parent).free
+        if _is_disk_full(error) or (isinstance(error, RuntimeError) and free < _FULL_BYTES):
             raise UserError(
-                f"cannot write {target}: disk full, {free_gib(target.parent):.2f} GiB free in {target.parent}; "
-                "nothing was written: free some space or write elsewhere"
+                f"cannot write {target}: disk full, {free / 2**30:.2f} GiB free in {target.parent}; "
+                "free some space or write elsewhere"
             ) from error
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise UserError(f"cannot write {target}: larger than the largest file allowed here (ulimit -f)") from error

@@ -15,6 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from aldm.checkpoint import weights_hash
 from aldm.config import CodecConfig
+from aldm.data.parallel import ProcessWorkers, Workers, map_in_order, remove_leftovers
 from aldm.data.store import SHARD_FOLDER, ShardReader, VolumeStore, shard_path, write_shard
 from aldm.errors import UserError
 from aldm.files import atomic_folder
 from aldm.models.codecs import Codec
-from aldm.progress import progress
 
 FORMAT_VERSION = 1
 LATENTS_FILE = "latents.json"
@@ -155,6 +156,7 @@ def encode_store(
     device: torch.device | str = "cpu",
     encode: Callable[[Tensor], Tensor] | None = None,
     overwrite: bool = False,
+    workers: Workers | None = None,
 ) -> LatentStore:
     """Encode all volumes of a store into a cache.
 
@@ -165,32 +167,36 @@ def encode_store(
         out: folder of the cache; it appears when it is whole.
         flips: store every volume flipped left to right too.
         device: where to encode.
-        encode: volume (1, 1, X, Y, Z) to latent; codec.encode if None (one in bounded memory may stand here).
+        encode: volume (1, 1, X, Y, Z) on `device` to latent; codec.encode if None (one in bounded memory may stand
+            here). With `workers` it is sent to them, pickled.
         overwrite: replace an earlier cache.
+        workers: encode a subject each, the result being the same; `out` and the store's path, which must be absolute,
+            lie where all of them reach them. None encodes in this process.
 
     Raises:
         UserError: no training subject, a volume that the codec cannot take, or `out` cannot be written.
     """
     codec = codec.to(device).eval()
-    encode = encode or codec.encode
     subjects = [LatentSubject(record.subject_id, record.split, record.modalities) for record in store.subjects()]
     if not any(subject.split == "train" for subject in subjects):
         raise UserError(f"the store {store.path} has no training subject: latents are standardised over those")
-    statistics = _Statistics(codec.latent_channels)
     num_flips = 2 if flips else 1
-    with atomic_folder(out, overwrite, marker=LATENTS_FILE) as temporary, torch.inference_mode():
+    with atomic_folder(out, overwrite, marker=LATENTS_FILE) as temporary:
         (temporary / SHARD_FOLDER).mkdir()
-        for subject in progress(subjects, description="encode", unit="subject"):
-            latents: list[tuple[str, np.ndarray]] = []
-            for modality in subject.modalities:
-                volume = torch.from_numpy(store.volume(subject.subject_id, modality)).to(device)[None, None]
-                for flip in range(num_flips):
-                    z = encode(volume.flip(2) if flip else volume)[0].half().cpu().numpy()
-                    _check_finite(z, subject.subject_id, modality)
-                    latents.append((f"{modality}/{flip}", z))
-                    if subject.split == "train" and not flip:
-                        statistics.add(z)
-            write_shard(shard_path(temporary, subject.subject_id), latents)
+        encode_one = partial(
+            _encode_subject,
+            store=store,
+            encode=encode or codec.encode,
+            device=device,
+            num_flips=num_flips,
+            folder=temporary.absolute(),
+        )
+        moments = map_in_order(workers or ProcessWorkers(1), encode_one, subjects, description="encode", unit="subject")
+        remove_leftovers(temporary)
+        statistics = _Statistics(codec.latent_channels)
+        for subject, latents in zip(subjects, moments, strict=True):
+            for each in latents if subject.split == "train" else ():
+                statistics.add(each)
         header = {
             "format_version": FORMAT_VERSION,
             "codec_hash": codec_hash(config, codec.state_dict()),
@@ -206,6 +212,28 @@ def encode_store(
         }
         (temporary / LATENTS_FILE).write_text(json.dumps(header, indent=1) + "\n")
     return LatentStore.open(out)
+
+
+@torch.inference_mode()
+def _encode_subject(
+    subject: LatentSubject,
+    *,
+    store: VolumeStore,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device | str,
+    num_flips: int,
+    folder: Path,
+) -> list["_Moments"]:
+    """Encode one subject and write its shard; return its share of the statistics, one per modality, flips left out."""
+    latents: list[tuple[str, np.ndarray]] = []
+    for modality in subject.modalities:
+        volume = torch.from_numpy(store.volume(subject.subject_id, modality)).to(device)[None, None]
+        for flip in range(num_flips):
+            z = encode(volume.flip(2) if flip else volume)[0].half().cpu().numpy()
+            _check_finite(z, subject.subject_id, modality)
+            latents.append((f"{modality}/{flip}", z))
+    write_shard(shard_path(folder, subject.subject_id), latents)
+    return [_Moments.of(z) for key, z in latents if key.endswith("/0")]
 
 
 def cache_bytes(store: VolumeStore, codec: Codec, flips: bool) -> int:
@@ -233,20 +261,38 @@ def _check_finite(z: np.ndarray, subject_id: str, modality: str) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Of one latent, float64: mean and summed squared deviations (C,) per channel over `count` voxels."""
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, z: np.ndarray) -> "_Moments":
+        """Measure a latent (C, x, y, z)."""
+        values = z.reshape(z.shape[0], -1).astype(np.float64)
+        count = values.shape[1]
+        return cls(count, values.mean(axis=1), values.var(axis=1) * count)
+
+
 class _Statistics:
-    """Mean and standard deviation per channel, merged latent by latent in float64 (Chan et al. 1979)."""
+    """Mean and standard deviation per channel, merged latent by latent in float64 (Chan et al. 1979).
+
+    The last bits depend on the order of the latents.
+    """
 
     def __init__(self, channels: int) -> None:
         self._count = 0
         self.mean = np.zeros(channels)
         self._squares = np.zeros(channels)
 
-    def add(self, z: np.ndarray) -> None:
-        """Take in one (C, x, y, z)."""
-        values = z.reshape(z.shape[0], -1).astype(np.float64)
-        count, mean = values.shape[1], values.mean(axis=1)
-        total, delta = self._count + count, mean - self.mean
-        self._squares += values.var(axis=1) * count + delta**2 * self._count * count / total
+    def add(self, latent: _Moments) -> None:
+        """Take in one latent."""
+        count, delta = latent.count, latent.mean - self.mean
+        total = self._count + count
+        self._squares += latent.squares + delta**2 * self._count * count / total
         self.mean += delta * count / total
         self._count = total
 

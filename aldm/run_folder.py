@@ -92,6 +92,7 @@ class RunFolder:
                 check_same_run(path, stage, config, engine)
                 run._recover()
             else:
+                _check_stage(path, stage)
                 run._clear()
             run._write_config(config)
             run._write_record(stage, engine, inputs)
@@ -298,15 +299,24 @@ def _locked(path: Path) -> IO[str]:
 
 
 def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
-    """Check what only resuming asks for: the same configuration but for length and cadence, and the same engine.
+    """Check what only resuming asks for: the same stage, configuration (but for length and cadence) and engine.
 
     Raises:
-        UserError: another configuration, or another engine (each keeps its states in its own way).
+        UserError: another stage or configuration, or another engine (each keeps its states in its own way).
     """
+    _check_stage(path, stage)
     _check_same(path, stage, config)
     before = json.loads((path / RUN_FILE).read_text())["starts"][-1].get("engine", "plain")
     if before != engine:
         raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
+
+
+def _check_stage(path: Path, stage: str) -> None:
+    """Refuse to go on with, or to delete, the run of another stage: a run directory given by mistake."""
+    file = path / RUN_FILE
+    before = json.loads(file.read_text())["stage"] if file.is_file() else stage
+    if before != stage:
+        raise UserError(f"{path} is a run of aldm train {before}, not of {stage}: give another --run-dir")
 
 
 def _check_same(path: Path, stage: str, config: Config) -> None:

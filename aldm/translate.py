@@ -1,8 +1,8 @@
 """The translator: a folder written by `aldm export`; a volume in, another modality of it out, on its own grid.
 
-Every kind of model stands behind one interface, `Translator.translate_array`, which is what the evaluation measures:
-`aldm` (codec, MS-SPADE, denoiser) and `unet` (plain regression). Arrays are X Y Z of RAS+ volumes, tensors B C X Y Z,
-intensities in the models in [-1, 1].
+Every kind of model (`aldm`: codec, MS-SPADE, denoiser; `unet`: plain regression) stands behind one interface,
+`Translator.encode` and `Translator.translate_encoded`, which is what the evaluation measures. Arrays are X Y Z of RAS+
+volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
 """
 
 import math
@@ -205,7 +205,21 @@ class Translator:
         seed: int = 0,
         on_step: OnStep | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return mean and standard deviation of the samples, each (spatial_shape) float32; see `translate_array`."""
+        """Translate model input.
+
+        Args:
+            code: what `encode` returned.
+            source, target: modalities.
+            sampling: what `self.sampling(...)` returned; None takes the model's own.
+            seed: of the first sample; sample i has seed + i.
+            on_step: called as on_step(done, total) after each network evaluation; what it raises goes through.
+
+        Returns:
+            mean of the samples in [-1, 1] and their standard deviation (None for one sample), (spatial_shape) float32.
+
+        Raises:
+            UserError: a modality that the model does not know.
+        """
         source_id, target_id = (modality_index(name, self.modalities) for name in (source, target))
         chosen = self.sampling() if sampling is None else sampling
         finished = 0  # samples
@@ -222,33 +236,6 @@ class Translator:
 
         mean, std = sample_many(draw, chosen.num_samples, seed)
         return mean[0, 0].cpu().numpy(), None if std is None else std[0, 0].cpu().numpy()
-
-    def translate_array(
-        self,
-        x: np.ndarray,
-        source: str,
-        target: str,
-        *,
-        sampling: SamplingConfig | None = None,
-        seed: int = 0,
-        on_step: OnStep | None = None,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Translate model input.
-
-        Args:
-            x: (spatial_shape) in [-1, 1].
-            source, target: modalities.
-            sampling: what `self.sampling(...)` returned; None takes the model's own.
-            seed: of the first sample; sample i has seed + i.
-            on_step: called as on_step(done, total) after each network evaluation; what it raises goes through.
-
-        Returns:
-            mean of the samples in [-1, 1] and their standard deviation (None for one sample), (spatial_shape) float32.
-
-        Raises:
-            UserError: a modality that the model does not know, or a shape that is not the model's.
-        """
-        return self.translate_encoded(self.encode(x), source, target, sampling=sampling, seed=seed, on_step=on_step)
 
     def translate(
         self,
@@ -298,9 +285,9 @@ class Translator:
             volume: RAS+, any spacing, any units.
             source: its modality.
             targets: the wanted modalities.
-            sampling, seed: as in `translate_array`.
+            sampling, seed: as in `translate_encoded`.
             intensity: median scales the result to the training set's median percentiles of the target; unit to [0, 1].
-            on_step: as in `translate_array`; it counts one target.
+            on_step: as in `translate_encoded`; it counts one target.
 
         Raises:
             UserError: an unknown modality or intensity, or a volume without contrast.

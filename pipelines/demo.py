@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import shlex
 import shutil
 import time
@@ -16,6 +17,7 @@ from aldm.config import Config
 from aldm.errors import UserError
 from aldm.files import atomic_path, check_folder
 from pipelines.arguments import JobParser, job_parser, resolve_config
+from pipelines.tracking_server import STORE_FILE, default_server
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     record = _open(out, settings, args.overwrite)
     print(f"{len(steps)} steps, about {sum(step.budget_minutes for step in steps):.0f} minutes on two CPU cores")
-    for number, step in enumerate(steps, start=1):
-        _run(step, f"[{number}/{len(steps)}]", out, record)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / STORE_FILE}"
+    with default_server(uri):
+        for number, step in enumerate(steps, start=1):
+            _run(step, f"[{number}/{len(steps)}]", out, record)
     from pipelines.demo_report import write_demo_report
 
     write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
     used = sum(step["seconds"] for step in record["steps"])
+    print(f"compare the trainings: mlflow ui --backend-store-uri {uri}")
     print(f"{used / 60:.1f} minutes in all; report: {out / REPORT}")
     return 0
 
@@ -141,7 +146,7 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
         Step("export the U-Net", ["export", "--unet", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
         Step(
             "score both on the held-out subjects",
-            [*map(str, scores), "--baseline", f"unet={unet}", *card, "--device", device],
+            [*map(str, scores), "--baseline", f"unet={unet}", *card, "--device", device, "--group", out.name],
             out / "scores",
             1.0,
         ),

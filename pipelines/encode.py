@@ -1,13 +1,16 @@
 """aldm encode: encode a store of volumes once into a store of latents."""
 
+import argparse
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aldm.config import CodecConfig, Config, Shape
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.ray_workers import add_worker_arguments, open_workers
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm encode ARGUMENTS`."""
     args = _parser().parse_args(argv)
     config = resolve_config(args)
-    device = select_device(args)
+    if args.max_memory_gb is not None and not 0 < args.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory-gb is {args.max_memory_gb:g}, wanted a number above 0")
+    import torch
+
     from aldm.data.store import VolumeStore
     from aldm.files import check_folder, free_gib
     from aldm.latents import LATENTS_FILE, cache_bytes, encode_store
 
-    store = VolumeStore.open(args.store)
+    device = select_device(args) if args.num_workers is None else torch.device("cpu")
+    store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
     codec, codec_config = load_codec(args.codec, config)
     check_folder(args.out, args.overwrite, marker=LATENTS_FILE)
     need_gib, have_gib = cache_bytes(store, codec, args.flips) / 2**30, free_gib(args.out.parent)
@@ -34,13 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the latents need {need_gib:.2f} GiB and {args.out.parent} has {have_gib:.2f} GiB free: free some space "
             "or write elsewhere"
         )
-    encode = encoder(codec, store.preprocess.spatial_shape, device, config.precision, args.max_memory_gb)
-    if args.dry_run:
-        print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB on {device}")
-        return 0
-    latents = encode_store(
-        store, codec, codec_config, args.out, flips=args.flips, device=device, encode=encode, overwrite=args.overwrite
-    )
+    shape = store.preprocess.spatial_shape
+    with open_workers(args, use_gpus=True) as workers:
+        encode: Callable[[Tensor], Tensor]
+        if workers is None:
+            encode = encoder(codec, shape, device, config.precision, args.max_memory_gb)
+        else:
+            place = args.codec if args.codec == "haar" else str(Path(args.codec).absolute())
+            encode = WorkerEncoder(place, config, shape, workers.device, args.max_memory_gb)
+        if args.dry_run:
+            where = device if workers is None else workers.describe()
+            print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB; {where}")
+            print(memory_plan(codec, shape, config.precision, args.max_memory_gb))
+            return 0
+        latents = encode_store(
+            store,
+            codec,
+            codec_config,
+            args.out,
+            flips=args.flips,
+            device=device,
+            encode=encode,
+            overwrite=args.overwrite,
+            workers=workers,
+        )
     print(f"{args.out}: latents of {len(latents.subjects())} subjects, codec {latents.codec_hash[:12]}")
     return 0
 
@@ -63,8 +87,8 @@ def encoder(
     import psutil
     import torch
 
-    from aldm.memory import gigabytes, peak_bytes, resident_bytes
-    from aldm.models.slabs import encode_bounded, floor_bytes
+    from aldm.memory import gigabytes, resident_bytes
+    from aldm.models.slabs import encode_bounded
 
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16" and not codec.isometric, cache_enabled=False
@@ -79,17 +103,70 @@ def encoder(
             return encode_bounded(codec, x, int(max_memory_gb * 1e9) - resident_bytes())  # type: ignore[operator]
 
     if max_memory_gb is not None:
-        needed = resident_bytes() + floor_bytes(codec, shape)
+        needed = resident_bytes() + encoding_bytes(codec, shape, precision, bounded=True)
         if max_memory_gb * 1e9 < needed:
             raise UserError(f"--max-memory-gb {max_memory_gb} is too little: encoding needs {gigabytes(needed)} GB")
         return bounded
     free = psutil.virtual_memory().available
-    if device.type == "cpu" and (needed := peak_bytes(lambda: whole(torch.zeros(1, 1, *shape)))) > free:
+    if device.type == "cpu" and (needed := encoding_bytes(codec, shape, precision, bounded=False)) > free:
         raise UserError(
             f"encoding a whole volume of {' x '.join(map(str, shape))} voxels needs {gigabytes(needed)} GB and "
             f"{gigabytes(free)} GB of memory are free: give --max-memory-gb, then it is encoded slab by slab"
         )
     return whole
+
+
+def encoding_bytes(codec: "Codec", shape: Shape, precision: str, *, bounded: bool) -> int:
+    """Return what encoding one volume needs beside the program and the codec, bytes; if bounded, the least.
+
+    Args:
+        codec: on the CPU.
+        shape: of the volume.
+        precision: fp32 or bf16.
+        bounded: slab by slab instead of the whole volume at once.
+    """
+    import torch
+
+    from aldm.memory import peak_bytes
+    from aldm.models.slabs import floor_bytes
+
+    if bounded:
+        return floor_bytes(codec, shape)
+    lower = precision == "bf16" and not codec.isometric
+    with torch.autocast("cpu", torch.bfloat16, enabled=lower, cache_enabled=False):
+        return peak_bytes(lambda: codec.encode(torch.zeros(1, 1, *shape)))
+
+
+def memory_plan(codec: "Codec", shape: Shape, precision: str, max_memory_gb: float | None) -> str:
+    """Return the line of a dry run that says how much memory a process that encodes will hold."""
+    from aldm.memory import gigabytes, resident_bytes
+
+    bounded = max_memory_gb is not None
+    needed = gigabytes(resident_bytes() + encoding_bytes(codec, shape, precision, bounded=bounded))
+    if bounded:
+        return f"memory: at most {max_memory_gb:g} GB a process (the least --max-memory-gb is about {needed} GB)"
+    return f"memory: about {needed} GB a process"
+
+
+@dataclass(eq=False)
+class WorkerEncoder:
+    """The `encoder` of a worker: loads the codec there, for the first volume, and heeds that machine's memory."""
+
+    codec: str
+    """haar, or the run folder of stage 1."""
+    config: Config
+    shape: Shape
+    device: str
+    max_memory_gb: float | None
+    _encode: Callable[["Tensor"], "Tensor"] | None = field(default=None, init=False)
+
+    def __call__(self, x: "Tensor") -> "Tensor":
+        if self._encode is None:
+            device = select_device(argparse.Namespace(device=self.device))
+            codec, _ = load_codec(self.codec, self.config)
+            codec = codec.to(device).eval()
+            self._encode = encoder(codec, self.shape, device, self.config.precision, self.max_memory_gb)
+        return self._encode(x.to(self.device))
 
 
 def load_codec(name_or_run: str, config: Config) -> tuple["Codec", CodecConfig]:
@@ -127,8 +204,9 @@ def _parser() -> JobParser:
         "--max-memory-gb",
         type=float,
         metavar="G",
-        help="encode slab by slab, this process holding at most G GB (default: whole volumes at once)",
+        help="encode slab by slab, a process holding at most G GB (default: whole volumes at once)",
     )
     parser.add_argument("--flips", action="store_true", help="store every volume flipped left to right as well")
     parser.add_argument("--overwrite", action="store_true", help="replace the latents in --out")
+    add_worker_arguments(parser, "a subject")
     return parser

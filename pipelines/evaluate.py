@@ -4,15 +4,19 @@ import argparse
 import csv
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aldm.config import SAMPLERS, SamplingConfig, to_dict
+from aldm.config import SAMPLERS, Config, SamplingConfig, to_dict
 from aldm.errors import UserError
 from aldm.files import atomic_folder, check_folder
 from aldm.progress import progress
 from pipelines.arguments import JobParser, job_parser
+from pipelines.ray_workers import add_worker_arguments, open_workers
 from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from aldm.evaluation import Candidate, Evaluation, Example
     from aldm.score_table import MethodKey
     from aldm.translate import Translator
+    from pipelines.ray_workers import RayWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     check_folder(args.out, args.overwrite, marker=SCORES)
+    if args.group is not None:
+        from pipelines.tracking_server import check_server, tracking_uri
+
+        check_server(tracking_uri(args.out))
+    from aldm.data.parallel import remove_leftovers
     from aldm.data.store import VolumeStore
     from aldm.evaluation import check_candidates, count_translations, evaluate
     from aldm.score_table import overview
 
-    store = VolumeStore.open(args.store)
+    store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
     if args.max_subjects is not None and args.max_subjects < 1:
         raise UserError(f"--max-subjects is {args.max_subjects}, wanted at least 1")
     subjects = store.subjects(args.split)[: args.max_subjects]
-    candidates = _candidates(args)
+    models = _models(args)
+    candidates = [model.candidate for model in models]
     modalities = check_candidates(store, candidates)
     if not subjects:
         raise UserError(f"the store {args.store} has no subject in the split {args.split}: give another --split")
@@ -64,41 +75,94 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
         logger.warning("not every model knows %s: left out", ", ".join(left_out))
     total = count_translations(store, subjects, candidates)
-    if args.dry_run:
-        return _dry_run(candidates, subjects, modalities, total)
-    with atomic_folder(args.out, args.overwrite, marker=SCORES) as folder:
-        pictured = {record.subject_id for record in subjects[: args.pictures]}
-        with progress(total=total, description="evaluate", unit="volume") as bar:
-            result = evaluate(
-                store,
-                subjects,
-                candidates,
-                seed=args.seed,
-                on_example=lambda example: _draw(example, pictured, store, folder),
-                on_volume=bar.update,
-            )
-        _write(folder, result, store, args)
-        _write_record(folder / RECORD, candidates, store, args)
+    with open_workers(args, use_gpus=True) as workers:
+        load = None if workers is None else _loader(models, workers.device, args)
+        if args.dry_run:
+            return _dry_run(candidates, subjects, modalities, total, workers)
+        with atomic_folder(args.out, args.overwrite, marker=SCORES) as folder:
+            pictured = {record.subject_id for record in subjects[: args.pictures]}
+            with _volumes(total, workers) as bar:
+                result = evaluate(
+                    store,
+                    subjects,
+                    candidates,
+                    seed=args.seed,
+                    on_example=partial(_draw, pictured=pictured, store=store, folder=folder.absolute()),
+                    on_volume=None if bar is None else bar.update,
+                    workers=workers,
+                    load=load,
+                )
+            remove_leftovers(folder)
+            _write(folder, result, store, args)
+            _write_record(folder / RECORD, candidates, store, args)
     regions = dict.fromkeys(row.region for row in result.rows)
     print("\n\n".join(overview(result.rows, region) for region in regions))
     print(f"\nall tables: {args.out / TABLES}")
+    if args.group is not None:
+        from pipelines.evaluation_tracking import log_evaluation
+
+        log_evaluation(args.out, group=args.group)
     return 0
 
 
-def _candidates(args: argparse.Namespace) -> list["Candidate"]:
-    """Load --model and every --baseline."""
+def _volumes(total: int, workers: "RayWorkers | None") -> Any:
+    """Return the progress bar of the volumes; workers show one of their own."""
+    return progress(total=total, description="evaluate", unit="volume") if workers is None else nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """A candidate and the folder that it was read from."""
+
+    folder: Path
+    candidate: "Candidate"
+
+
+def _models(args: argparse.Namespace) -> list[_Model]:
+    """Load --model and every --baseline; where workers measure, on the CPU, to know what there is."""
     from aldm.evaluation import Candidate
 
+    if args.num_workers is not None:
+        args = argparse.Namespace(**{**vars(args), "device": "cpu"})
     config = model_config(args.model, args)
     model = load_translator(args.model, config, args)
-    candidates = [Candidate(model.kind, model, _samplings(model, args))]
+    models = [_Model(args.model, Candidate(model.kind, model, _samplings(model, args)))]
     for text in args.baseline:
         name, separator, folder = text.partition("=")
         path = Path(folder if separator else text)
         own = argparse.Namespace(**{**vars(args), "preset": None, "set": []})  # those are for --model
         other = load_translator(path, model_config(path, own), args)
-        candidates.append(Candidate(name if separator else other.kind, other, (other.sampling(),)))
-    return candidates
+        models.append(_Model(path, Candidate(name if separator else other.kind, other, (other.sampling(),))))
+    return models
+
+
+def _loader(models: Sequence[_Model], device: str, args: argparse.Namespace) -> Callable[[], list["Candidate"]]:
+    """Return what loads the candidates in a worker.
+
+    Raises:
+        UserError: a memory limit for workers on GPUs.
+    """
+    if device == "cuda" and args.max_memory_gb is not None:
+        raise UserError("--max-memory-gb bounds the memory of a CPU: leave it out, or give --device cpu")
+    scratch = None if args.scratch_dir is None else args.scratch_dir.absolute()
+    options = argparse.Namespace(device=device, max_memory_gb=args.max_memory_gb, scratch_dir=scratch)
+    known = [
+        (model.candidate.method, model.folder.absolute(), model.candidate.translator.config, model.candidate.samplings)
+        for model in models
+    ]
+    return partial(_load, known, options)
+
+
+def _load(
+    known: Sequence[tuple[str, Path, Config, tuple[SamplingConfig, ...]]], options: argparse.Namespace
+) -> list["Candidate"]:
+    """Load candidates from their folders."""
+    from aldm.evaluation import Candidate
+
+    return [
+        Candidate(method, load_translator(folder, config, options), samplings)
+        for method, folder, config, samplings in known
+    ]
 
 
 def _samplings(model: "Translator", args: argparse.Namespace) -> tuple[SamplingConfig, ...]:
@@ -129,7 +193,11 @@ def _samplings(model: "Translator", args: argparse.Namespace) -> tuple[SamplingC
 
 
 def _dry_run(
-    candidates: Sequence["Candidate"], subjects: Sequence["SubjectRecord"], modalities: Sequence[str], total: int
+    candidates: Sequence["Candidate"],
+    subjects: Sequence["SubjectRecord"],
+    modalities: Sequence[str],
+    total: int,
+    workers: "RayWorkers | None",
 ) -> int:
     """Say what would be measured and how much memory that takes."""
     from aldm.memory import gigabytes, resident_bytes
@@ -139,10 +207,12 @@ def _dry_run(
         ways = ", ".join(candidate.key(sampling).label() for sampling in candidate.samplings)
         needed = resident_bytes() + candidate.translator.predictor.needed_bytes()
         print(f"{candidate.method}: {ways}; at least {gigabytes(needed)} GB of memory")
+    if workers is not None:
+        print(workers.describe())
     return 0
 
 
-def _draw(example: "Example", pictured: set[str], store: "VolumeStore", folder: Path) -> None:
+def _draw(example: "Example", *, pictured: set[str], store: "VolumeStore", folder: Path) -> None:
     """Write the panel of a translation, where it is one of those wanted."""
     from aldm.pictures import save_translation_panel
 
@@ -183,7 +253,7 @@ def _write_record(
     from aldm.run_folder import git_state
 
     record = {
-        "store": str(store.path),
+        "store": str(args.store),
         "store_fingerprint": store.fingerprint,
         "layout": store.layout,
         "split": args.split,
@@ -256,5 +326,12 @@ def _parser() -> JobParser:
     parser.add_argument("--max-subjects", type=int, metavar="N", help="the first N subjects only (default: all)")
     parser.add_argument("--pictures", type=int, default=1, metavar="N", help="subjects that panels are drawn of")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument(
+        "--group",
+        metavar="NAME",
+        help="log tables, card and pictures to MLflow as a run nested in this one, such as that of the model's "
+        "trainings (default: not logged)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --out")
+    add_worker_arguments(parser, "a subject")
     return parser

@@ -12,6 +12,7 @@ from aldm.data.prepare_plan import Request
 from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from pipelines.arguments import job_parser, resolve_config
+from pipelines.ray_workers import add_worker_arguments, open_workers
 
 DESCRIPTION = """Check every file of a data set, then resample, rescale and crop its volumes into a store. All problems
 are reported together, before anything is written. An interrupted run goes on when it is run again, and ends with the
@@ -22,25 +23,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job; raises UserError for everything that the user can mend."""
     args = _parser().parse_args(argv)
     config = _preprocess(args, resolve_config(args))
+    source, store_path = Path(args.source), Path(args.store)
+    if args.num_workers is not None:  # workers elsewhere have another working folder
+        source, store_path = source.absolute(), store_path.absolute()
     request = Request(
-        source=Path(args.source),
-        store=Path(args.store),
+        source=source,
+        store=store_path,
         layout=args.layout,
         config=config,
         splits=None if args.splits is None else Path(args.splits),
         overwrite=args.overwrite,
         max_voxels=args.max_voxels,
     )
-    if args.dry_run:
-        plan = plan_store(request, args.num_processes)
-        print(plan.summary())
-        print(f"every file is usable; {args.store} would be written with {config}")
-        print(f"memory: about {plan.memory_per_process_gib:.1f} GiB a process")
-        return
-    store = run_request(request, args.num_processes)
+    with open_workers(args, use_gpus=False) as workers:
+        if args.dry_run:
+            plan = plan_store(request, args.num_processes, workers)
+            print(plan.summary())
+            print(f"every file is usable; {args.store} would be written with {config}")
+            print(f"memory: about {plan.memory_per_process_gib:.1f} GiB a process")
+            if workers is not None:
+                print(workers.describe())
+            return
+        store = run_request(request, args.num_processes, workers)
     subjects = store.subjects()
     regions = ", ".join(sorted({record.region for record in subjects}))
-    print(f"{store.path}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
+    print(f"{args.store}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num-processes",
         type=int,
         metavar="N",
-        help="subjects worked on at a time (default: as many as the cores and the free memory allow)",
+        help="subjects worked on at a time on this machine (default: as many as the cores and the free memory allow)",
     )
     parser.add_argument(
         "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
@@ -94,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace an existing store (to go on with an interrupted run, leave it out)",
     )
+    add_worker_arguments(parser, "a subject")
     return parser
 
 
@@ -105,6 +113,11 @@ def _preprocess(args: argparse.Namespace, config: Config) -> PreprocessConfig:
     """
     if args.num_processes is not None and args.num_processes < 1:
         raise UserError(f"--num-processes is {args.num_processes}, wanted at least 1")
+    if args.num_processes is not None and args.num_workers is not None:
+        raise UserError(
+            "--num-processes and --num-workers were both given: the first works on this machine alone, the second on a "
+            "Ray cluster; give one of them"
+        )
     if args.max_voxels < 1:
         raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
     preprocess = config.preprocess

@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: everything that the user can mend.
     """
     args = _parser().parse_args(argv)
+    if args.surplus:
+        raise UserError(
+            f"wanted one INPUT and one OUTPUT, got {2 + len(args.surplus)} names: put a glob into quotes, such as "
+            "'scans/*_t1.nii.gz', or the shell expands it"
+        )
     config = model_config(args.model, args)
     targets = config.modalities if args.target == ALL else (args.target,)
     for name in (args.source, *targets):
@@ -77,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_batch:
             return _translate_batch(tasks, translator, sampling, args)
         _translate(tasks[0], translator, sampling, args)
+        for output in tasks[0].outputs:
+            print(f"{output.path}: {output.target} from {args.source}, synthetic; made as {output.sidecar.name} says")
         return 0
     finally:
         for folder in new:
@@ -175,6 +182,7 @@ def _parser() -> JobParser:
         help="the NIfTI file to write (with --format dicom a folder); a folder for several inputs or --target all, "
         f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
     )
+    parser.add_argument("surplus", nargs="*", help=argparse.SUPPRESS)  # what an unquoted glob leaves over
     add_translator_arguments(parser)
     names = ", ".join(MODALITIES)
     parser.add_argument("--source", required=True, help=f"modality of the input ({names}; the model may know fewer)")

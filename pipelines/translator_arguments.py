@@ -1,6 +1,7 @@
 """What `aldm translate` and `aldm evaluate` share: the translator folder, how it samples, the memory it may use."""
 
 import argparse
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,9 +66,17 @@ def model_config(folder: Path, args: argparse.Namespace) -> Config:
 
 
 def load_translator(folder: Path, config: Config, args: argparse.Namespace) -> "Translator":
-    """Load a translator folder with the sampling and precision of `config`, on the device that the flags ask for."""
+    """Load a translator folder with the sampling and precision of `config`, on the device that the flags ask for.
+
+    Raises:
+        UserError: as Translator.load, or a flag that makes no sense.
+    """
     from aldm.translate import Translator
 
+    if args.max_memory_gb is not None and not 0 < args.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory-gb is {args.max_memory_gb:g}, wanted a number above 0")
+    if args.scratch_dir is not None and not args.scratch_dir.is_dir():
+        raise UserError(f"--scratch-dir {args.scratch_dir} is not a folder: make it first, or leave it out")
     return Translator.load(
         folder,
         select_device(args),

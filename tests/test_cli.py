@@ -1,5 +1,6 @@
 """The front door: jobs are found by name, and every way out has its message and exit code."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -89,11 +90,43 @@ def test_a_bug_keeps_its_traceback(install: Callable[[Job], None], error: type[E
         cli.main(["info"])
 
 
-def test_the_signal_handler_is_put_back(install: Callable[[Job], None]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    install(lambda argv: None)
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_what_breaks_after_a_swallowed_signal_is_no_bug(
+    install: Callable[[Job], None], capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, word: str
+) -> None:
+    """Importing torch swallows Ctrl-C while it loads numpy, which is missing from then on."""
+
+    def job(argv: Sequence[str]) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        raise RecursionError("half an import")
+
+    install(job)
+    assert cli.main(["info"]) == code
+    assert capsys.readouterr().err == f"aldm info: {word}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_signal_handlers_are_put_back(install: Callable[[Job], None], number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    inside = []
+    install(lambda argv: inside.append(signal.getsignal(number)))
     cli.main(["info"])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert inside != [before]
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_ctrl_c_stays_ignored(install: Callable[[Job], None]) -> None:
+    """As under nohup, or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        install(lambda argv: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["info"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 JOB_THAT_WRITES = """

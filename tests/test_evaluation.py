@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import pickle
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -126,6 +128,39 @@ def test_examples_are_those_of_the_first_sampling(brats_store):
     assert len(counted) == 32
     assert {example.key.num_inference_steps for example in seen} == {2}
     assert all(0 <= example.prediction.min() <= example.prediction.max() <= 1 for example in seen)
+
+
+class Backwards:
+    """Workers that finish the last task first and hand the function over as its pickle."""
+
+    def map(self, function, items, *, description, unit, at_once=None):
+        yield from map(pickle.loads(pickle.dumps(function)), reversed(items))
+
+
+def loaded_by_workers(store):
+    LOADS.append(store)
+    return [echo(store)]
+
+
+LOADS = []
+
+
+def test_workers_load_the_candidates_once_and_their_order_leaves_no_trace(measured, brats_store):
+    subjects, result = measured
+    LOADS.clear()
+    other = evaluate(
+        brats_store,
+        subjects,
+        [echo(brats_store)],
+        workers=Backwards(),
+        load=partial(loaded_by_workers, brats_store),
+    )
+    assert len(subjects) > 1
+    assert other.rows == result.rows
+    assert {key: len(times) for key, times in other.seconds.items()} == {
+        key: len(times) for key, times in result.seconds.items()
+    }
+    assert len(LOADS) == 1
 
 
 def test_only_modalities_that_everyone_knows_are_measured(brats_store):

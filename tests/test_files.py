@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "atomic") as temporary:
         temporary.write_text("")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_files_of_a_folder_get_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """Another user's service reads what safetensors would write for its own user alone."""
+    (tmp_path / "plain").write_text("")
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "weights").write_text("")
+        (temporary / "weights").chmod(0o600)
+    assert (tmp_path / "model/weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -128,6 +138,24 @@ def test_a_full_disk_says_how_much_is_free(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.txt: disk full, [\d.]+ GiB free") as caught:
         write()
     assert isinstance(caught.value.__cause__, OSError)
+    assert listing(tmp_path) == []
+
+
+def test_a_full_disk_is_understood_where_a_library_does_not_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save's error does not say why, with no cause to follow: the free space tells."""
+    left = shutil.disk_usage(tmp_path)
+
+    def write(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: left._replace(free=free))
+        with atomic_folder(tmp_path / "last"):
+            raise RuntimeError("unexpected pos 284928 vs 284816")
+
+    with pytest.raises(UserError, match=r"last: disk full, 0\.00 GiB free"):
+        write(4096)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write(2**30)
     assert listing(tmp_path) == []
 
 

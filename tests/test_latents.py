@@ -2,8 +2,11 @@
 
 import json
 import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from aldm.errors import UserError
 from aldm.latents import LATENTS_FILE, LatentStore, cache_bytes, codec_hash, encode_store, standardise, unstandardise
 from aldm.models.codecs import build_codec
 from aldm.presets import tiny
+from pipelines.encode import main
 
 HAAR = replace(tiny().codec, kind="haar")
 
@@ -92,6 +96,32 @@ def test_what_is_not_a_cache_is_refused(tmp_path: Path, text: str | None, messag
         LatentStore.open(tmp_path)
 
 
+class Backwards:
+    """Workers that finish the last task first."""
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        description: str,
+        unit: str,
+        at_once: int | None = None,
+    ) -> Iterator[Any]:
+        yield from map(pickle.loads(pickle.dumps(function)), reversed(items))
+
+
+def test_the_order_in_which_subjects_are_finished_leaves_no_trace(
+    latents: LatentStore, brats_store: VolumeStore, tmp_path: Path
+) -> None:
+    codec = build_codec(HAAR)
+    other = encode_store(brats_store, codec, HAAR, tmp_path / "latents", flips=True, workers=Backwards())
+    files = sorted(path.relative_to(latents.path) for path in latents.path.rglob("*") if path.is_file())
+    assert len(files) == 1 + len(latents.subjects())
+    for file in files:
+        assert (other.path / file).read_bytes() == (latents.path / file).read_bytes()
+
+
 def test_an_interrupted_encoding_leaves_nothing(brats_store: VolumeStore, tmp_path: Path) -> None:
     calls = 0
 
@@ -163,3 +193,19 @@ def test_a_cache_pickles_as_its_path(latents: LatentStore) -> None:
     copy = pickle.loads(pickle.dumps(latents))
     assert np.array_equal(copy.latent(subject, "t1"), latents.latent(subject, "t1"))
     assert json.loads((latents.path / LATENTS_FILE).read_text())["codec_hash"] == copy.codec_hash
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], r"memory: about \d+\.\d\d GB a process\n"),
+        (["--max-memory-gb", "2.5"], r"memory: at most 2\.5 GB a process"),
+    ],
+)
+def test_a_dry_run_of_the_job_says_how_much_memory_it_takes(
+    flags: list[str], words: str, brats_store: VolumeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--store", str(brats_store.path), "--codec", "haar", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main([*arguments, "--preset", "tiny", "--device", "cpu", *flags]) == 0
+    assert re.search(words, capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []

@@ -102,6 +102,15 @@ def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "run", other, resume=True)
 
 
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_the_run_of_another_stage_is_neither_resumed_nor_deleted(tmp_path: Path, flag: str) -> None:
+    with opened(tmp_path / "run") as run:
+        run.log({"step": 1})
+    with pytest.raises(UserError, match="run is a run of aldm train ms-spade, not of vqgan: give another --run-dir"):
+        RunFolder.open(tmp_path / "run", stage="vqgan", config=tiny(), inputs={}, **{flag: True})
+    assert (tmp_path / "run/metrics.jsonl").is_file()
+
+
 def test_a_resumed_run_may_be_longer(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
     longer = replace(tiny(), train_ms_spade=replace(tiny().train_ms_spade, max_steps=100, log_every=5))

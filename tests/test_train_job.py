@@ -71,7 +71,7 @@ def test_from_stage_1_to_a_translator(brats_store: VolumeStore, tmp_path: Path) 
         own = getattr(translator.predictor, part).state_dict()
         assert all(torch.equal(own[name], tensor) for name, tensor in weights.items())
     subject = brats_store.subjects("test")[0].subject_id
-    predicted, _ = translator.translate_array(brats_store.volume(subject, "t1"), "t1", "t2")
+    predicted, _ = translator.translate_encoded(translator.encode(brats_store.volume(subject, "t1")), "t1", "t2")
     assert predicted.shape == brats_store.preprocess.spatial_shape
     assert translator.median_percentiles["t2"] == brats_store.median_percentiles("t2")
     card = (model / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_the_regression_unet_is_a_model_of_its_own(brats_store: VolumeStore, tmp
     translator = Translator.load(tmp_path / "model")
     assert translator.kind == "unet"
     volume = brats_store.volume(brats_store.subjects("test")[0].subject_id, "t1")
-    assert translator.translate_array(volume, "t1", "flair")[0].shape == volume.shape
+    assert translator.translate_encoded(translator.encode(volume), "t1", "flair")[0].shape == volume.shape
 
 
 def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_path: Path) -> None:

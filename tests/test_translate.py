@@ -145,7 +145,7 @@ def test_translate_each_gives_what_translate_gives():
 def test_several_samples_give_mean_and_spread_and_the_seed_decides():
     volume, model = smooth_volume(), translator()
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (32, 32, 32)).astype(np.float32)
-    mean, std = model.translate_array(x, "t1", "t1", sampling=model.sampling(num_samples=50), seed=3)
+    mean, std = model.translate_encoded(model.encode(x), "t1", "t1", sampling=model.sampling(num_samples=50), seed=3)
     assert np.abs(mean - x).mean() < 0.01 / np.sqrt(50)
     assert std.mean() == pytest.approx(0.01, rel=0.05)
     result = model.translate(volume, "t1", "t2", num_samples=3, seed=1)
@@ -166,8 +166,13 @@ def test_steps_are_counted_over_all_samples_and_may_cancel():
     seen: list[tuple[int, int]] = []
     model = translator()
     x = np.zeros((32, 32, 32), np.float32)
-    model.translate_array(
-        x, "t1", "t2", sampling=model.sampling(num_samples=2, num_inference_steps=3), on_step=lambda *s: seen.append(s)
+    code = model.encode(x)
+    model.translate_encoded(
+        code,
+        "t1",
+        "t2",
+        sampling=model.sampling(num_samples=2, num_inference_steps=3),
+        on_step=lambda *s: seen.append(s),
     )
     assert seen == [(i, 6) for i in range(1, 7)]
 
@@ -175,7 +180,7 @@ def test_steps_are_counted_over_all_samples_and_may_cancel():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.translate_array(x, "t1", "t2", on_step=cancel)
+        model.translate_encoded(code, "t1", "t2", on_step=cancel)
 
 
 def test_provenance_says_what_was_done_and_is_json():
@@ -232,7 +237,7 @@ def test_unknown_modalities_and_intensities_and_shapes_are_refused():
     with pytest.raises(UserError, match="median, unit"):
         model.translate(volume, "t1", "t2", intensity="percent")
     with pytest.raises(UserError, match=r"\(32, 32, 32\)"):
-        model.translate_array(crop_or_pad(volume, (0, 0, 0), (16, 16, 16), 0).data, "t1", "t2")
+        model.encode(crop_or_pad(volume, (0, 0, 0), (16, 16, 16), 0).data)
 
 
 def test_a_memory_limit_that_preparing_the_volume_would_break_is_refused():
@@ -254,11 +259,12 @@ def test_a_folder_is_all_that_a_translator_needs(kind, tmp_path):
     assert model.median_percentiles["t2"] == (10.0, 210.0)
     assert not model.predictor.training
     x = np.random.default_rng(0).uniform(-1, 1, tiny().preprocess.spatial_shape).astype(np.float32)
-    first, _ = model.translate_array(x, "t1", "t2")
+    first, _ = model.translate_encoded(model.encode(x), "t1", "t2")
     assert first.shape == x.shape
     assert first.dtype == np.float32
     assert np.abs(first).max() <= 1
-    again, _ = Translator.load(tmp_path / "model").translate_array(x, "t1", "t2")
+    once_more = Translator.load(tmp_path / "model")
+    again, _ = once_more.translate_encoded(once_more.encode(x), "t1", "t2")
     np.testing.assert_array_equal(first, again)
 
 
@@ -275,10 +281,12 @@ def test_a_memory_limit_does_not_change_the_result(codec, tmp_path):
     folder = save_untrained(tmp_path / "model", config=config)
     x = np.random.default_rng(0).uniform(-1, 1, config.preprocess.spatial_shape).astype(np.float32)
     whole, bounded = Translator.load(folder), Translator.load(folder, max_memory_gb=3.0, scratch_dir=tmp_path)
-    assert torch.allclose(whole.encode(x), bounded.encode(x), atol=1e-5)
-    np.testing.assert_allclose(
-        bounded.translate_array(x, "t1", "t2")[0], whole.translate_array(x, "t1", "t2")[0], atol=1e-4
-    )
+    codes = [model.encode(x) for model in (whole, bounded)]
+    assert torch.allclose(*codes, atol=1e-5)
+    results = [
+        model.translate_encoded(code, "t1", "t2")[0] for model, code in zip((whole, bounded), codes, strict=True)
+    ]
+    np.testing.assert_allclose(*results, atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -289,7 +297,7 @@ def test_a_limit_below_what_the_model_needs_names_the_least(tmp_path):
     least = float(re.search(r"at least (\d+\.\d+)", str(refusal.value)).group(1))
     model = Translator.load(folder, max_memory_gb=least + 0.05)
     x = np.zeros(tiny().preprocess.spatial_shape, np.float32)
-    assert model.translate_array(x, "t1", "t2")[0].shape == x.shape
+    assert model.translate_encoded(model.encode(x), "t1", "t2")[0].shape == x.shape
 
 
 def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path):

@@ -144,6 +144,7 @@ def test_on_an_aligned_grid_every_voxel_comes_back(echo, model, tmp_path):
 def test_one_file_with_sidecar_and_description(model, tmp_path, capsys):
     source = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
     assert run(source, tmp_path / "out.nii.gz", "--seed", 7, "--sampler", "ddim", model=model) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out.nii.gz: t2 from t1, synthetic; made as out.json says\n"
     made = json.loads((tmp_path / "out.json").read_text())
     assert made["synthetic"] is True
     assert (made["input"], made["output"]) == ("scan.nii.gz", "out.nii.gz")
@@ -383,7 +384,10 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "spread of one sample": ({}, ("--uncertainty", "u.nii"), "--num-samples"),
     "sampler of another objective": ({}, ("--sampler", "bridge"), "dpm-solver"),
     "too many steps": ({}, ("--num-inference-steps", "51"), "1 to 50"),
+    "a glob without quotes": ({}, ("b.nii", "c.nii", "out"), "got 5 names: put a glob into quotes"),
     "too little memory": ({}, ("--max-memory-gb", "0.05"), "at least"),
+    "no scratch folder": ({}, ("--scratch-dir", "absent"), "--scratch-dir absent is not a folder"),
+    "no memory": ({}, ("--max-memory-gb", "nan"), "is nan, wanted a number above 0"),
     "networks changed": ({}, ("--set", "unet.channels=[8]"), "carries"),
     "unknown setting": ({}, ("--set", "sampling.speed=1"), "unknown key"),
     "too many voxels for the user": ({}, ("--max-voxels", "1000"), "1,?000"),

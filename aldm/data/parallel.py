@@ -1,4 +1,4 @@
-"""Independent tasks in several processes, with a progress bar, ended cleanly by Ctrl-C."""
+"""Independent tasks side by side: whatever runs them (`Workers`), and processes of this machine that do."""
 
 import multiprocessing
 import os
@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinels
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aldm.errors import UserError
 from aldm.progress import Progress, progress
@@ -19,8 +21,52 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Workers:
-    """A pool of processes, started when first needed; use it in a `with` block.
+class Workers(Protocol):
+    """Whatever runs independent tasks side by side, such as processes of this machine or a cluster."""
+
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], *, description: str, unit: str, at_once: int | None = None
+    ) -> Iterator[R]:
+        """Yield function(item) of every item, in the order they finish.
+
+        A task may run again where its process was killed in the middle of it, so it must write the same once more. A
+        function may load what it needs in its first task and keep it: workers that can call the same object again.
+        Once the iterator is left, at its end, by an exception or closed, no task runs any more.
+
+        Args:
+            function: can be pickled, as can items and results.
+            items: the tasks.
+            description: what the progress bar says.
+            unit: what it counts.
+            at_once: how many tasks may run at a time; None for all workers.
+
+        Raises:
+            UserError: a process was killed, which is what happens when memory runs out.
+        """
+
+
+def map_in_order(
+    workers: Workers, function: Callable[[T], R], items: Sequence[T], *, description: str, unit: str
+) -> list[R]:
+    """Return function(item) of every item in the items' order, whatever order they finish in; see Workers.map."""
+    numbered = partial(_numbered, function)
+    results = dict(workers.map(numbered, list(enumerate(items)), description=description, unit=unit))
+    return [results[index] for index in range(len(items))]
+
+
+def _numbered(function: Callable[[T], R], item: tuple[int, T]) -> tuple[int, R]:
+    index, value = item
+    return index, function(value)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files (files.atomic_path) that killed tasks left in a folder and in the folders in it."""
+    for leftover in folder.rglob(".tmp-*"):
+        leftover.unlink()
+
+
+class ProcessWorkers:
+    """Processes of this machine, started when first needed; use it in a `with` block.
 
     Ctrl-C, or an exception inside the block, lets the tasks that run come to their end and starts no other.
     """
@@ -30,7 +76,7 @@ class Workers:
         self.num_processes = num_processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "ProcessWorkers":
         return self
 
     def __exit__(
@@ -42,18 +88,7 @@ class Workers:
     def map(
         self, function: Callable[[T], R], items: Sequence[T], *, description: str, unit: str, at_once: int | None = None
     ) -> Iterator[R]:
-        """Yield function(item) of every item, in the order they finish.
-
-        Args:
-            function: can be pickled, as can items and results.
-            items: the tasks.
-            description: what the progress bar says.
-            unit: what it counts.
-            at_once: how many tasks may run at a time; None for all processes.
-
-        Raises:
-            UserError: a process was killed, which is what happens when memory runs out.
-        """
+        """Do what Workers.map says."""
         at_once = min(at_once or self.num_processes, self.num_processes, len(items))
         bar: Progress[T] = progress(total=len(items), description=description, unit=unit)
         with bar:
@@ -82,6 +117,8 @@ class Workers:
                 f"{description}: one of {at_once} processes was killed, most likely because memory ran out; "
                 "run it again with a smaller --num-processes (what is finished is kept)"
             ) from error
+        finally:
+            wait_for(running)
 
 
 def _start_worker() -> None:

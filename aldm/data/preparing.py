@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from aldm.data.integrity import load_subject, relative_name, stored_metadata
 from aldm.data.layouts import Problem, SubjectFiles
 from aldm.data.modalities import sort_modalities
 from aldm.data.nifti_header import MAX_VOXELS
-from aldm.data.parallel import Workers
+from aldm.data.parallel import ProcessWorkers, Workers, remove_leftovers
 from aldm.data.prepare_plan import Plan, Request, make_plan, report
 from aldm.data.preprocess import PreparedSubject, prepare_subject
 from aldm.data.store import (
@@ -52,6 +52,7 @@ def prepare_store(
     num_processes: int | None = None,
     overwrite: bool = False,
     max_voxels: int = MAX_VOXELS,
+    workers: Workers | None = None,
 ) -> VolumeStore:
     """Check a data set and write its store, or go on with an interrupted one.
 
@@ -65,6 +66,7 @@ def prepare_store(
             allow.
         overwrite: whether a store of another configuration or other subjects may be replaced.
         max_voxels: limit on what a header may claim.
+        workers: run the tasks instead of processes of this machine; give absolute paths that all of them reach.
 
     Raises:
         UserError: everything that is wrong with the data set in one message, a line for each problem with its file; or
@@ -79,27 +81,28 @@ def prepare_store(
         overwrite=overwrite,
         max_voxels=max_voxels,
     )
-    return run_request(request, num_processes)
+    return run_request(request, num_processes, workers)
 
 
-def run_request(request: Request, num_processes: int | None = None) -> VolumeStore:
+def run_request(request: Request, num_processes: int | None = None, workers: Workers | None = None) -> VolumeStore:
     """Do what prepare_store does, from a request."""
-    with Workers(num_processes or _num_cores()) as workers:
-        plan = make_plan(request, workers)
+    with ExitStack() as stack:
+        pool = workers or stack.enter_context(ProcessWorkers(num_processes or _num_cores()))
+        plan = make_plan(request, pool)
         logger.info("%s", plan.summary())
-        affordable = int(psutil.virtual_memory().available / 2**30 / plan.memory_per_process_gib)
-        _write_store(request, plan, workers, at_once=num_processes or max(1, affordable))
+        affordable = max(1, int(psutil.virtual_memory().available / 2**30 / plan.memory_per_process_gib))
+        _write_store(request, plan, pool, at_once=None if workers or num_processes else affordable)
     return VolumeStore.open(request.store)
 
 
-def plan_store(request: Request, num_processes: int | None = None) -> Plan:
+def plan_store(request: Request, num_processes: int | None = None, workers: Workers | None = None) -> Plan:
     """Check everything that prepare_store would, and write nothing; errors as prepare_store."""
-    with Workers(num_processes or _num_cores()) as workers:
-        return make_plan(request, workers)
+    with ExitStack() as stack:
+        return make_plan(request, workers or stack.enter_context(ProcessWorkers(num_processes or _num_cores())))
 
 
-def _write_store(request: Request, plan: Plan, workers: Workers, *, at_once: int) -> None:
-    """Write what the plan says, `at_once` subjects at a time."""
+def _write_store(request: Request, plan: Plan, workers: Workers, *, at_once: int | None) -> None:
+    """Write what the plan says, `at_once` subjects at a time (None: as many as there are workers)."""
     store = request.store
     header = {
         "layout": request.layout,
@@ -115,7 +118,10 @@ def _write_store(request: Request, plan: Plan, workers: Workers, *, at_once: int
         _remove_leftovers(store, plan)
         if not (store / STORE_FILE).is_file():
             write_store_file(store, header)
-        _write_shards(request, plan, workers, at_once)
+        try:
+            _write_shards(request, plan, workers, at_once)
+        finally:
+            remove_leftovers(store)
         records = [_stored(store, subject, plan) for subject in plan.subjects]
         write_store_file(store, header)
         write_manifest(store, records, plan.fingerprint)
@@ -125,7 +131,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _write_shards(request: Request, plan: Plan, workers: Workers, at_once: int) -> None:
+def _write_shards(request: Request, plan: Plan, workers: Workers, at_once: int | None) -> None:
     """Prepare the subjects that are not finished; their problems are reported together at the end."""
     todo = [(files, plan.keys[files.subject_id]) for files in plan.subjects if files.subject_id not in plan.finished]
     write = partial(_write_subject, request=request)
@@ -215,9 +221,7 @@ def _clear(store: Path) -> None:
 
 def _remove_leftovers(store: Path, plan: Plan) -> None:
     """Remove what an interrupted run left: temporary files, and shards of subjects that are gone from the source."""
-    for folder in (store, store / SHARD_FOLDER):
-        for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+    remove_leftovers(store)
     for shard in (store / SHARD_FOLDER).glob("*.arrow"):
         if shard.stem not in plan.keys:
             shard.unlink()
