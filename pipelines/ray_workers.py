@@ -165,7 +165,7 @@ class RayWorkers:
             while waiting or running:
                 finished, _ = ray.wait([*running, *starting], timeout=None if running else LONG_WAIT_S)
                 if not finished:
-                    logger.warning("%s: no worker has started yet, the cluster's CPUs or GPUs are busy", description)
+                    logger.warning("%s: no worker has started yet: the cluster is busy", description)
                 for task in finished:
                     actor, index = running.pop(task) if task in running else (starting.pop(task), None)
                     try:
