@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from aldm.engine import PlainEngine
     from aldm.players import Snapshot
     from aldm.run_folder import RunFolder
-
-logger = logging.getLogger(__name__)
 
 SCORE, STEP, ELAPSED_S, ENDED = "score", "step", "elapsed_s", "ended"
 """What a trial reports at every validation and, with its best score, at its end."""
@@ -133,7 +130,6 @@ def measure(stage: Any, engine: "PlainEngine", checkpoint: Path, ways: list[Way]
                 _validate(stage, engine, number) for number in range(config.train_diffusion.num_validation_samples)
             ]
             measured.append(Measured(way=way, value=_finite(sum(values) / len(values))))
-
     stage.config = config
     return measured
 
