@@ -79,7 +79,7 @@ class RunFolder:
                 cannot be written.
         """
         path = Path(path)
-        check_run_folder(path, resume, overwrite)
+        check_run_folder(path, resume, overwrite, stage)
         try:
             path.mkdir(exist_ok=True)
             lock = _locked(path)
@@ -87,12 +87,11 @@ class RunFolder:
             raise UserError(f"cannot write into {path}: {error.strerror}") from error
         run = cls(path, lock)
         try:
-            check_run_folder(path, resume, overwrite)
+            check_run_folder(path, resume, overwrite, stage)
             if resume:
                 check_same_run(path, stage, config, engine)
                 run._recover()
             else:
-                _check_stage(path, stage)
                 run._clear()
             run._write_config(config)
             run._write_record(stage, engine, inputs)
@@ -234,8 +233,13 @@ def checkpoint_folder(run: str | os.PathLike[str]) -> Path:
     raise UserError(f"{path} holds no checkpoint: {hint}")
 
 
-def check_run_folder(path: Path, resume: bool, overwrite: bool) -> None:
+def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | None = None) -> None:
     """Check what RunFolder.open would refuse, without touching anything.
+
+    Args:
+        path: the run folder.
+        resume, overwrite: as for RunFolder.open.
+        stage: what is to be trained; the run of another stage is neither gone on with nor deleted. None takes any.
 
     Raises:
         UserError: as RunFolder.open, the lock, the configuration and the disk excepted.
@@ -250,6 +254,8 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into {path}: {existing} is read-only for this user")
     is_run = (path / CONFIG_FILE).is_file()
+    if is_run and stage is not None and (resume or overwrite):
+        _check_stage(path, stage)
     if resume and not is_run:
         raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE}): leave out --resume to start one")
     if is_run and not resume and not overwrite:
@@ -299,12 +305,11 @@ def _locked(path: Path) -> IO[str]:
 
 
 def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
-    """Check what only resuming asks for: the same stage, configuration (but for length and cadence) and engine.
+    """Check what only resuming asks for: the same configuration but for length and cadence, and the same engine.
 
     Raises:
-        UserError: another stage or configuration, or another engine (each keeps its states in its own way).
+        UserError: another configuration, or another engine (each keeps its states in its own way).
     """
-    _check_stage(path, stage)
     _check_same(path, stage, config)
     before = json.loads((path / RUN_FILE).read_text())["starts"][-1].get("engine", "plain")
     if before != engine:
@@ -312,7 +317,7 @@ def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
 
 
 def _check_stage(path: Path, stage: str) -> None:
-    """Refuse to go on with, or to delete, the run of another stage: a run directory given by mistake."""
+    """Refuse the run of another stage: the run directory was given by mistake."""
     file = path / RUN_FILE
     before = json.loads(file.read_text())["stage"] if file.is_file() else stage
     if before != stage:

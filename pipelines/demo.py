@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = args.out
     steps = plan(out, settings, config, args.device)
     if args.dry_run:
+        _earlier_record(out, settings, args.overwrite)
         print("\n".join(f"{step.budget_minutes:4.1f} min  {step.title}\n          $ {step.line}" for step in steps))
+        print(
+            f"memory: {_expected_gib(config):.2f} GiB for the largest training, beyond Python and torch (about 0.4 GB)"
+        )
         return 0
     record = _open(out, settings, args.overwrite)
     print(f"{len(steps)} steps, about {sum(step.budget_minutes for step in steps):.0f} minutes on two CPU cores")
@@ -155,8 +159,22 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
     ]
 
 
-def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Make the folder, or go on with the demo that is in it; return its record."""
+def _expected_gib(config: Config) -> float:
+    """Return the expected peak memory of the largest training, GiB."""
+    from aldm.planner import GIB, TRAININGS, plan
+
+    kinds = {stage: "haar-vqgan" if stage == "vqgan" else "haar" for stage in TRAININGS}
+    config = replace(config, modalities=("t1", "t2", "pd"))
+    plans = [plan(replace(config, codec=replace(config.codec, kind=kind)), stage) for stage, kind in kinds.items()]
+    return max(each.peak_bytes for each in plans) / GIB
+
+
+def _earlier_record(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Return the record of the demo that is to go on in the folder; None where one starts anew.
+
+    Raises:
+        UserError: a demo made with other settings is there, or the folder cannot be made.
+    """
     file = out / RECORD
     if file.is_file() and not overwrite:
         record: dict[str, Any] = json.loads(file.read_text())
@@ -167,6 +185,14 @@ def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any
             )
         return record
     check_folder(out, overwrite, marker=RECORD)
+    return None
+
+
+def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Make the folder, or go on with the demo that is in it; return its record."""
+    record = _earlier_record(out, settings, overwrite)
+    if record is not None:
+        return record
     if out.exists():
         shutil.rmtree(out)
     for folder in (out, out / "runs", out / "translated"):

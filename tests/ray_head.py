@@ -1,9 +1,11 @@
 """A Ray cluster of its own for a test: a head node as `ray start --head` starts it, and the clients of its users."""
 
 import contextlib
+import ctypes
 import os
 import random
 import secrets
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +22,7 @@ from pipelines.ray_session import worker_environment
 
 START_S, END_S = 180.0, 60.0
 """The longest waits for the head node, on a machine that is busy with other things."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PORT_FLAGS = (
     "port",
     "dashboard-port",
@@ -83,7 +86,12 @@ class RayHead:
         log = self._folder / "head.log"
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                words, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                words,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         deadline = time.monotonic() + START_S
@@ -183,6 +191,11 @@ class Submission:
             raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.output}") from None
         self._reader.join()
         return code
+
+
+def _end_with_parent() -> None:
+    """Let this process get SIGTERM when the test process dies before it could end it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _answers(request: urllib.request.Request) -> bool:

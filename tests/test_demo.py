@@ -1,9 +1,11 @@
 """The demo: every job of the tiny preset in order, then nothing left to do."""
 
 import json
+import re
 
 import pytest
 
+from aldm.errors import UserError
 from pipelines import demo
 from pipelines.demo import main
 
@@ -40,8 +42,6 @@ def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys,
 
 
 def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):
-    from aldm.errors import UserError
-
     out = tmp_path / "demo"
     settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 8, "seed": 0}
     demo._open(out, settings, overwrite=False)
@@ -53,7 +53,14 @@ def test_a_dry_run_lists_every_command_and_writes_nothing(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "demo"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert text.count("$ aldm ") == 12
+    assert re.search(r"memory: 0\.\d\d GiB for the largest training", text)
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_dry_run_says_that_the_folder_is_taken(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        main(["--out", str(tmp_path), "--dry-run"])
 
 
 def test_too_few_subjects_are_a_usage_error(tmp_path, capsys):

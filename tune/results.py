@@ -113,7 +113,10 @@ def write_results(sweep: Sweep, out: Path, trials: Sequence[Trial], measurements
     """
     if not measurements:
         reasons = dict.fromkeys(trial.error for trial in trials if trial.error)
-        raise UserError(f"no trial of {out} came to be measured: {'; '.join(list(reasons)[:3]) or 'all were stopped'}")
+        raise UserError(
+            f"no trial of {out} came to be measured: {'; '.join(list(reasons)[:3])}; mend that and say --resume, which "
+            "tries again what crashed, or train otherwise in another --out"
+        )
     front = pareto_front(measurements, sweep.higher_is_better)
     _write_csv(sweep, out / TABLE_CSV, trials, measurements, front)
     with atomic_path(out / TABLE, overwrite=True) as temporary:
@@ -259,7 +262,7 @@ def _best_of(folder: Path, sweep: Sweep) -> tuple[int, float | None]:
 def _crash(out: Path, name: str) -> str | None:
     """Return the last line of what Ray Tune wrote of a trial whose process died or raised."""
     texts = [file.read_text().strip() for file in (out / RAY).glob(f"{name}*/error.txt")]
-    return texts[-1].splitlines()[-1] if texts and texts[-1] else None
+    return texts[-1].splitlines()[-1][:200] if texts and texts[-1] else None
 
 
 def _cell(value: float | None) -> str:

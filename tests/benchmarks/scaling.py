@@ -1,0 +1,266 @@
+"""Step time, communication and memory of every engine with 1 and 2 workers, measured on this machine.
+
+    python tests/benchmarks/scaling.py            # prints the tables
+    python tests/benchmarks/scaling.py --write    # and puts them into docs/scaling.md
+
+Stage 3 of preset small on simulated subjects at 3 mm, in fp32, BATCH samples and one thread a worker: two workers have
+twice the batch, so each does what one worker does. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from aldm.config import TrainingConfig
+    from aldm.players import Engine, Player, Stage
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
+NUM_SUBJECTS = 9
+"""The fewest simulated subjects whose names put one in each split."""
+BATCH = 2
+"""Samples a worker and step."""
+WARM_UP = 5
+"""Steps before the clock counts: the first make buffers, and DeepSpeed's stage 3 learns the order of the layers."""
+COUNTED = 3
+"""Steps of the training whose bytes are counted, apart from the one that is timed: counting costs time."""
+SHARDING = ("ddp", "zero-0", "zero-1", "zero-2", "zero-3")
+ENGINES = ("plain", *SHARDING)
+MB = 1e6
+
+
+class Wire(TorchDispatchMode):
+    """Adds up what this rank sends in collectives, in bytes, as the ring algorithms would send it.
+
+    The collectives of torch.distributed are operations like any other, those that DDP's reducer starts too.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.sent, self._share = 0.0, (world_size - 1) / world_size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; of a collective count the whole tensor: the gathered or reduced one, not a rank's part."""
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            if name.startswith("allreduce"):
+                self.sent += 2 * self._share * _nbytes(args[0])
+            elif name.startswith(("allgather", "_allgather", "broadcast")):
+                self.sent += self._share * _nbytes(args[0])
+            elif name.startswith(("reduce_scatter", "_reduce_scatter")):
+                self.sent += self._share * _nbytes(args[1])
+            elif name != "barrier":
+                raise NotImplementedError(f"a collective that is not counted: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _nbytes(tensors: Any) -> int:
+    """Return the bytes of a tensor or of nested lists of tensors."""
+    if isinstance(tensors, list | tuple):
+        return sum(map(_nbytes, tensors))
+    return int(tensors.numel() * tensors.element_size())
+
+
+class Clock:
+    """Notes time and bytes sent at the end of every step of an engine's first player."""
+
+    def __init__(self, engine: "Engine", wire: Wire) -> None:
+        self.times: list[float] = []
+        self.sent: list[float] = []
+        step = engine.step
+
+        def noted(player: "Player", learning_rate: float) -> Any:
+            norm = step(player, learning_rate)
+            self.times.append(time.perf_counter())
+            self.sent.append(wire.sent)
+            return norm
+
+        engine.step = noted  # type: ignore[method-assign]
+
+    def seconds(self) -> float:
+        """Median time from one step to the next, warm-up left out."""
+        times = self.times[WARM_UP:]
+        return statistics.median(after - before for before, after in pairwise(times))
+
+
+def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run every case, one after the other, on all workers; returns rank 0's results (Ray Train calls this)."""
+    import torch
+
+    torch.set_num_threads(1)
+    return [_case(settings, **case) for case in settings["cases"]]
+
+
+def _case(settings: dict[str, Any], engine: str, precision: str) -> dict[str, Any]:
+    """Train twice: once for the time and the memory, once for the bytes."""
+    import torch.distributed as dist
+
+    workers = dist.get_world_size()
+    dist.barrier()
+    made, clock, _ = _train(settings, engine, precision, settings["steps"] + WARM_UP + 1)
+    case = {"workers": workers, "engine": engine, "precision": precision, "seconds": clock.seconds()}
+    if hasattr(made, "memory_bytes"):
+        case |= {name: value / MB for name, value in made.memory_bytes().items()}
+    with Wire(workers) as counted:
+        _, clock, _ = _train(settings, engine, precision, COUNTED + 1, counted)
+    return case | {"sent": (clock.sent[-1] - clock.sent[0]) / COUNTED / MB}
+
+
+def _train(
+    settings: dict[str, Any], engine: str, precision: str, steps: int, wire: Wire | None = None
+) -> tuple["Engine", Clock, Wire]:
+    from aldm.training import fit
+
+    wire = wire or Wire(1)
+    stage, training = _stage(settings["inputs"], precision)
+    batch = BATCH * (1 if engine == "plain" else settings["workers"])
+    training = replace(training, batch_size=batch, max_steps=steps)
+    made = _engine(engine, precision, batch)
+    clock = Clock(made, wire)
+    fit(stage, made, training, seed=0, on_log=lambda _: None, on_checkpoint=lambda _: None)
+    return made, clock, wire
+
+
+def _engine(name: str, precision: str, batch: int) -> "Engine":
+    """Return plain (every worker by itself, nothing is sent), ddp or zero-N."""
+    from aldm.engine import PlainEngine
+    from pipelines.engines import DDPEngine, DeepSpeedEngine
+
+    if name == "plain":
+        return PlainEngine("cpu", precision)
+    if name == "ddp":
+        return DDPEngine("cpu", precision)
+    return DeepSpeedEngine("cpu", precision, zero_stage=int(name[-1]), batch_size=batch)
+
+
+def _stage(inputs: dict[str, str], precision: str) -> tuple["Stage", "TrainingConfig"]:
+    """Return stage 3 with nothing but training in it: one validation sample at the end."""
+    from aldm.presets import small
+    from pipelines.train import build_stage
+
+    often: Any = {"log_every": 10**6, "validate_every": 10**6, "checkpoint_every": 10**6, "num_validation_samples": 1}
+    config = replace(small(), precision=precision)
+    config = replace(config, train_diffusion=replace(config.train_diffusion, **often))
+    paths = argparse.Namespace(**{name: Path(path) for name, path in inputs.items()})
+    stage, _ = build_stage("diffusion", config, paths)
+    return stage, stage.config.train_diffusion
+
+
+def run(workers: int, cases: list[dict[str, str]], inputs: dict[str, str], steps: int, folder: Path) -> list[Any]:
+    """Measure the cases on so many Ray Train workers."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        measure,
+        train_loop_config={"cases": cases, "inputs": inputs, "steps": steps, "workers": workers},
+        scaling_config=ScalingConfig(num_workers=workers),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(name=f"workers-{workers}", storage_path=str(folder)),
+    )
+    found: list[Any] = trainer.fit().return_value
+    return found
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """Make what stage 3 is built from: latents, and an MS-SPADE that one step has trained."""
+    from aldm.data.phantom import write_phantom
+    from aldm.data.preparing import prepare_store
+    from aldm.presets import small
+    from pipelines.encode import main as encode
+    from pipelines.train import main as train
+
+    tree, store, latents, run_dir = (folder / name for name in ("tree", "store", "latents", "ms-spade"))
+    write_phantom(tree, "ixi", NUM_SUBJECTS, 0, 3.0)
+    prepare_store(tree, store, layout="ixi", config=small().preprocess, num_processes=1)
+    common = ["--preset", "small", "--log-level", "warning"]
+    encode(["--store", str(store), "--codec", "haar", "--out", str(latents), *common])
+    changes = [f"train_ms_spade.{name}" for name in ("max_steps=1", "num_validation_samples=1")]
+    settings = [word for change in changes for word in ("--set", change)]
+    train(
+        [
+            "ms-spade",
+            "--latents",
+            str(latents),
+            "--run-dir",
+            str(run_dir),
+            "--engine",
+            "plain",
+            "--no-tracking",
+            *settings,
+            *common,
+        ]
+    )
+    return {"latents": str(latents), "ms_spade": str(run_dir)}
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """Return what was measured as Markdown: one row a case, time beside that of a worker on its own."""
+    lines = [
+        "| engine | precision | workers | ms per step | share of communication | MB sent per step "
+        "| weights, MB | optimizer states, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in found:
+        alone = next(c for c in found if c["engine"] == "plain" and c["workers"] == case["workers"])
+        share = max(0.0, 1 - alone["seconds"] / case["seconds"])
+        held = [f"{case[name]:.1f}" if name in case else "" for name in ("weights", "optimizer_states")]
+        row = [
+            case["engine"],
+            case["precision"],
+            str(case["workers"]),
+            f"{1000 * case['seconds']:.0f}",
+            "" if case["engine"] == "plain" else f"{share:.0%}",
+            f"{case['sent']:.1f}",
+            *held,
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: stage 3 of preset `small`, {BATCH} samples
+and one thread a worker on one machine with 2 cores, gloo, median time of a step. *plain* is every worker by itself at the
+same time, with nothing sent; the share of communication is what a step takes longer than that. The memory is counted from
+the engine's own tensors; DDP holds whole replicas.
+
+"""
+
+
+def main() -> None:
+    """Measure and print; --write puts the table into docs/scaling.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a case (default: %(default)s)")
+    args = parser.parse_args()
+    from pipelines.ray_session import ray_session
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="aldm-scaling-") as folder, ray_session():
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        inputs = prepare(Path(folder))
+        cases = [{"engine": engine, "precision": "fp32"} for engine in ENGINES]
+        for workers in (1, 2):
+            found += run(workers, cases, inputs, args.steps, Path(folder))
+    text = tables(found)
+    print(text)
+    if args.write:
+        page = PAGE.read_text()
+        begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+        PAGE.write_text(page[:begin] + EXPLAINED + text + "\n" + page[end:])
+
+
+if __name__ == "__main__":
+    main()
