@@ -229,9 +229,9 @@ def tables(found: list[dict[str, Any]]) -> str:
 
 
 EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: stage 3 of preset `small`, {BATCH} samples
-and one thread a worker on one machine with 2 cores, gloo, median time of a step. *plain* is every worker by itself at the
-same time, with nothing sent; the share of communication is what a step takes longer than that. The memory is counted from
-the engine's own tensors; DDP holds whole replicas.
+and one thread a worker on one machine with 2 cores, gloo, median time of a step. *plain* is every worker
+by itself at the same time, with nothing sent; the share of communication is what a step takes longer than
+that. The memory is counted from the engine's own tensors; DDP holds whole replicas.
 
 """
 
