@@ -134,12 +134,13 @@ def wire_bytes(row: Need, engine: str, gpus: int) -> float:
             define them (scatter of the gradients, gather of the weights) or as DeepSpeed runs them (deepspeed-1: all
             of ddp, and the gather); zero-3 as defined (two gathers of the weights, scatter of the gradients) or
             deepspeed-3 (one gather, for the weights stay from the forward to the backward pass; and one for the
-            moving average). DeepSpeed in bf16 sends a few layers' gradients, and in stage 3 weights, in bf16.
+            moving average). DeepSpeed in bf16 sends a few layers' gradients in bf16, and in stage 3 gathers their
+            weights in bf16 for the forward pass.
         gpus: N.
     """
     ring, weights = (gpus - 1) / gpus, row.trained
     gradients = weights - row.low * MIB / 2
-    average = gradients if row.average else 0
+    average = weights if row.average else 0
     sent = {
         "ddp": 2 * weights,
         "zero-1": 2 * weights,
@@ -303,7 +304,9 @@ def page(rows: Sequence[Need], measured: str) -> str:
     whole, again = of["vqgan, whole", "no"], of["vqgan, whole", "yes"]
     ixi_again, latent = of["IXI: vqgan, whole", "yes"], of["diffusion", "no"]
     sharded = memory_mib(whole, 3, 512) / 1024
-    hop_ms = 2 * 511 * 5e-3
+    hops = 2 * (512 - 1)
+    codec = configs()[main[0].training][0].codec
+    codebook_kb = codec.codebook_size * (codec.embedding_dim + 1) * 4 / 1e3
     steps = _epochs(latent) * epoch_samples("diffusion") / 512
     return f"""# Scaling
 
@@ -351,13 +354,13 @@ GB that a GPU sends in a step, at 8 / 64 / 512 GPUs, with ring collectives. W ar
 bytes a parameter each, for weights are fp32 and DDP averages gradients as they are. DeepSpeed's `torch_autocast` sends the
 gradients of plain `nn.Conv3d` and `nn.Linear` layers in bf16, and in stage 3 gathers their weights in bf16; most
 convolutions here are a subclass (`blocks.Conv3`) and go in fp32. Besides, stage 1 sums the codebook's statistics
-(131 kB).
+({codebook_kb:.0f} kB).
 
 {wire_table(main)}
 Rajbhandari et al. (2020, section 7) find the volume of DDP in stages 1 and 2 and 1.5 times that in stage 3. DeepSpeed 0.19
-reduces whole buckets in stages 1 and 2 (`use_multi_rank_bucket_allreduce`), which makes 1.5 of the 1; in stage 3 it
-gathers once a step, not twice, and our moving average gathers once more. The measured bytes above are those of the
-formulas as DeepSpeed runs them.
+averages whole buckets in stages 1 and 2 (`use_multi_rank_bucket_allreduce`) and gathers the weights besides: 1.5 times
+DDP. In stage 3 it gathers once a step, not twice, and our moving average gathers once more: 1.5 times too, or once where no
+average is kept. The bytes measured above are those of the formulas as DeepSpeed runs them, with N = 2 and all in fp32.
 
 ## Speed
 
@@ -367,8 +370,8 @@ at once by as many rings, or one 100 Gbit/s link for the node. DDP, no latency; 
 of the communication hidden behind the computation, the second all of it.
 
 {speed_table(main)}
-A ring over 512 GPUs makes 1,022 hops a collective: at 5 microseconds {hop_ms:.0f} ms, more than the bytes take; NCCL changes to trees for
-that reason. Other times that do not shrink: validation and checkpoints, and the slowest of N loaders.
+A ring over 512 GPUs makes {hops:,} hops a collective: at 5 microseconds a hop {hops * 5e-3:.1f} ms, where the bytes of the diffusion stage
+take {1e3 * send_s(latent, 512):.1f} ms; NCCL changes to trees for that reason. Other times that do not shrink: validation and checkpoints, and the slowest of N loaders.
 
 ## Where it stops, and what then
 
@@ -380,8 +383,8 @@ hidden:
 {budget_table(main)}
 - **Steps run out first.** With 512 GPUs a diffusion epoch is {epoch_samples("diffusion") / 512:.1f} steps and all {_epochs(latent)} epochs are {steps:,.0f}: fewer than the 10,000 that
   the moving average of decay 0.9999 looks back on, and the learning rate's warm-up of 1,000 steps is cut to a tenth of the training. The
-  samples are seen as often as before, the weights move {steps:,.0f} times instead of {512 * steps:,.0f}. We would not go beyond some 64 GPUs
-  a run.
+  samples are seen as often as before, the weights move {steps:,.0f} times instead of {512 * steps:,.0f}. 64 GPUs leave {8 * steps:,.0f} steps, which is
+  about as far as one run should go.
 - **The network stops it only where it is slow.** Over one 100 Gbit/s link a node, the latent stages send longer than they compute:
   {1e3 * send_s(latent, 512, ETHERNET):.0f} ms against {1e3 * compute_s(latent):.0f} ms in the diffusion stage. More samples per GPU mend that, since the bytes of a step stay the
   same:

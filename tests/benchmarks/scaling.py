@@ -4,7 +4,7 @@
     python tests/benchmarks/scaling.py --write    # and puts them into docs/scaling.md
 
 Stage 3 of preset small on simulated subjects at 3 mm, in fp32, BATCH samples and one thread a worker: two workers have
-twice the batch, so each does what one worker does. Run it on a machine that does nothing else.
+twice the batch, so each does what one worker does. Run it on a machine of two cores that does nothing else.
 """
 
 import argparse
@@ -28,14 +28,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 NUM_SUBJECTS = 9
 """The fewest simulated subjects whose names put one in each split."""
-BATCH = 2
+BATCH = 1
 """Samples a worker and step."""
 WARM_UP = 5
 """Steps before the clock counts: the first make buffers, and DeepSpeed's stage 3 learns the order of the layers."""
 COUNTED = 3
 """Steps of the training whose bytes are counted, apart from the one that is timed: counting costs time."""
-SHARDING = ("ddp", "zero-0", "zero-1", "zero-2", "zero-3")
-ENGINES = ("plain", *SHARDING)
+ENGINES = ("plain", "ddp", "zero-0", "zero-1", "zero-2", "zero-3")
 MB = 1e6
 
 
@@ -94,76 +93,74 @@ class Clock:
 
 
 def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run every case, one after the other, on all workers; returns rank 0's results (Ray Train calls this)."""
+    """Run every engine, one after the other, on all workers; returns rank 0's results (Ray Train calls this)."""
     import torch
 
     torch.set_num_threads(1)
-    return [_case(settings, **case) for case in settings["cases"]]
+    return [_case(settings, engine) for engine in ENGINES]
 
 
-def _case(settings: dict[str, Any], engine: str, precision: str) -> dict[str, Any]:
+def _case(settings: dict[str, Any], engine: str) -> dict[str, Any]:
     """Train twice: once for the time and the memory, once for the bytes."""
     import torch.distributed as dist
 
     workers = dist.get_world_size()
     dist.barrier()
-    made, clock, _ = _train(settings, engine, precision, settings["steps"] + WARM_UP + 1)
-    case = {"workers": workers, "engine": engine, "precision": precision, "seconds": clock.seconds()}
+    made, clock, _ = _train(settings, engine, settings["steps"] + WARM_UP + 1)
+    case = {"workers": workers, "engine": engine, "seconds": clock.seconds()}
     if hasattr(made, "memory_bytes"):
         case |= {name: value / MB for name, value in made.memory_bytes().items()}
     with Wire(workers) as counted:
-        _, clock, _ = _train(settings, engine, precision, COUNTED + 1, counted)
+        _, clock, _ = _train(settings, engine, COUNTED + 1, counted)
     return case | {"sent": (clock.sent[-1] - clock.sent[0]) / COUNTED / MB}
 
 
-def _train(
-    settings: dict[str, Any], engine: str, precision: str, steps: int, wire: Wire | None = None
-) -> tuple["Engine", Clock, Wire]:
+def _train(settings: dict[str, Any], engine: str, steps: int, wire: Wire | None = None) -> tuple["Engine", Clock, Wire]:
     from aldm.training import fit
 
     wire = wire or Wire(1)
-    stage, training = _stage(settings["inputs"], precision)
+    stage, training = _stage(settings["inputs"])
     batch = BATCH * (1 if engine == "plain" else settings["workers"])
     training = replace(training, batch_size=batch, max_steps=steps)
-    made = _engine(engine, precision, batch)
+    made = _engine(engine, batch)
     clock = Clock(made, wire)
     fit(stage, made, training, seed=0, on_log=lambda _: None, on_checkpoint=lambda _: None)
     return made, clock, wire
 
 
-def _engine(name: str, precision: str, batch: int) -> "Engine":
+def _engine(name: str, batch: int) -> "Engine":
     """Return plain (every worker by itself, nothing is sent), ddp or zero-N."""
     from aldm.engine import PlainEngine
     from pipelines.engines import DDPEngine, DeepSpeedEngine
 
     if name == "plain":
-        return PlainEngine("cpu", precision)
+        return PlainEngine()
     if name == "ddp":
-        return DDPEngine("cpu", precision)
-    return DeepSpeedEngine("cpu", precision, zero_stage=int(name[-1]), batch_size=batch)
+        return DDPEngine()
+    return DeepSpeedEngine(zero_stage=int(name[-1]), batch_size=batch)
 
 
-def _stage(inputs: dict[str, str], precision: str) -> tuple["Stage", "TrainingConfig"]:
+def _stage(inputs: dict[str, str]) -> tuple["Stage", "TrainingConfig"]:
     """Return stage 3 with nothing but training in it: one validation sample at the end."""
     from aldm.presets import small
     from pipelines.train import build_stage
 
     often: Any = {"log_every": 10**6, "validate_every": 10**6, "checkpoint_every": 10**6, "num_validation_samples": 1}
-    config = replace(small(), precision=precision)
+    config = replace(small(), precision="fp32")
     config = replace(config, train_diffusion=replace(config.train_diffusion, **often))
     paths = argparse.Namespace(**{name: Path(path) for name, path in inputs.items()})
     stage, _ = build_stage("diffusion", config, paths)
     return stage, stage.config.train_diffusion
 
 
-def run(workers: int, cases: list[dict[str, str]], inputs: dict[str, str], steps: int, folder: Path) -> list[Any]:
-    """Measure the cases on so many Ray Train workers."""
+def run(workers: int, inputs: dict[str, str], steps: int, folder: Path) -> list[Any]:
+    """Measure every engine on so many Ray Train workers."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         measure,
-        train_loop_config={"cases": cases, "inputs": inputs, "steps": steps, "workers": workers},
+        train_loop_config={"inputs": inputs, "steps": steps, "workers": workers},
         scaling_config=ScalingConfig(num_workers=workers),
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(name=f"workers-{workers}", storage_path=str(folder)),
@@ -204,34 +201,38 @@ def prepare(folder: Path) -> dict[str, str]:
     return {"latents": str(latents), "ms_spade": str(run_dir)}
 
 
-def tables(found: list[dict[str, Any]]) -> str:
-    """Return what was measured as Markdown: one row a case, time beside that of a worker on its own."""
-    lines = [
-        "| engine | precision | workers | ms per step | share of communication | MB sent per step "
-        "| weights, MB | optimizer states, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in found:
-        alone = next(c for c in found if c["engine"] == "plain" and c["workers"] == case["workers"])
-        share = max(0.0, 1 - alone["seconds"] / case["seconds"])
-        held = [f"{case[name]:.1f}" if name in case else "" for name in ("weights", "optimizer_states")]
-        row = [
-            case["engine"],
-            case["precision"],
-            str(case["workers"]),
-            f"{1000 * case['seconds']:.0f}",
-            "" if case["engine"] == "plain" else f"{share:.0%}",
-            f"{case['sent']:.1f}",
-            *held,
-        ]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+def table(found: list[dict[str, Any]]) -> str:
+    """Return what was measured as Markdown, a row an engine.
+
+    Communication is what 2 workers take longer than 1 worker of the same engine, less what 2 workers on one machine
+    take longer without a word between them (plain), as a share of the step.
+    """
+    by = {(case["engine"], case["workers"]): case for case in found}
+    crowding = by["plain", 2]["seconds"] / by["plain", 1]["seconds"]
+    heads = ("engine", "ms, 1 worker", "ms, 2 workers", "2 / 1", "communication", "MB sent a step, 2 workers")
+    heads += ("MB of weights, 1 / 2 workers", "MB of Adam, 1 / 2 workers")
+    lines = [heads, tuple("---" for _ in heads)]
+    for engine in ENGINES:
+        one, two = by[engine, 1], by[engine, 2]
+        ratio = two["seconds"] / one["seconds"]
+        share = "none" if engine == "plain" else f"{1 - crowding / ratio:.0%}"
+        times = (f"{1e3 * one['seconds']:.0f}", f"{1e3 * two['seconds']:.0f}", f"{ratio:.2f}")
+        held = (_held(one, two, "weights"), _held(one, two, "optimizer_states"))
+        lines.append((engine, *times, share, f"{two['sent']:.1f}", *held))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: stage 3 of preset `small`, {BATCH} samples
-and one thread a worker on one machine with 2 cores, gloo, median time of a step. *plain* is every worker
-by itself at the same time, with nothing sent; the share of communication is what a step takes longer than
-that. The memory is counted from the engine's own tensors; DDP holds whole replicas.
+def _held(one: dict[str, Any], two: dict[str, Any], name: str) -> str:
+    return f"{one[name]:.1f} / {two[name]:.1f}" if name in one else "whole"
+
+
+EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32 on simulated
+subjects at 3 mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so 2 workers have twice the
+batch; median time of a step. *plain* is one process that knows of no other, or two at once: what two workers lose by
+sharing a machine. What an engine loses beyond that is its *communication*, as a share of the step of 2 workers (waiting
+for the slower one included; a few per cent either way are noise). Bytes are counted at the collectives, as rings send
+them. Weights and Adam's moments are those that a rank holds, from the engine's own tensors
+(`DeepSpeedEngine.memory_bytes`).
 
 """
 
@@ -251,15 +252,13 @@ def main() -> None:
 
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         inputs = prepare(Path(folder))
-        cases = [{"engine": engine, "precision": "fp32"} for engine in ENGINES]
         for workers in (1, 2):
-            found += run(workers, cases, inputs, args.steps, Path(folder))
-    text = tables(found)
+            found += run(workers, inputs, args.steps, Path(folder))
+    text = table(found)
     print(text)
     if args.write:
-        page = PAGE.read_text()
-        begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-        PAGE.write_text(page[:begin] + EXPLAINED + text + "\n" + page[end:])
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(before + BEGIN + EXPLAINED + text + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
