@@ -395,7 +395,7 @@ def test_an_outbox_delivers_in_order_and_repeats_what_failed(
     assert box.close(5) == 0
     good = [n for number, call in enumerate(calls, 1) if number not in (2, 3, 4) for n in call]
     assert good == list(range(11))
-    assert calls[1] == calls[2] == calls[3] == calls[4]
+    assert len({call[0] for call in calls[1:5]}) == 1  # a repeated batch may have grown meanwhile
     assert caplog.text.count("not now") == 1
     assert list(tmp_path.iterdir()) == []
 
