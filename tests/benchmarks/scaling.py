@@ -227,7 +227,8 @@ def _held(one: dict[str, Any], two: dict[str, Any], name: str) -> str:
 
 
 EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32 on simulated
-subjects at 3 mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so 2 workers have twice the
+subjects at 3 mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so 2 workers
+have twice the
 batch; median time of a step. *plain* is one process that knows of no other, or two at once: what two workers lose by
 sharing a machine. What an engine loses beyond that is its *communication*, as a share of the step of 2 workers (waiting
 for the slower one included; a few per cent either way are noise). Bytes are counted at the collectives, as rings send
