@@ -18,6 +18,8 @@ from aldm.errors import UserError
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 T = TypeVar("T")
+MAX_GRID_VOXELS = 2**31 - 1
+"""Voxels of the largest volume: kernels index with 32 bits."""
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -61,6 +63,11 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "spacing_mm", "spatial_shape")
+        if math.prod(self.spatial_shape) > MAX_GRID_VOXELS:
+            raise UserError(
+                f"PreprocessConfig.spatial_shape is {self.spatial_shape}, {math.prod(self.spatial_shape):,} voxels, "
+                f"wanted at most {MAX_GRID_VOXELS:,}"
+            )
         _choice("preprocess.register", self.register, ("none", "rigid"))
         if not 0 <= self.lower_percentile < self.upper_percentile <= 100:
             raise UserError(

@@ -40,6 +40,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"codec": {"channels": [8, "a"]}}, r"codec\.channels is 'a' \(str\), wanted int"),
         ({"codec": {"channels": [8, -8]}}, r"CodecConfig\.channels is \(8, -8\), wanted a value above 0"),
         ({"preprocess": {"spatial_shape": [8, 8]}}, r"preprocess\.spatial_shape is \[8, 8\], wanted 3 values, got 2"),
+        ({"preprocess": {"spatial_shape": [10**5] * 3}}, r"1,000,000,000,000,000 voxels, wanted at most 2,147,483,647"),
         ({"preprocess": {"lower_percentile": 90.0, "upper_percentile": 10.0}}, "wanted 0 <= lower < upper <= 100"),
         ({"seed": 1.5}, r"seed is 1\.5 \(float\), wanted int"),
         ({"seed": True}, r"seed is True \(bool\), wanted int"),

@@ -3,7 +3,7 @@
     python tests/benchmarks/scaling.py            # prints the tables
     python tests/benchmarks/scaling.py --write    # and puts them into docs/scaling.md
 
-Stage 3 of preset small on simulated subjects at 3 mm, in fp32, BATCH samples and one thread a worker: two workers have
+Stage 3 of preset small on simulated subjects at 4 mm, in fp32, BATCH samples and one thread a worker: two workers have
 twice the batch, so each does what one worker does. Run it on a machine of two cores that does nothing else.
 """
 
@@ -28,11 +28,12 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 NUM_SUBJECTS = 9
 """The fewest simulated subjects whose names put one in each split."""
+SPACING_MM, SHAPE = 4.0, (40, 56, 40)
 BATCH = 1
 """Samples a worker and step."""
-WARM_UP = 5
+WARM_UP = 4
 """Steps before the clock counts: the first make buffers, and DeepSpeed's stage 3 learns the order of the layers."""
-COUNTED = 3
+COUNTED = 2
 """Steps of the training whose bytes are counted, apart from the one that is timed: counting costs time."""
 ENGINES = ("plain", "ddp", "zero-0", "zero-1", "zero-2", "zero-3")
 MB = 1e6
@@ -178,8 +179,9 @@ def prepare(folder: Path) -> dict[str, str]:
     from pipelines.train import main as train
 
     tree, store, latents, run_dir = (folder / name for name in ("tree", "store", "latents", "ms-spade"))
-    write_phantom(tree, "ixi", NUM_SUBJECTS, 0, 3.0)
-    prepare_store(tree, store, layout="ixi", config=small().preprocess, num_processes=1)
+    write_phantom(tree, "ixi", NUM_SUBJECTS, 0, SPACING_MM)
+    grid = replace(small().preprocess, spacing_mm=(SPACING_MM,) * 3, spatial_shape=SHAPE)
+    prepare_store(tree, store, layout="ixi", config=grid, num_processes=1)
     common = ["--preset", "small", "--log-level", "warning"]
     encode(["--store", str(store), "--codec", "haar", "--out", str(latents), *common])
     changes = [f"train_ms_spade.{name}" for name in ("max_steps=1", "num_validation_samples=1")]
@@ -226,14 +228,13 @@ def _held(one: dict[str, Any], two: dict[str, Any], name: str) -> str:
     return f"{one[name]:.1f} / {two[name]:.1f}" if name in one else "whole"
 
 
-EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32 on simulated
-subjects at 3 mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so 2 workers
-have twice the
-batch; median time of a step. *plain* is one process that knows of no other, or two at once: what two workers lose by
-sharing a machine. What an engine loses beyond that is its *communication*, as a share of the step of 2 workers (waiting
-for the slower one included; a few per cent either way are noise). Bytes are counted at the collectives, as rings send
-them. Weights and Adam's moments are those that a rank holds, from the engine's own tensors
-(`DeepSpeedEngine.memory_bytes`).
+EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32
+on simulated subjects at {SPACING_MM:.0f} mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so
+2 workers have twice the batch; median time of a step. *plain* is one process that knows of no other, or two at
+once: what two workers lose by sharing a machine. What an engine loses beyond that is its *communication*, as a
+share of the step of 2 workers (waiting for the slower one included; a few per cent either way are noise). Bytes
+are counted at the collectives, as rings send them. Weights and Adam's moments are those that a rank holds, from
+the engine's own tensors (`DeepSpeedEngine.memory_bytes`).
 
 """
 
@@ -242,7 +243,7 @@ def main() -> None:
     """Measure and print; --write puts the table into docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a case (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of an engine (default: %(default)s)")
     args = parser.parse_args()
     from pipelines.ray_session import ray_session
 
