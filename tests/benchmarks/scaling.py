@@ -228,9 +228,9 @@ def _held(one: dict[str, Any], two: dict[str, Any], name: str) -> str:
     return f"{one[name]:.1f} / {two[name]:.1f}" if name in one else "whole"
 
 
-EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32
-on simulated subjects at {SPACING_MM:.0f} mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker, so
-2 workers have twice the batch; median time of a step. *plain* is one process that knows of no other, or two at
+EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32 on
+simulated subjects at {SPACING_MM:.0f} mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker,
+so 2 workers have twice the batch; median time of a step. *plain* is one process that knows of no other, or two at
 once: what two workers lose by sharing a machine. What an engine loses beyond that is its *communication*, as a
 share of the step of 2 workers (waiting for the slower one included; a few per cent either way are noise). Bytes
 are counted at the collectives, as rings send them. Weights and Adam's moments are those that a rank holds, from
