@@ -21,6 +21,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),
     "evaluate": ("pipelines.evaluate", "score a translator over all pairs of modalities of a store"),
     "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
+    "serve": ("serve.main", "translate over HTTP: a page, an interface for programs"),
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),
     "demo": ("pipelines.demo", "everything once on simulated data, with a report"),
 }

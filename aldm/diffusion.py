@@ -15,6 +15,7 @@ Time steps t run from 0 (least noise) to T - 1 and may be fractional: log(alpha 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -200,12 +201,20 @@ def to_epsilon(objective: str, prediction: Tensor, z_t: Tensor, alpha: float | T
     return (z_t - alpha * prediction) / sigma
 
 
-def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for a whole batch, or one for each of its samples: a sample's noise then does not depend on its neighbours."""
+
+
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     """Return standard normal float32 noise shaped as `like`, on its device.
 
     Drawn on the CPU and moved: the same seed gives the same noise on every device.
     """
-    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
+    assert len(generator) == len(like), (len(generator), len(like))
+    noise = [torch.randn(like.shape[1:], generator=one, dtype=torch.float32) for one in generator]
+    return torch.stack(noise).to(like.device)
 
 
 def training_loss_inputs(

@@ -3,7 +3,7 @@
 Tensors are B C X Y Z of RAS+ volumes, intensities in [-1, 1]. Modalities are integer ids in the model's own order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Predictor(nn.Module):
     limit: MemoryLimit | None = None
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]."""
+        """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]; B of them make a batch."""
         raise NotImplementedError
 
     def decode(self, code: Tensor) -> Tensor:
@@ -63,13 +63,13 @@ class Predictor(nn.Module):
     def predict(
         self,
         code: Tensor,
-        source: int,
-        target: int,
+        sources: Sequence[int],
+        targets: Sequence[int],
         sampling: SamplingConfig,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         on_step: OnStep | None,
     ) -> Tensor:
-        """Return one prediction (1, 1, X, Y, Z)."""
+        """Return a prediction (B, 1, X, Y, Z) of each of a batch; the volumes of a batch know nothing of each other."""
         raise NotImplementedError
 
     def needed_bytes(self) -> int:
@@ -123,21 +123,21 @@ class LatentDiffusion(Predictor):
     def predict(
         self,
         code: Tensor,
-        source: int,
-        target: int,
+        sources: Sequence[int],
+        targets: Sequence[int],
         sampling: SamplingConfig,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return one sample of the target, decoded."""
-        source_id, target_id = (torch.tensor([index], device=code.device) for index in (source, target))
+        source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
         objective = self.config.diffusion.objective
         with self.autocast():
-            z_target_like = self.ms_spade(code, target_id, source_id).float()
+            z_target_like = self.ms_spade(code, target_ids, source_ids).float()
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self.autocast():
-                return denoise(self.unet, objective, z, t, code, z_target_like, target_id, source_id).float()
+                return denoise(self.unet, objective, z, t, code, z_target_like, target_ids, source_ids).float()
 
         z = sample(
             predict,
@@ -146,11 +146,13 @@ class LatentDiffusion(Predictor):
             sampler=sampling.sampler,
             num_inference_steps=sampling.num_inference_steps,
             z_start=z_target_like,
-            generator=generator,
+            generator=generators,
             eta=sampling.eta,
             on_step=on_step,
         )
-        return self.decode(z)
+        if self.limit is None:
+            return self.decode(z)
+        return torch.cat([self.decode(one[None]) for one in z])  # slab by slab is one volume at a time
 
     def needed_bytes(self) -> int:
         """Return the larger of what the codec needs slab by slab and what the latent networks need on whole latents."""
@@ -187,16 +189,16 @@ class Regression(Predictor):
     def predict(
         self,
         code: Tensor,
-        source: int,
-        target: int,
+        sources: Sequence[int],
+        targets: Sequence[int],
         sampling: SamplingConfig,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         on_step: OnStep | None,
     ) -> Tensor:
-        """Return the prediction; sampling and generator have no say in it."""
-        source_id, target_id = (torch.tensor([index], device=code.device) for index in (source, target))
+        """Return the prediction; sampling and generators have no say in it."""
+        source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
         with self.autocast():
-            result = regress(self.unet, code, source_id, target_id, len(self.config.modalities)).float()
+            result = regress(self.unet, code, source_ids, target_ids, len(self.config.modalities)).float()
         if on_step is not None:
             on_step(1, 1)
         return result

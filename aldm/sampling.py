@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aldm.config import SAMPLERS, DiffusionConfig
-from aldm.diffusion import CLEAN, VARIANCE_PRESERVING, NoiseLevel, NoiseSchedule, draw_noise, to_x0
+from aldm.diffusion import CLEAN, VARIANCE_PRESERVING, Generators, NoiseLevel, NoiseSchedule, draw_noise, to_x0
 from aldm.errors import UserError
 
 PredictX0 = Callable[[Tensor, NoiseLevel], Tensor]
@@ -102,7 +102,7 @@ def ddpm(
     predict_x0: PredictX0,
     z: Tensor,
     levels: Sequence[NoiseLevel],
-    generator: torch.Generator,
+    generator: Generators,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the larger posterior variance, 1 - alpha_t^2 / alpha_s^2.
@@ -125,7 +125,7 @@ def ddim(
     predict_x0: PredictX0,
     z: Tensor,
     levels: Sequence[NoiseLevel],
-    generator: torch.Generator,
+    generator: Generators,
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
@@ -220,7 +220,7 @@ def bridge(
     num_inference_steps: int,
     num_train_timesteps: int,
     bridge_noise: float,
-    generator: torch.Generator,
+    generator: Generators,
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
@@ -257,7 +257,7 @@ def sample(
     sampler: str,
     num_inference_steps: int,
     z_start: Tensor,
-    generator: torch.Generator,
+    generator: Generators,
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -270,7 +270,7 @@ def sample(
         sampler: one of allowed_samplers(config.objective).
         num_inference_steps: network evaluations.
         z_start: (B, C, X, Y, Z) the target-like latent; bridge and regression start there, the others take its shape.
-        generator: a CPU generator.
+        generator: a CPU generator for the batch, or one for each of its samples.
         eta: stochasticity of ddim and bridge, 0 to 1.
         on_step: called as on_step(done, total) after each evaluation; what it raises goes through.
 
@@ -303,19 +303,25 @@ def sample(
     return solver(predict_x0, z, levels, on_step)
 
 
-def sample_many(draw: Callable[[torch.Generator], Tensor], num_samples: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def sample_many(
+    draw: Callable[[Sequence[torch.Generator]], Tensor], num_samples: int, seeds: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
     """Return the mean and the standard deviation (n - 1) of several samples; None for the second with one sample.
 
     Args:
-        draw: makes one sample, decoded or not, from a CPU generator. Sample i has its own generator seeded with seed +
-            i, so the first of many is the one that num_samples = 1 gives.
+        draw: makes one sample of each of a batch, decoded or not, from a CPU generator for each. Sample i has its own
+            generator seeded with seed + i, so the first of many is the one that num_samples = 1 gives.
         num_samples: at least 1.
-        seed: of the first sample.
+        seeds: of the first sample of each of the batch.
     """
-    mean = draw(torch.Generator().manual_seed(seed))
+
+    def generators(i: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed + i) for seed in seeds]
+
+    mean = draw(generators(0))
     squares = torch.zeros_like(mean)
     for i in range(1, num_samples):
-        value = draw(torch.Generator().manual_seed(seed + i))
+        value = draw(generators(i))
         difference = value - mean
         mean = mean + difference / (i + 1)
         squares = squares + difference * (value - mean)

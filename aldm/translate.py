@@ -19,7 +19,7 @@ from aldm import __version__
 from aldm.checkpoint import load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index
-from aldm.data.preprocess import model_grid, prepare_volume, restore, unscale
+from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore, unscale
 from aldm.data.volume import Volume
 from aldm.errors import UserError
 from aldm.memory import gigabytes
@@ -46,6 +46,58 @@ class Translation:
     """Voxelwise standard deviation of the samples in the volume's own units (X, Y, Z) float32; None for one sample."""
     provenance: dict[str, Any]
     """How it was made: JSON-able."""
+
+
+def choose_sampling(
+    config: Config,
+    kind: str,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+    num_samples: int | None = None,
+    eta: float | None = None,
+) -> SamplingConfig:
+    """Return how a model samples, the unsaid filled in: its own sampler, and numbers that suit the sampler.
+
+    Raises:
+        UserError: a sampler or number that the model's objective cannot be integrated with.
+    """
+    base, diffusion = config.sampling, config.diffusion
+    samples = base.num_samples if num_samples is None else num_samples
+    if kind != "aldm":
+        if samples != 1 or sampler is not None or num_inference_steps not in (None, 1) or eta:
+            raise UserError(
+                f"a {kind} model has one answer and no sampler: leave out --sampler, --num-inference-steps, "
+                "--num-samples and --eta"
+            )
+        return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
+    name = base.sampler if sampler is None else sampler
+    spread = samples > 1 and diffusion.objective == "bridge"
+    if num_inference_steps is not None:
+        steps = num_inference_steps
+    elif name == "one-step":
+        steps = 1
+    elif spread:
+        steps = max(base.num_inference_steps, BRIDGE_STEPS_FOR_SAMPLES)
+    elif name == base.sampler:
+        steps = base.num_inference_steps
+    else:
+        steps = diffusion.num_train_timesteps if name == "ddpm" else OTHER_SAMPLER_STEPS
+    if eta is None:
+        eta = base.eta if base.eta > 0 or not spread else 1.0
+    check_sampling(diffusion, name, steps, samples, eta)
+    return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One of a batch for `Translator.translate_batch`."""
+
+    code: Tensor
+    """What `Translator.encode` returned."""
+    source: str
+    target: str
+    seed: int
+    """Of the first sample; sample i has seed + i."""
 
 
 class Translator:
@@ -147,31 +199,7 @@ class Translator:
         Raises:
             UserError: a sampler or number that the model's objective cannot be integrated with.
         """
-        base, diffusion = self.config.sampling, self.config.diffusion
-        samples = base.num_samples if num_samples is None else num_samples
-        if self.kind != "aldm":
-            if samples != 1 or sampler is not None or num_inference_steps not in (None, 1) or eta:
-                raise UserError(
-                    f"a {self.kind} model has one answer and no sampler: leave out --sampler, --num-inference-steps, "
-                    "--num-samples and --eta"
-                )
-            return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
-        name = base.sampler if sampler is None else sampler
-        spread = samples > 1 and diffusion.objective == "bridge"
-        if num_inference_steps is not None:
-            steps = num_inference_steps
-        elif name == "one-step":
-            steps = 1
-        elif spread:
-            steps = max(base.num_inference_steps, BRIDGE_STEPS_FOR_SAMPLES)
-        elif name == base.sampler:
-            steps = base.num_inference_steps
-        else:
-            steps = diffusion.num_train_timesteps if name == "ddpm" else OTHER_SAMPLER_STEPS
-        if eta is None:
-            eta = base.eta if base.eta > 0 or not spread else 1.0
-        check_sampling(diffusion, name, steps, samples, eta)
-        return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)
+        return choose_sampling(self.config, self.kind, sampler, num_inference_steps, num_samples, eta)
 
     @torch.inference_mode()
     def encode(self, x: np.ndarray) -> Tensor:
@@ -220,7 +248,29 @@ class Translator:
         Raises:
             UserError: a modality that the model does not know.
         """
-        source_id, target_id = (modality_index(name, self.modalities) for name in (source, target))
+        request = Request(code, source, target, seed)
+        return self.translate_batch([request], sampling=sampling, on_step=on_step)[0]
+
+    @torch.inference_mode()
+    def translate_batch(
+        self, requests: Sequence[Request], *, sampling: SamplingConfig | None = None, on_step: OnStep | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Translate several encoded sources in one pass of the networks; each as if it were alone.
+
+        Args:
+            requests: any sources, targets and seeds.
+            sampling: of all, what `self.sampling(...)` returned; None takes the model's own.
+            on_step: called as on_step(done, total) after each network evaluation; what it raises goes through.
+
+        Returns:
+            for each request, in order, what `translate_encoded` returns.
+
+        Raises:
+            UserError: a modality that the model does not know.
+        """
+        sources = [modality_index(request.source, self.modalities) for request in requests]
+        targets = [modality_index(request.target, self.modalities) for request in requests]
+        code = torch.cat([request.code for request in requests])
         chosen = self.sampling() if sampling is None else sampling
         finished = 0  # samples
 
@@ -228,14 +278,17 @@ class Translator:
             if on_step is not None:
                 on_step(finished * total + done, chosen.num_samples * total)
 
-        def draw(generator: torch.Generator) -> Tensor:
+        def draw(generators: Sequence[torch.Generator]) -> Tensor:
             nonlocal finished
-            result = self.predictor.predict(code, source_id, target_id, chosen, generator, report)
+            result = self.predictor.predict(code, sources, targets, chosen, generators, report)
             finished += 1
             return result.clamp(-1, 1)
 
-        mean, std = sample_many(draw, chosen.num_samples, seed)
-        return mean[0, 0].cpu().numpy(), None if std is None else std[0, 0].cpu().numpy()
+        mean, std = sample_many(draw, chosen.num_samples, [request.seed for request in requests])
+        means = mean[:, 0].cpu().numpy()
+        if std is None:
+            return [(one, None) for one in means]
+        return list(zip(means, std[:, 0].cpu().numpy(), strict=True))
 
     def translate(
         self,
@@ -297,19 +350,42 @@ class Translator:
         for name in (source, *targets):
             modality_index(name, self.modalities)
         chosen = self.sampling() if sampling is None else sampling
+        prepared, record = self.prepare(volume)
+        for target in targets:
+            request = Request(prepared, source, target, seed)
+            (result,) = self.translate_batch([request], sampling=chosen, on_step=on_step)
+            yield self.finished(result, request, volume, record, chosen, intensity)
+
+    def prepare(self, volume: Volume) -> tuple[Tensor, PreprocessRecord]:
+        """Return the encoded volume and the record that `finished` puts a result back with.
+
+        Raises:
+            UserError: a volume without contrast, or too large for the memory limit.
+        """
         if self.predictor.limit is not None:
             self._check_room(volume, self.predictor.limit)
         x, record = prepare_volume(volume, self.config.preprocess)
-        code = self.encode(x)
-        for target in targets:
-            mean, std = self.translate_encoded(code, source, target, sampling=chosen, seed=seed, on_step=on_step)
-            low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
-            # outside the model's box nothing was predicted: background
-            data = restore(unscale(mean, low, high), record, volume, fill=low)
-            spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
-            made = self.provenance(source, target, chosen, seed)
-            made |= {"intensity": intensity, "intensity_range": [low, high]}
-            yield Translation(Volume(data, volume.affine), spread, made)
+        return self.encode(x), record
+
+    def finished(
+        self,
+        result: tuple[np.ndarray, np.ndarray | None],
+        request: Request,
+        volume: Volume,
+        record: PreprocessRecord,
+        sampling: SamplingConfig,
+        intensity: str = "median",
+    ) -> Translation:
+        """Return a result of `translate_batch` on the grid of the volume that `prepare` was given."""
+        mean, std = result
+        target = request.target
+        low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
+        # outside the model's box nothing was predicted: background
+        data = restore(unscale(mean, low, high), record, volume, fill=low)
+        spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
+        made = self.provenance(request.source, target, sampling, request.seed)
+        made |= {"intensity": intensity, "intensity_range": [low, high]}
+        return Translation(Volume(data, volume.affine), spread, made)
 
     def _check_room(self, volume: Volume, limit: MemoryLimit) -> None:
         """Refuse a volume whose preparation would break the limit."""

@@ -6,6 +6,7 @@ is the sampler and not the start.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -352,17 +353,28 @@ def test_what_cannot_work_is_refused_with_the_way_out(objective, values, message
         check_sampling(DiffusionConfig(objective=objective), **values)
 
 
-def test_several_samples_give_mean_and_standard_deviation():
-    def draw(generator: torch.Generator) -> torch.Tensor:
-        return 2 + 3 * torch.randn(1, 1, 2, 2, 2, generator=generator)
+def test_several_samples_give_mean_and_standard_deviation_of_each_of_a_batch():
+    def one(generator: torch.Generator) -> torch.Tensor:
+        return 2 + 3 * torch.randn(1, 2, 2, 2, generator=generator)
 
-    mean, std = sample_many(draw, 5, seed=7)
-    samples = torch.stack([draw(torch.Generator().manual_seed(7 + i)) for i in range(5)])
-    torch.testing.assert_close(mean, samples.mean(0))
-    torch.testing.assert_close(std, samples.std(0))
-    alone, nothing = sample_many(draw, 1, seed=7)
-    assert torch.equal(alone, samples[0])
+    def draw(generators: Sequence[torch.Generator]) -> torch.Tensor:
+        return torch.stack([one(generator) for generator in generators])
+
+    mean, std = sample_many(draw, 5, seeds=[7, 31])
+    for index, seed in enumerate((7, 31)):
+        samples = torch.stack([one(torch.Generator().manual_seed(seed + i)) for i in range(5)])
+        torch.testing.assert_close(mean[index], samples.mean(0))
+        torch.testing.assert_close(std[index], samples.std(0))
+    alone, nothing = sample_many(draw, 1, seeds=[7])
+    assert torch.equal(alone[0], one(torch.Generator().manual_seed(7)))
     assert nothing is None
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_neighbours():
+    like = torch.zeros(2, 3, 4, 5, 6)
+    both = draw_noise(like, [torch.Generator().manual_seed(seed) for seed in (5, 9)])
+    for index, seed in enumerate((5, 9)):
+        assert torch.equal(both[index : index + 1], draw_noise(like[:1], torch.Generator().manual_seed(seed)))
 
 
 def test_bridge_loop_ends_on_the_prediction():

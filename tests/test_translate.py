@@ -11,11 +11,12 @@ from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig, PreprocessConfig, SamplingConfig
 from aldm.data.volume import Volume, crop_or_pad
+from aldm.diffusion import draw_noise
 from aldm.errors import UserError
 from aldm.memory import resident_bytes
 from aldm.predictors import MemoryLimit, Predictor
 from aldm.presets import small, tiny
-from aldm.translate import Translator
+from aldm.translate import Request, Translator
 
 MODALITIES = ("t1", "t2", "pd")
 PERCENTILES = {"t1": (0.0, 100.0), "t2": (10.0, 210.0), "pd": (0.0, 1.0)}
@@ -34,12 +35,12 @@ class Echo(Predictor):
     def decode(self, code):
         return code
 
-    def predict(self, code, source, target, sampling, generator, on_step):
+    def predict(self, code, sources, targets, sampling, generators, on_step):
         for step in range(sampling.num_inference_steps):
             if on_step is not None:
                 on_step(step + 1, sampling.num_inference_steps)
-        noise = torch.randn(code.shape, generator=generator) * (0.01 * (sampling.num_samples > 1))
-        return code - 0.1 * target + noise
+        noise = draw_noise(code, generators) * (0.01 * (sampling.num_samples > 1))
+        return code - 0.1 * torch.tensor(targets).reshape(-1, 1, 1, 1, 1) + noise
 
 
 def translator(objective="v", kind="aldm", **preprocess) -> Translator:
@@ -306,3 +307,24 @@ def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path):
     model = Translator.load(folder, sampling=chosen, precision="bf16")
     assert model.sampling() == chosen
     assert model.config.precision == model.predictor.config.precision == "bf16"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_each_of_a_batch_is_as_if_it_were_alone(tmp_path, sampler):
+    model = Translator.load(save_untrained(tmp_path / "model", diffusion=DiffusionConfig(objective="v")))
+    generator = np.random.default_rng(0)
+    shape = model.config.preprocess.spatial_shape
+    volumes = [generator.uniform(-1, 1, shape).astype(np.float32) for _ in range(3)]
+    requests = [
+        Request(model.encode(x), *names, seed)
+        for x, names, seed in zip(volumes, (("t1", "t2"), ("t2", "t1"), ("t1", "t1")), (4, 0, 4), strict=True)
+    ]
+    sampling = model.sampling(sampler, 3, 2)
+    together = model.translate_batch(requests, sampling=sampling)
+    for request, (mean, std) in zip(requests, together, strict=True):
+        alone, spread = model.translate_encoded(
+            request.code, request.source, request.target, sampling=sampling, seed=request.seed
+        )
+        np.testing.assert_allclose(mean, alone, atol=2e-4)
+        np.testing.assert_allclose(std, spread, atol=2e-4)
+        assert spread.std() > 0

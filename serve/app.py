@@ -1,0 +1,60 @@
+"""The Ray Serve application: `serve run serve.app:build_app model=DIR token_file=FILE`, or a `serve deploy` config."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve.models import find_model
+from serve.security import read_tokens
+from serve.settings import Settings
+from serve.store import start_store
+from serve.worker import Worker
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+MAX_REQUESTS = 512
+"""Open requests of the ingress, event streams included: far above the queue, whose own limit acts first."""
+LONGEST_JOB_S = 1800.0
+"""A copy of the model that is replaced may finish its batch for so long."""
+
+
+def build_app(args: Settings) -> "Application":
+    """Return the application: one ingress, and `num_replicas` copies of the model.
+
+    Without a token file only clients on the machine of the HTTP proxy are answered, whatever it listens on.
+
+    Args:
+        args: how the service is run; `serve run` and `serve deploy` make it of their arguments.
+
+    Raises:
+        UserError: no such model, or a token file that cannot be used.
+    """
+    from ray import serve
+
+    tokens = read_tokens(Path(args.token_file).expanduser()) if args.token_file else {}
+    model = find_model(args.model, args.folder)
+    settings = args.model_dump()
+
+    def build() -> Any:  # in the replica
+        from serve.api import build_api
+
+        store = start_store(args)
+        store.call("configure", settings)
+        return build_api(args, model, tokens, store)
+
+    worker = serve.deployment(Worker).options(
+        name="model",
+        num_replicas=args.num_replicas,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if args.use_gpu else 0},
+        graceful_shutdown_timeout_s=LONGEST_JOB_S,
+        health_check_period_s=2,
+    )
+    api = serve.deployment(serve.ingress(build)()).options(
+        name="api",
+        max_ongoing_requests=MAX_REQUESTS,
+        max_queued_requests=MAX_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+    )
+    return api.bind(worker.bind(str(model.folder), settings))
+

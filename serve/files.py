@@ -1,0 +1,189 @@
+"""The files of a job, `WORK_DIR/jobs/ID/`: the accepted upload and what was made of it. Every name is ours.
+
+`volume.nii` is the upload as a NIfTI file that names nobody; of a DICOM series `series.json` keeps the grid as well.
+"""
+
+import json
+import shutil
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aldm.errors import UserError
+from aldm.files import atomic_path
+
+if TYPE_CHECKING:
+    from aldm.data.dicom import DicomSource
+    from aldm.data.nifti_header import NiftiSource
+    from aldm.data.volume import Volume
+    from aldm.translate import Translation
+
+NIFTI, DICOM = "nii.gz", "dicom"
+_VOLUME, _SERIES = "volume.nii", "series.json"
+
+
+def result_file(folder: Path, target: str, format: str) -> Path:
+    """Return where a translation is: a NIfTI file, or a zip of a DICOM series."""
+    return folder / (f"result_{target}.zip" if format == DICOM else f"result_{target}.nii.gz")
+
+
+def uncertainty_file(folder: Path, target: str) -> Path:
+    """Return where the standard deviation is."""
+    return folder / f"uncertainty_{target}.nii.gz"
+
+
+def preview_file(folder: Path, target: str) -> Path:
+    """Return where the picture of source and result is."""
+    return folder / f"preview_{target}.png"
+
+
+def source_file(folder: Path) -> Path:
+    """Return where the accepted upload is, a NIfTI file."""
+    return folder / _VOLUME
+
+
+def provenance_file(folder: Path, target: str) -> Path:
+    """Return where it is said how a translation was made, JSON."""
+    return folder / f"provenance_{target}.json"
+
+
+def keep_nifti(folder: Path, volume: "Volume", source: "NiftiSource") -> None:
+    """Keep an upload on its own grid, without the words of its header, which may name a patient."""
+    from aldm.data.volume import save_nifti, to_source_orientation
+
+    header = source.parsed_header()
+    for name in ("aux_file", "db_name", "intent_name", "data_type"):
+        if name in header:
+            header[name] = b""
+    nameless = replace(source, header=bytes(header.binaryblock))
+    save_nifti(folder / _VOLUME, to_source_orientation(volume.data, nameless), nameless)
+
+
+def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
+    """Keep an uploaded series: the voxels on their RAS+ grid, and what a derived series needs of the headers."""
+    from aldm.data.nifti_header import source_of
+    from aldm.data.volume import save_nifti
+
+    path = folder / _VOLUME
+    save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
+    kept = asdict(replace(source, folder=Path(), affine=None, patient=(), study_uid="", frame_of_reference_uid=""))
+    kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
+    (folder / _SERIES).write_text(json.dumps(kept))
+
+
+def is_series(folder: Path) -> bool:
+    """Whether the upload was a DICOM series."""
+    return (folder / _SERIES).exists()
+
+
+def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
+    """Return the accepted upload as `load_nifti` or `read_series` returned it."""
+    from aldm.data.dicom import DicomSource
+    from aldm.data.volume import Volume, load_nifti
+
+    volume, source = load_nifti(folder / _VOLUME)
+    if not is_series(folder):
+        return volume, source
+    kept: dict[str, Any] = json.loads((folder / _SERIES).read_text())
+    affine = np.array(kept.pop("volume_affine"))
+    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient"):
+        kept[name] = tuple(kept[name])
+    kept |= {"folder": folder, "affine": np.array(kept["affine"]), "positions": tuple(map(tuple, kept["positions"]))}
+    return Volume(volume.data, affine), DicomSource(**kept)
+
+
+def write_results(
+    folder: Path, translation: "Translation", volume: "Volume", source: "NiftiSource | DicomSource", format: str
+) -> None:
+    """Write a translation, its standard deviation, its picture and how it was made; replaces what is there.
+
+    Args:
+        folder: of the job.
+        translation: of `volume`.
+        volume, source: from `load_source`.
+        format: nii.gz or dicom.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    from aldm.data.nifti_header import NiftiSource, source_of
+    from aldm.data.volume import save_nifti, to_source_orientation
+    from pipelines.translate_files import describe
+
+    made, result = translation.provenance, translation.volume
+    target, words = made["target"], describe(made)
+    path = result_file(folder, target, format)
+    grid = source if isinstance(source, NiftiSource) else source_of(result.affine, result.data.shape, path)
+    if format == DICOM:
+        assert not isinstance(source, NiftiSource), "dicom is made of dicom"
+        _write_series(path, translation, source)
+    else:
+        save_nifti(path, to_source_orientation(result.data, grid), grid, description=words, overwrite=True)
+    if translation.uncertainty is not None:
+        spread = to_source_orientation(translation.uncertainty, grid)
+        words = f"standard deviation of {words}"
+        save_nifti(uncertainty_file(folder, target), spread, grid, description=words, overwrite=True)
+    _write_preview(preview_file(folder, target), translation, volume)
+    with atomic_path(provenance_file(folder, target), overwrite=True) as temporary:
+        temporary.write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _write_series(path: Path, translation: "Translation", source: "DicomSource") -> None:
+    from aldm.data.dicom import write_series
+
+    made = translation.provenance
+    series = path.with_suffix("")
+    shutil.rmtree(series, ignore_errors=True)  # of a worker that died
+    try:
+        files = write_series(
+            series,
+            translation.volume.data,
+            source,
+            description=f"{made['target']} from {made['source']}",
+            derivation=json.dumps(made),
+        )
+        with (
+            atomic_path(path, overwrite=True) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
+            for file in files:
+                archive.write(file, file.name)
+    finally:
+        shutil.rmtree(series, ignore_errors=True)
+
+
+def _write_preview(path: Path, translation: "Translation", volume: "Volume") -> None:
+    from aldm.pictures import save_translation_panel
+
+    low, high = (float(value) for value in np.percentile(volume.data, (0.5, 99.5)))
+    made = translation.provenance
+    dark, bright = made["intensity_range"]
+    spread = translation.uncertainty
+    save_translation_panel(
+        path,
+        source=_unit(volume.data, low, high),
+        prediction=_unit(translation.volume.data, dark, bright),
+        uncertainty=None if spread is None else spread / (bright - dark),
+        source_name=made["source"],
+        target_name=f"{made['target']}, synthetic",
+        spacing_mm=volume.spacing_mm,
+        title="synthetic, research use only",
+    )
+
+
+def _unit(data: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.clip((data - low) / max(high - low, 1e-6), 0, 1)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse work that the disk has no room for.
+
+    Raises:
+        UserError: too little space.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(f"the disk of --work-dir has {free / 1e9:.1f} GB left, wanted {needed_bytes / 1e9:.1f}")

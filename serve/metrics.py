@@ -1,0 +1,36 @@
+"""The service's numbers in Prometheus' text format."""
+
+from typing import Any
+
+_HELP = {
+    "jobs_queued": "Jobs that wait for a worker.",
+    "uploads_open": "Uploads that have a place in the queue and are not there yet.",
+    "jobs_running": "Jobs that a worker is making.",
+    "folder_bytes": "Size of the kept uploads and results.",
+    "jobs_total": "Jobs by what became of them, since the job store started.",
+    "job_seconds": "Seconds from a job's last start to its result.",
+}
+
+
+def prometheus_text(counts: dict[str, Any]) -> str:
+    """Return what `JobStore.counts` counted as metrics named aldm_service_*."""
+    lines: list[str] = []
+
+    def begin(name: str, kind: str) -> str:
+        lines.extend([f"# HELP aldm_service_{name} {_HELP[name]}", f"# TYPE aldm_service_{name} {kind}"])
+        return f"aldm_service_{name}"
+
+    gauges = {"jobs_queued": "queued", "uploads_open": "uploading", "jobs_running": "running"}
+    for name, key in (gauges | {"folder_bytes": "folder_bytes"}).items():
+        lines.append(f"{begin(name, 'gauge')} {counts[key]}")
+    total = begin("jobs_total", "counter")
+    for state in ("accepted", "done", "failed", "cancelled", "retried"):
+        lines.append(f'{total}{{state="{state}"}} {counts["totals"].get(state, 0)}')
+    seconds = begin("job_seconds", "histogram")
+    so_far = 0
+    for edge, count in counts["histogram"]:
+        so_far += count
+        label = "+Inf" if edge == float("inf") else f"{edge:g}"
+        lines.append(f'{seconds}_bucket{{le="{label}"}} {so_far}')
+    lines.extend([f"{seconds}_sum {counts['seconds']:.3f}", f"{seconds}_count {so_far}"])
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,96 @@
+"""Which translator a service runs: a folder, a registered model of MLflow, or the one inside the package."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aldm.config import Config, from_dict
+from aldm.errors import UserError
+
+CARD = "card.json"
+REGISTRY = "models:/"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A translator folder and what is said of it without loading it."""
+
+    folder: Path
+    name: str
+    description: str
+    kind: str
+    hash: str
+    config: Config
+    card: list[dict[str, Any]]
+
+
+def find_model(model: str | None, work_dir: Path) -> Model:
+    """Return the model that a service is asked to run.
+
+    Args:
+        model: translator folder, models:/NAME@ALIAS or models:/NAME/VERSION, or None for the built-in one.
+        work_dir: where a registered model is downloaded to.
+
+    Raises:
+        UserError: there is none, or it is no translator.
+    """
+    if model is None:
+        from aldm.default_model import default_model
+
+        return read_model(default_model(), "built-in default model")
+    if model.startswith(REGISTRY):
+        return read_model(_download(model, work_dir), model)
+    return read_model(Path(model).expanduser().resolve(), Path(model).resolve().name)
+
+
+def read_model(folder: Path, name: str) -> Model:
+    """Return what a translator folder says of itself.
+
+    Raises:
+        UserError: it is none.
+    """
+    from aldm.checkpoint import read_checkpoint_record
+    from aldm.predictors import KINDS
+
+    record = read_checkpoint_record(folder)
+    if record["kind"] not in KINDS:
+        raise UserError(f"{folder} holds a checkpoint of kind {record['kind']!r}, wanted a translator folder")
+    config = from_dict(Config, record["config"])
+    return Model(
+        folder=folder,
+        name=name,
+        description=_description(record, config),
+        kind=record["kind"],
+        hash=record["hash"],
+        config=config,
+        card=json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else [],
+    )
+
+
+def _description(record: dict[str, Any], config: Config) -> str:
+    data = record["meta"]["data"]
+    splits = data.get("num_subjects") or data.get("subjects") or {}
+    trained = (
+        f"trained on {splits['train']} subjects of layout {data.get('layout')}" if "train" in splits else "a model"
+    )
+    how = f"preset {config.preset}"
+    return f"{record['kind']}, {how}, {trained}; for research use only"
+
+
+def _download(uri: str, work_dir: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    from pipelines.tracking_server import answering, default_server, impatient, tracking_uri
+
+    server = tracking_uri(Path.cwd() / "service")
+    target = work_dir / "models"
+    target.mkdir(parents=True, exist_ok=True)
+    with answering(server), impatient(), default_server(server):
+        place = Path(download_artifacts(artifact_uri=uri, dst_path=str(target)))
+    found = sorted(
+        path.parent for path in place.rglob("config.json") if (path.parent / "weights.safetensors").is_file()
+    )
+    if len(found) != 1:
+        raise UserError(f"{uri} holds no translator folder: register one with aldm export --register NAME")
+    return found[0]

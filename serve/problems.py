@@ -1,0 +1,31 @@
+"""Errors of the service as problem details (RFC 9457): what, wanted, got, and the way out."""
+
+from http import HTTPStatus
+from typing import Any
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(Exception):
+    """An answer that is an error. `detail` never holds a path of the server or a field of a DICOM header."""
+
+    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.status, self.detail, self.headers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the body of the answer."""
+        title = HTTPStatus(self.status).phrase
+        return {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail}
+
+
+def busy(detail: str, seconds: int) -> Problem:
+    """Return the answer of a service that takes no more just now."""
+    return Problem(503, f"{detail}; try again in {seconds} s", headers={"Retry-After": str(seconds)})
+
+
+def _rebuild(status: int, detail: str, headers: dict[str, str]) -> Problem:
+    return Problem(status, detail, headers=headers)

@@ -1,0 +1,176 @@
+"""What goes over HTTP, as the OpenAPI document describes it."""
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from aldm.translate import NOTICE
+from serve.jobs import Job
+
+
+class ProblemDetail(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="what is wrong, what was wanted, and the way out")
+
+
+class ModelName(BaseModel):
+    """Which model."""
+
+    name: str
+    hash: str
+
+
+class ResultLinks(BaseModel):
+    """Where the results for one target are."""
+
+    result: str
+    preview: str
+    uncertainty: str | None
+
+
+class Links(BaseModel):
+    """Where the parts of a job are."""
+
+    self: str
+    events: str
+    source: str
+    results: dict[str, ResultLinks]
+
+
+class JobView(BaseModel):
+    """A translation: what was asked for and where it stands."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    source: str
+    source_from: Literal["request", "file name", "header"]
+    targets: list[str]
+    sampler: str | None
+    num_inference_steps: int
+    num_samples: int
+    eta: float
+    seed: int
+    format: Literal["nii.gz", "dicom"]
+    progress: float = Field(ge=0, le=1)
+    queue_position: int | None
+    attempt: int = Field(description="how often it was begun: above 1 after a copy of the model died")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None
+    seconds_waited: float
+    seconds_running: float | None
+    error: ProblemDetail | None
+    model: ModelName
+    notice: str
+    links: Links
+
+
+class Sampler(BaseModel):
+    """A way to sample that goes with the model."""
+
+    name: str
+
+
+class Default(BaseModel):
+    """What is taken where a request says nothing."""
+
+    sampler: str | None
+    num_inference_steps: int
+    num_samples: int
+
+
+class Grid(BaseModel):
+    """The grid that volumes are resampled to."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+
+class ModelCard(BaseModel):
+    """A model and what was measured of it."""
+
+    name: str
+    description: str
+    hash: str
+    kind: str
+    modalities: list[str]
+    default: Default
+    samplers: list[Sampler]
+    card: list[dict[str, Any]] = Field(description="measured quality and latency per sampler and number of steps")
+    grid: Grid
+
+
+class Limits(BaseModel):
+    """What the service takes."""
+
+    max_upload_bytes: int
+    max_voxels: int
+    max_queue: int
+    max_samples: int
+    max_evaluations: int
+    keep_hours: float
+
+
+class Models(BaseModel):
+    """What the service offers."""
+
+    models: list[ModelCard]
+    limits: Limits
+    notice: str
+
+
+class Health(BaseModel):
+    """That the service is well."""
+
+    status: Literal["ok"]
+
+
+def job_view(values: dict[str, Any], now: float) -> JobView:
+    """Return a job as HTTP shows it.
+
+    Args:
+        values: what `JobStore.view` returned.
+        now: seconds since the epoch.
+    """
+    job = Job(**{name: value for name, value in values.items() if name not in ("queue_position", "expires")})
+    base = f"/v1/translations/{job.id}"
+    started = job.started or job.finished or now
+    return JobView(
+        **{
+            name: values[name]
+            for name in JobView.model_fields
+            if name in values and name not in ("error", "model", "links")
+        },
+        created_at=_time(job.created),
+        started_at=_time(job.started),
+        finished_at=_time(job.finished),
+        expires_at=_time(values["expires"]),
+        seconds_waited=round(started - job.created, 3),
+        seconds_running=None if job.started is None else round((job.finished or now) - job.started, 3),
+        error=None if job.error is None else ProblemDetail(**job.error),
+        model=ModelName(**job.model),
+        notice=NOTICE,
+        links=Links(
+            self=base,
+            events=f"{base}/events",
+            source=f"{base}/source",
+            results={
+                target: ResultLinks(
+                    result=f"{base}/result?target={target}",
+                    preview=f"{base}/preview.png?target={target}",
+                    uncertainty=f"{base}/uncertainty?target={target}" if job.num_samples > 1 else None,
+                )
+                for target in job.targets
+            },
+        ),
+    )
+
+
+def _time(seconds: float | None) -> Any:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,46 @@
+"""How a translation service is run: the arguments of `serve.app:build_app` and, as flags, of `aldm serve`."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+JOB_STORE = "aldm-jobs"
+"""Name of the actor that keeps the jobs."""
+NAMESPACE = "aldm-serve"
+
+
+class Settings(BaseModel):
+    """What a service needs to know. Paths are on the machines of the cluster; all replicas must see `work_dir`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="translator folder or models:/NAME@ALIAS; none takes the built-in one")
+    work_dir: str = Field("aldm-service", description="folder of uploads, jobs and results, on a shared file system")
+    token_file: str | None = Field(
+        None, description="file of hashed tokens (aldm serve --new-token); without one only this machine is answered"
+    )
+    num_replicas: int = Field(1, ge=1, description="copies of the model")
+    use_gpu: bool = Field(False, description="give each copy of the model a GPU")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="arithmetic; none takes the model's own")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a copy; none shares this machine's cores")
+    max_batch_size: int = Field(1, ge=1, le=64, description="translations that a copy makes in one pass")
+    max_memory_gb: float | None = Field(None, gt=0, description="most memory of a copy on a CPU, GB (10^9 bytes)")
+    max_queue: int = Field(8, ge=1, description="jobs waiting or being uploaded; more are answered 503")
+    max_upload_mb: float = Field(512, gt=0, description="largest request, MB (10^6 bytes)")
+    max_voxels: int = Field(2**26, ge=8, description="largest volume, voxels")
+    max_samples: int = Field(16, ge=1, description="most samples of one translation")
+    max_evaluations: int = Field(4096, ge=1, description="most network evaluations of one job, samples and targets in")
+    keep_hours: float = Field(24, gt=0, description="hours that a finished job and its results are kept")
+    max_folder_gb: float = Field(20, gt=0, description="largest work_dir, GB; the oldest finished jobs go first")
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Largest body of a request."""
+        return math.floor(self.max_upload_mb * 1e6)
+
+    @property
+    def folder(self) -> Path:
+        """The work folder, absolute."""
+        return Path(self.work_dir).expanduser().resolve()

@@ -1,0 +1,93 @@
+"""The job store as a named actor, and how ingress and workers talk to it across its restarts."""
+
+import asyncio
+import time
+from typing import Any
+
+from serve.jobs import JobStore
+from serve.problems import Problem
+from serve.settings import JOB_STORE, NAMESPACE, Settings
+
+CALL_S = 5.0
+"""A call without an answer for so long is made again."""
+PATIENCE_S = 60.0
+"""So long the store may be away (it is started again within seconds) before callers give up."""
+
+
+class StoreActor:
+    """`JobStore` in an actor: problems are returned, because Ray would wrap them."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._store = JobStore(Settings(**settings))
+
+    def call(self, method: str, *args: Any) -> tuple[Any, Problem | None]:
+        """Call a method of the store."""
+        try:
+            return getattr(self._store, method)(*args), None
+        except Problem as problem:
+            return None, problem
+
+
+def start_store(settings: Settings) -> "StoreHandle":
+    """Return the store; the first caller starts it. Ray starts it again when its process dies."""
+    import ray
+
+    actor = ray.remote(StoreActor).options(
+        name=JOB_STORE,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    return StoreHandle(actor.remote(settings.model_dump()))
+
+
+class StoreHandle:
+    """Calls the store, and again while it is being restarted; every method of the store can be called twice."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def call(self, method: str, *args: Any, patience_s: float = PATIENCE_S) -> Any:
+        """Call a method of `JobStore` and wait for its result.
+
+        Raises:
+            Problem: what the store refuses; 503 when it does not answer.
+        """
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                return _result(ray.get(self.actor.call.remote(method, *args), timeout=CALL_S))
+            except (RayActorError, GetTimeoutError) as error:
+                if time.monotonic() > until:
+                    raise _gone() from error
+                time.sleep(0.3)
+
+    async def acall(self, method: str, *args: Any) -> Any:
+        """As `call`, for coroutines."""
+        from ray.exceptions import RayActorError
+
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return _result(await asyncio.wait_for(self.actor.call.remote(method, *args), CALL_S))
+            except (RayActorError, TimeoutError) as error:
+                if time.monotonic() > until:
+                    raise _gone() from error
+                await asyncio.sleep(0.3)
+
+
+def _result(answer: tuple[Any, Problem | None]) -> Any:
+    value, problem = answer
+    if problem is not None:
+        raise problem
+    return value
+
+
+def _gone() -> Problem:
+    return Problem(503, "the job store does not answer; it is being restarted", headers={"Retry-After": "5"})

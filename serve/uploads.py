@@ -1,0 +1,160 @@
+"""An upload is accepted or refused: every check before anything is queued, and nothing kept of who the patient is."""
+
+import contextlib
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from aldm.errors import UserError
+from serve.files import keep_nifti, keep_series
+from serve.problems import Problem
+from serve.settings import Settings
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+MAX_ENTRIES = 4096
+"""Files of a zipped series."""
+MAX_RATIO = 100
+"""A file of a zip that grows more than this when it is unpacked is no image."""
+MAX_NAME = 255
+_BLOCK = 2**20
+_ALIASES = {
+    "t1ce": {"t1ce", "t1c", "t1gd", "t1post", "t1wce", "t1contrast"},
+    "flair": {"flair", "t2flair", "t2f", "tirm"},
+    "t2": {"t2", "t2w", "t2n", "t2tse"},
+    "pd": {"pd", "pdw"},
+    "t1": {"t1", "t1w", "t1n", "mprage", "mpr", "bravo", "t1mprage"},
+}
+_CONTRAST_WORDS = {"ce", "gd", "gad", "post", "contrast", "gadolinium"}
+
+
+def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> str:
+    """Check an upload and keep it in the folder of its job; return the words of its header, for `guess_source`.
+
+    Args:
+        stream: the upload, at its beginning.
+        name: what the client calls the file; only its ending is used.
+        folder: of the job, empty.
+        settings: the limits.
+
+    Raises:
+        Problem: 415 for another kind of file, 422 for what `aldm translate` refuses, 413 for a zip that grows too much;
+            the message names no path of the server.
+    """
+    suffix = next((one for one in (*NIFTI_SUFFIXES, ".zip") if name.lower().endswith(one)), None)
+    if suffix is None:
+        raise Problem(415, "volume: wanted a file named .nii, .nii.gz, or .zip (of one DICOM series)")
+    try:
+        return (
+            _accept_series(stream, folder, settings)
+            if suffix == ".zip"
+            else _accept_nifti(stream, suffix, folder, settings)
+        )
+    except UserError as error:
+        text = re.sub(re.escape(str(folder)) + r"/(series/\w+\.dcm|series|upload[.\w]*)", "volume", str(error))
+        raise Problem(422, text.replace(str(folder), "volume")) from error
+
+
+def guess_source(words: str, modalities: Iterable[str]) -> str | None:
+    """Return the modality that a file name or a header's description speaks of; None where it does not say."""
+    tokens = set(re.split(r"[^a-z0-9]+", words.lower()))
+    known = set(modalities)
+    found = [name for name, aliases in _ALIASES.items() if tokens & aliases]
+    if "t1" in found and tokens & _CONTRAST_WORDS:
+        found = ["t1ce" if name == "t1" else name for name in found]
+    if set(found) == {"flair", "t2"}:  # T2-weighted FLAIR
+        found = ["flair"]
+    return found[0] if len(set(found)) == 1 and found[0] in known else None
+
+
+def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Settings) -> str:
+    from aldm.data.volume import load_nifti
+
+    upload = folder / f"upload{suffix}"
+    try:
+        with upload.open("wb") as target:
+            shutil.copyfileobj(stream, target, _BLOCK)
+        volume, source = load_nifti(upload, max_voxels=settings.max_voxels)
+        header = source.parsed_header()
+        words = " ".join(bytes(header[name].tobytes()).decode("latin-1") for name in ("descrip", "intent_name"))
+        keep_nifti(folder, volume, source)
+        return words.replace("\0", " ")
+    finally:
+        upload.unlink(missing_ok=True)
+
+
+def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> str:
+    from aldm.data.dicom import read_series
+    from aldm.data.dicom_header import read_headers
+
+    series = folder / "series"
+    series.mkdir()
+    try:
+        _unpack(stream, series, settings)
+        volume, source = read_series(series, max_voxels=settings.max_voxels)
+        words = str(read_headers(series)[0][1].get("SeriesDescription", ""))
+        keep_series(folder, volume, source)
+        return words
+    finally:
+        shutil.rmtree(series, ignore_errors=True)
+
+
+def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
+    """Unpack a zip under names of our own, counting what comes out."""
+    with _opened(stream) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        if not entries:
+            raise Problem(422, "volume: the zip is empty, wanted the files of one DICOM series")
+        if len(entries) > MAX_ENTRIES:
+            raise Problem(413, f"volume: the zip holds {len(entries):,} files, the limit is {MAX_ENTRIES:,}")
+        left = 8 * settings.max_voxels + len(entries) * _BLOCK  # 64-bit voxels and a generous header each
+        for index, entry in enumerate(entries):
+            _check_entry(entry)
+            left -= _unpack_entry(archive, entry, folder / f"{index:05d}.dcm", left)
+
+
+def _check_entry(entry: zipfile.ZipInfo) -> None:
+    name = entry.filename
+    parts = re.split(r"[/\\]", name)
+    if len(name) > MAX_NAME or name.startswith(("/", "\\")) or ".." in parts or ":" in name or "\0" in name:
+        raise Problem(422, "volume: the zip holds a file whose name leaves the zip's folder or is too long")
+    if entry.flag_bits & 1:
+        raise Problem(422, "volume: the zip is encrypted; send it without a password")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise Problem(422, "volume: the zip holds a link, wanted files only")
+    if entry.file_size > _BLOCK and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
+        raise Problem(413, f"volume: a file of the zip grows more than {MAX_RATIO} times when unpacked; not unpacked")
+
+
+def _unpack_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, limit: int) -> int:
+    """Unpack one file of at most `limit` bytes and return how many there were."""
+    done = 0
+    try:
+        with archive.open(entry) as source, path.open("wb") as target:
+            while block := source.read(_BLOCK):
+                done += len(block)
+                if done > limit or (done > _BLOCK and done > MAX_RATIO * max(entry.compress_size, 1)):
+                    raise Problem(413, "volume: the zip unpacks to more than the largest volume; not unpacked further")
+                target.write(block)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise Problem(422, "volume: the zip is damaged or compressed in an unusual way; make it again") from error
+    except Exception as error:
+        if type(error).__module__ in ("zlib", "lzma", "_lzma"):
+            raise Problem(422, "volume: the zip is damaged; make it again") from error
+        raise
+    return done
+
+
+@contextlib.contextmanager
+def _opened(stream: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise Problem(422, "volume: not a zip file, or cut off") from error
+    with archive:
+        yield archive

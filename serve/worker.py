@@ -1,0 +1,201 @@
+"""A copy of the model that works on the queue: claims jobs, translates them, says every few seconds that it lives.
+
+Workers ask for work; nobody sends it to them. So neither the death of an ingress nor that of the store stops one, and
+the death of a worker costs its job one more attempt.
+"""
+
+import logging
+import os
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aldm.errors import UserError
+from serve.jobs import Job
+from serve.problems import Problem
+from serve.settings import Settings
+from serve.store import start_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aldm.data.preprocess import PreprocessRecord
+    from aldm.data.volume import Volume
+    from aldm.translate import Translator
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+BEAT_S = 2.0
+
+
+class Cancelled(Exception):
+    """Nothing that is being made is wanted any more."""
+
+
+class Worker:
+    """Translates jobs, one batch after another, in a thread of its own. Ray Serve keeps copies of it alive."""
+
+    def __init__(self, model_dir: str, settings: dict[str, Any]) -> None:
+        """Load the model and make one translation with it, so that a copy that says it is ready is.
+
+        Args:
+            model_dir: translator folder.
+            settings: of `Settings`.
+        """
+        self.settings = Settings(**settings)
+        self.name = uuid.uuid4().hex
+        self._translator = load(Path(model_dir), self.settings)
+        self._store = start_store(self.settings)
+        self._progress: dict[str, float] = {}
+        self._stop_jobs: set[str] = set()
+        self._leaving = threading.Event()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._work, self._beat)]
+        for thread in self._threads:
+            thread.start()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve; raising makes it start another copy."""
+        if not all(thread.is_alive() for thread in self._threads):
+            raise RuntimeError("the worker's thread has ended")
+
+    def pid(self) -> int:
+        """Return the id of the process that this runs in."""
+        return os.getpid()
+
+    def __del__(self) -> None:
+        """Finish the batch at hand before the copy goes; Ray Serve waits for it."""
+        if hasattr(self, "_leaving"):
+            self._leaving.set()
+            self._threads[0].join()
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _work(self) -> None:
+        while not self._leaving.is_set():
+            try:
+                jobs = self._store.call("claim", self.name, self.settings.max_batch_size)
+            except Problem:
+                logger.warning("the job store does not answer")
+                jobs = []
+            if jobs:
+                self._make(jobs)
+            else:
+                self._leaving.wait(POLL_S)
+
+    def _beat(self) -> None:
+        while not (self._leaving.is_set() and not self._threads[0].is_alive()):
+            if self._progress:
+                self._tell()
+            time.sleep(BEAT_S)
+
+    def _tell(self) -> None:
+        """Renew the leases and hear what is to be stopped."""
+        try:
+            self._stop_jobs.update(self._store.call("beat", self.name, dict(self._progress), patience_s=BEAT_S))
+        except Problem:
+            logger.warning("the job store does not answer; going on")
+
+    def _make(self, jobs: list[Job]) -> None:
+        """Make a batch; a job that fails is told why, the others go on."""
+        self._progress = {job.id: 0.0 for job in jobs}
+        self._stop_jobs = set()
+        problems: dict[str, Problem] = {}
+        try:
+            translate(self._translator, self.settings.folder / "jobs", jobs, problems, self._on_step)
+        except Cancelled:
+            pass
+        except UserError as error:
+            problems |= {job.id: Problem(422, str(error)) for job in jobs if job.id not in problems}
+        except Exception as error:  # one job must not end the service; the log keeps the traceback
+            logger.exception("a translation failed")
+            inside = f"internal error: {type(error).__name__}"
+            problems |= {job.id: Problem(500, inside) for job in jobs if job.id not in problems}
+        for job in jobs:
+            problem = problems.get(job.id)
+            try:
+                self._store.call("finish", self.name, job.id, problem and problem.as_dict())
+            except Problem:
+                logger.warning("the job store does not answer; the job will be made again")
+        self._progress = {}
+
+    def _on_step(self, jobs: list[Job], share: float) -> None:
+        """Note how far the batch is; after every network evaluation, and now and then in between.
+
+        Raises:
+            Cancelled: all of its jobs are.
+        """
+        self._progress = {job.id: share for job in jobs}
+        self._tell()
+        if all(job.id in self._stop_jobs for job in jobs):
+            raise Cancelled
+
+
+def load(folder: Path, settings: Settings) -> "Translator":
+    """Load a translator and warm it up.
+
+    Raises:
+        UserError: not a translator folder, or the memory limit is too small.
+    """
+    import torch
+
+    from aldm.translate import Request, Translator
+
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.num_replicas)
+    torch.set_num_threads(threads)
+    device = "cuda" if settings.use_gpu else "cpu"
+    translator = Translator.load(folder, device, precision=settings.precision, max_memory_gb=settings.max_memory_gb)
+    import numpy as np
+
+    names = translator.modalities
+    ramp = np.linspace(-1, 1, translator.config.preprocess.spatial_shape[2], dtype=np.float32)
+    code = translator.encode(np.broadcast_to(ramp, translator.config.preprocess.spatial_shape))
+    translator.translate_batch([Request(code, names[0], names[-1], 0)])
+    return translator
+
+
+def translate(
+    translator: "Translator", folder: Path, jobs: list[Job], problems: dict[str, Problem], on_step: Any
+) -> None:
+    """Translate jobs of one batch key and write their results.
+
+    Args:
+        translator: a loaded model.
+        folder: of all jobs.
+        jobs: to make; their volumes lie in folder/ID.
+        problems: what went wrong is noted here, by job.
+        on_step: called as on_step(jobs, share done).
+    """
+    from aldm.translate import Request
+    from serve.files import load_source, write_results
+
+    prepared: list[tuple[Job, Tensor, Volume, PreprocessRecord, Any]] = []
+    for job in jobs:
+        try:
+            volume, source = load_source(folder / job.id)
+            code, record = translator.prepare(volume)
+        except UserError as error:
+            problems[job.id] = Problem(422, str(error).replace(str(folder / job.id), "volume"))
+            continue
+        prepared.append((job, code, volume, record, source))
+    if not prepared:
+        return
+    first = prepared[0][0]
+    sampling = translator.sampling(
+        first.sampler, first.num_inference_steps if first.sampler else None, first.num_samples, first.eta
+    )
+    passes = max(len(job.targets) for job, *_ in prepared)
+    alive = [job for job, *_ in prepared]
+    for index in range(passes):
+        members = [item for item in prepared if index < len(item[0].targets)]
+        requests = [Request(code, job.source, job.targets[index], job.seed) for job, code, *_ in members]
+
+        def report(done: int, total: int, index: int = index) -> None:
+            on_step(alive, (index + done / total) / passes * 0.95)
+
+        results = translator.translate_batch(requests, sampling=sampling, on_step=report)
+        for (job, _, volume, record, source), request, result in zip(members, requests, results, strict=True):
+            made = translator.finished(result, request, volume, record, sampling)
+            write_results(folder / job.id, made, volume, source, job.format)
