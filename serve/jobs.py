@@ -167,7 +167,6 @@ class JobStore:
     def view(self, job: Job) -> dict[str, Any]:
         """Return what the client sees of a job; times in seconds since the epoch."""
         values = asdict(job)
-        del values["owner"]
         waiting = job.id in self._queue
         values["queue_position"] = self._queue.index(job.id) if waiting else None
         values["expires"] = None if job.finished is None else job.finished + 3600 * self.settings.keep_hours
