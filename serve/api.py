@@ -248,11 +248,13 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI}
         view = await service.submit(request, volume, values, [target])
         owner = request.state.owner
-        while view.state not in FINISHED:
-            if await request.is_disconnected():
-                await service.store.acall("cancel", view.id, owner)
-            await asyncio.sleep(WAIT_S)
-            view = await service.view(view.id, owner)
+        try:
+            while view.state not in FINISHED:
+                await asyncio.sleep(WAIT_S)
+                view = await service.view(view.id, owner)
+        except asyncio.CancelledError:  # the client hung up
+            service.store.tell("cancel", view.id, owner)
+            raise
         if view.error is not None:
             raise Problem(view.error.status, view.error.detail)
         if view.state != DONE:

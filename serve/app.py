@@ -48,6 +48,7 @@ def build_app(args: Settings) -> "Application":
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if args.use_gpu else 0},
         graceful_shutdown_timeout_s=LONGEST_JOB_S,
         health_check_period_s=2,
+        logging_config={"enable_access_log": False},
     )
     api = serve.deployment(serve.ingress(build)()).options(
         name="api",
@@ -55,6 +56,7 @@ def build_app(args: Settings) -> "Application":
         max_queued_requests=MAX_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
+        logging_config={"enable_access_log": False},
     )
     return api.bind(worker.bind(str(model.folder), settings))
 

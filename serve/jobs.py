@@ -5,6 +5,7 @@ of it, so a store that is killed and started again knows every job. A worker cla
 few seconds that it lives; when it stops doing so the job goes back to the head of the queue.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -133,11 +134,11 @@ class JobStore:
         if job.id not in self._jobs:
             if self._tickets.pop(ticket, None) is None and len(self._queue) >= self.settings.max_queue:
                 raise busy("the upload took too long and lost its place", 5)
+            self._save(job)
             self._jobs[job.id] = job
             self._sizes[job.id] = _size(self.folder / job.id)
             self._queue.append(job.id)
             self._totals["accepted"] += 1
-            self._save(job)
         return self.view(job)
 
     def get(self, job_id: str, owner: str) -> dict[str, Any]:
@@ -350,11 +351,15 @@ class JobStore:
         return max(1, min(120, round(sum(self._durations) / len(self._durations))))
 
     def _save(self, job: Job) -> None:
-        """Write a job's record whole. Not synced to the disk: it has to outlive a process, not the machine's power."""
+        """Write a job's record whole. Not synced to the disk: it has to outlive a process, not the machine's power.
+
+        A job whose folder is gone (its client hung up while it was queued) has no record; its worker will fail it.
+        """
         path = self.folder / job.id / JOB_FILE
         temporary = path.with_name(f".{JOB_FILE}")
-        temporary.write_text(json.dumps(asdict(job)))
-        os.replace(temporary, path)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.write_text(json.dumps(asdict(job)))
+            os.replace(temporary, path)
 
 
 def new_id() -> str:

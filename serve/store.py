@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from serve.jobs import JobStore
-from serve.problems import Problem
+from serve.problems import Problem, busy
 from serve.settings import JOB_STORE, NAMESPACE, Settings
 
 CALL_S = 5.0
@@ -26,6 +26,8 @@ class StoreActor:
             return getattr(self._store, method)(*args), None
         except Problem as problem:
             return None, problem
+        except OSError as error:
+            return None, busy(f"the service's folder cannot be used: {error.strerror}", 30)
 
 
 def start_store(settings: Settings) -> "StoreHandle":
@@ -67,6 +69,10 @@ class StoreHandle:
                 if time.monotonic() > until:
                     raise _gone() from error
                 time.sleep(0.3)
+
+    def tell(self, method: str, *args: Any) -> None:
+        """Call a method of `JobStore` without waiting."""
+        self.actor.call.remote(method, *args)
 
     async def acall(self, method: str, *args: Any) -> Any:
         """As `call`, for coroutines."""

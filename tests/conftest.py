@@ -1,9 +1,12 @@
 """Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from service import RunningService
+from untrained import save_untrained
 
 from aldm.data.phantom import write_phantom
 from aldm.data.preparing import prepare_store
@@ -72,6 +75,16 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """One translation service for the whole test run, of an untrained tiny() model for t1, t2 and pd."""
+    folder = tmp_path_factory.mktemp("service")
+    diffusion = replace(tiny().diffusion, num_train_timesteps=1000)  # so that a job can be made to last
+    model = save_untrained(folder / "model", diffusion=diffusion)
+    with RunningService(model, folder / "work") as running:
+        yield running
 
 
 def _prepared(tree: Path, layout: str, out: Path) -> VolumeStore:

@@ -1,0 +1,183 @@
+"""A translation service of its own for a test: `aldm serve` in a process, as a user starts it."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+
+START_S, END_S = 180.0, 120.0
+"""The longest waits for start and end, on a machine that is busy with other things."""
+FINISHED = ("done", "failed", "cancelled")
+
+
+class RunningService:
+    """`aldm serve` on a free port of this machine; use it in a `with` block.
+
+    Attributes:
+        url: where it answers.
+        folder: the model that it serves.
+        work_dir: where it keeps its jobs.
+        client: sends to it.
+    """
+
+    def __init__(self, folder: Path, work_dir: Path, *flags: str, token: str | None = None) -> None:
+        """Choose what is run; nothing is started before the `with` block.
+
+        Args:
+            folder: translator folder.
+            work_dir: for its jobs.
+            flags: more of `aldm serve`'s.
+            token: that the client sends.
+        """
+        self.folder, self.work_dir, self.flags = folder, work_dir, flags
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self.client = httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> "RunningService":
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        words = [sys.executable, "-m", "aldm.cli", "serve", "--model", str(self.folder), "--port", str(self.port)]
+        words += ["--work-dir", str(self.work_dir), *self.flags]
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.log = self.work_dir / "service.log"
+        with self.log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                words, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self._await_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            self.kill()
+            self.client.close()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the service a signal, wait for its end, and return its exit code."""
+        assert self._process is not None
+        self.processes()
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        return self._process.wait(END_S)
+
+    def kill(self) -> None:
+        """End every process that the service started and that is still there."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(list(self._seen), timeout=10)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the living processes of the service."""
+        assert self._process is not None
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self._process.pid)
+            self._seen |= {root, *root.children(recursive=True)}
+        return [process for process in self._seen if _alive(process)]
+
+    def process_of(self, title: str) -> psutil.Process:
+        """Return the one process whose title holds a word: StoreActor, :model, :api."""
+        found = [process for process in self.processes() if title in _title(process)]
+        assert len(found) == 1, [_title(process) for process in self.processes()]
+        return found[0]
+
+    def resident_bytes(self) -> int:
+        """Return the memory of all processes together; pages that several share are counted once for each."""
+        total = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    def submit(self, volume: Path, **fields: Any) -> dict[str, Any]:
+        """Queue a translation and return the job."""
+        answer = self.post("/v1/translations", volume, **fields)
+        assert answer.status_code == 202, answer.text
+        job: dict[str, Any] = answer.json()
+        assert answer.headers["location"] == job["links"]["self"]
+        return job
+
+    def post(self, path: str, volume: Path, **fields: Any) -> httpx.Response:
+        """Send a volume with form fields."""
+        with volume.open("rb") as stream:
+            return self.client.post(path, files={"volume": (volume.name, stream)}, data=fields)
+
+    def job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Return where a job stands, as long as it takes the service to answer (it may be restarting)."""
+        until = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                answer = self.client.get(job["links"]["self"])
+                if answer.status_code < 500:
+                    assert answer.status_code == 200, answer.text
+                    view: dict[str, Any] = answer.json()
+                    return view
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.2)
+
+    def wait(self, job: dict[str, Any], *states: str) -> dict[str, Any]:
+        """Return a job once it is in one of the states (none: once it is finished)."""
+        until = time.monotonic() + START_S
+        while (view := self.job(job))["state"] not in (states or FINISHED):
+            assert time.monotonic() < until, view
+            time.sleep(0.1)
+        return view
+
+    def result(self, job: dict[str, Any], target: str, kind: str = "result") -> bytes:
+        """Return a file of a finished job."""
+        answer = self.client.get(job["links"]["results"][target][kind])
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    def _await_ready(self) -> None:
+        assert self._process is not None
+        until = time.monotonic() + START_S
+        while f"ready: {self.url}" not in self.log.read_text():
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+        self.processes()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, below those that the system gives to outgoing connections."""
+    ports = list(range(21_000, 31_000))
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
