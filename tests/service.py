@@ -53,12 +53,13 @@ class RunningService:
         words += ["--work-dir", str(self.work_dir), *self.flags]
         self.work_dir.mkdir(parents=True, exist_ok=True)
         self.log = self.work_dir / "service.log"
-        with self.log.open("ab") as stream:
+        with self.log.open("wb") as stream:
             self._process = subprocess.Popen(
                 words, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            self._await_ready()
+            self.await_log("ready: http")
+            self.processes()
         except BaseException:
             self.kill()
             raise
@@ -80,6 +81,20 @@ class RunningService:
         if self._process.poll() is None:
             self._process.send_signal(number)
         return self._process.wait(END_S)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the service a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def await_log(self, words: str) -> None:
+        """Wait until the service has said something."""
+        assert self._process is not None
+        until = time.monotonic() + START_S
+        while words not in self.log.read_text():
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
 
     def kill(self) -> None:
         """End every process that the service started and that is still there."""
@@ -149,15 +164,6 @@ class RunningService:
         answer = self.client.get(job["links"]["results"][target][kind])
         assert answer.status_code == 200, answer.text
         return answer.content
-
-    def _await_ready(self) -> None:
-        assert self._process is not None
-        until = time.monotonic() + START_S
-        while f"ready: {self.url}" not in self.log.read_text():
-            assert self._process.poll() is None, self.log.read_text()
-            assert time.monotonic() < until, self.log.read_text()
-            time.sleep(0.1)
-        self.processes()
 
 
 def free_port() -> int:
