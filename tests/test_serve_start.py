@@ -1,0 +1,130 @@
+"""What `aldm serve` refuses before it starts anything, its tokens, and what it guesses of a file."""
+
+import hashlib
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from untrained import save_untrained
+
+from aldm.cli import main
+from aldm.data.modalities import MODALITIES
+from aldm.errors import UserError
+from serve.jobs import locked
+from serve.security import new_token, owner_of, read_tokens
+from serve.uploads import guess_source
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("translators") / "model")
+
+
+def start(model: Path | str, work: Path, *flags: object) -> int:
+    return main(["serve", "--model", str(model), "--work-dir", str(work), "--dry-run", *map(str, flags)])
+
+
+def test_a_dry_run_says_what_would_be_served(model, tmp_path, capsys):
+    assert start(model, tmp_path / "work", "--port", 21877, "--max-queue", 3) == 0
+    said = capsys.readouterr().out
+    assert "would listen on 127.0.0.1:21877 and answer clients on this machine" in said
+    assert str(tmp_path / "work") in said
+    assert "memory of a copy" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is more than this machine, so tokens are needed"),
+        (["--host", "nowhere.invalid", "--token-file", "TOKENS"], "cannot listen there"),
+        (["--port", "0"], "--port is 0, wanted 1 to 65535"),
+        (["--max-queue", "0"], "--max-queue is 0"),
+        (["--max-upload-mb", "-1"], "--max-upload-mb is -1"),
+        (["--precision", "fp16"], "fp16"),
+        (["--token-file", "missing"], "--token-file"),
+        (["--preset", "tiny"], "a served model carries its own configuration"),
+        (["--set", "sampling.num_samples=2"], "a served model carries its own configuration"),
+        (["--max-memory-gb", "0.01"], "memory"),
+        (["--new-token", "a b", "--token-file", "TOKENS"], "--new-token is 'a b'"),
+        (["--new-token", "ward"], "give --token-file FILE as well"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(model, tmp_path, capsys, flags, words):
+    tokens = tmp_path / "tokens"
+    new_token(tokens, "someone")
+    try:
+        code = start(model, tmp_path / "work", *[str(tokens) if flag == "TOKENS" else flag for flag in flags])
+    except SystemExit as error:  # argparse
+        code = error.code
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_is_none_is_refused(tmp_path, capsys):
+    assert start(tmp_path / "missing", tmp_path / "work") == 2
+    assert "is not a checkpoint folder" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_port_or_folder_in_use_is_refused(model, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert start(model, tmp_path / "work", "--port", port) == 2
+        assert f"--port {port}: cannot listen there" in capsys.readouterr().err
+    with locked(tmp_path / "work"):
+        assert start(model, tmp_path / "work", "--port", 21878) == 2
+        assert "in use by another service" in capsys.readouterr().err
+    assert start(model, tmp_path / "work", "--port", 21878) == 0
+
+
+def test_tokens_are_kept_as_hashes(tmp_path, capsys):
+    path = tmp_path / "tokens"
+    assert main(["serve", "--new-token", "ward-1", "--token-file", str(path)]) == 0
+    token = capsys.readouterr().out.strip()
+    other = new_token(path, "ward-2")
+    assert token not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    tokens = read_tokens(path)
+    assert tokens["ward-1"] == hashlib.sha256(token.encode()).hexdigest()
+    assert owner_of(f"Bearer {token}", tokens) == "ward-1"
+    assert owner_of(f"bearer {other}", tokens) == "ward-2"
+    for header in ("", "Bearer", f"Basic {token}", "Bearer ", f"Bearer {token}x", f"Bearer {tokens['ward-1']}", token):
+        assert owner_of(header, tokens) is None
+    with pytest.raises(UserError, match="has a token named ward-1 already"):
+        new_token(path, "ward-1")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "ward secret\n", "ward " + "0" * 63 + "\n", "local " + "0" * 64])
+def test_a_file_without_good_tokens_is_refused(tmp_path, text):
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(UserError, match="--token-file"):
+        read_tokens(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("BraTS2021_00001_t1.nii.gz", "t1"),
+        ("BraTS2021_00001_t1ce.nii.gz", "t1ce"),
+        ("BraTS2021_00001_flair.nii.gz", "flair"),
+        ("IXI002-Guys-0828-T2.nii.gz", "t2"),
+        ("IXI002-Guys-0828-PD.nii.gz", "pd"),
+        ("sub-01_ce-gad_T1w.nii.gz", "t1ce"),
+        ("sub-01_T1w.nii.gz", "t1"),
+        ("BraTS-GLI-00000-000-t1c.nii.gz", "t1ce"),
+        ("BraTS-GLI-00000-000-t2f.nii.gz", "flair"),
+        ("t1_mprage_sag", "t1"),
+        ("AX T1 POST GAD", "t1ce"),
+        ("t2_flair_tra", "flair"),
+        ("t1_and_t2", None),
+        ("scan.nii.gz", None),
+        ("", None),
+    ],
+)
+def test_the_modality_is_read_from_names(words, wanted):
+    assert guess_source(words, MODALITIES) == wanted
+    if wanted is not None:
+        assert guess_source(words, [name for name in MODALITIES if name != wanted]) is None
