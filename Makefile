@@ -1,5 +1,5 @@
 # make demo    everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
-# make test    formatting, lint, types, import layers and all tests
+# make test    formatting, lint, types, import layers and all tests (with Chromium, which it installs on Debian and Ubuntu)
 # make docs    write the generated pages of docs/ again
 # make clean   remove what these targets made, the environment included (results in demo/ stay)
 #
@@ -21,6 +21,7 @@ demo: $(STAMP)
 	$(BIN)/aldm demo --out demo
 
 test: $(STAMP)
+	bash .ci/find-chromium
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

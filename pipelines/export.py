@@ -1,6 +1,7 @@
 """aldm export: put trained stages together into a translator folder, which is all that using the model needs."""
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, override
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
+from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         model = aldm_model(args.codec, args.ms_spade, args.diffusion)
     model = replace(model, config=used_config(model, args.set, args.precision))
+    if args.half:
+        model = replace(model, weights=halved(model.weights))
     number = sum(tensor.numel() for tensor in model.weights.values())
     if args.dry_run:
         print(f"would write {args.out}: a model of kind {model.kind}, {number:,} numbers")
@@ -59,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         digest = write_checkpoint(
             temporary, kind=model.kind, config=model.config, weights=model.weights, meta=model.meta
         )
-        (temporary / CARD).write_text(model_card(model, digest))
+        scores = None if args.scores is None else read_scores(args.scores, digest)
+        (temporary / CARD).write_text(model_card(model, digest, scores))
+        if scores is not None:
+            (temporary / SCORES_CARD).write_text(json.dumps(scores, indent=1) + "\n")
     print(f"{args.out}: {model.kind} model for {', '.join(model.config.modalities)}, hash {digest[:12]}")
     if args.register is not None:
         _register(args)
@@ -136,6 +140,21 @@ def unet_model(run: Path) -> Model:
     )
 
 
+def halved(weights: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return weights with the 32-bit floating-point ones in 16 bits: half the file; whoever loads them computes in 32.
+
+    Raises:
+        UserError: a weight that 16 bits do not hold.
+    """
+    import torch
+
+    smaller = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
+    lost = [name for name, tensor in smaller.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if lost:
+        raise UserError(f"--half: {lost[0]} holds numbers beyond 16 bits: export without it")
+    return smaller
+
+
 def used_config(model: Model, assignments: Sequence[str], precision: str | None) -> Config:
     """Return the model's configuration with the way that it is used by default changed: sampling and precision.
 
@@ -154,60 +173,6 @@ def used_config(model: Model, assignments: Sequence[str], precision: str | None)
             config.diffusion, sampling.sampler, sampling.num_inference_steps, sampling.num_samples, sampling.eta
         )
     return config if precision is None else replace(config, precision=precision)
-
-
-def model_card(model: Model, digest: str) -> str:
-    """Return the README.md of a translator folder."""
-    data, config = model.meta["data"], model.config
-    spacing = " x ".join(f"{side:g}" for side in config.preprocess.spacing_mm)
-    shape = " x ".join(map(str, config.preprocess.spatial_shape))
-    subjects = ", ".join(f"{number} {split}" for split, number in data["num_subjects"].items())
-    names = ", ".join(config.modalities)
-    if model.kind == "aldm":
-        how = (
-            f"Codec {config.codec.kind}, MS-SPADE and a U-Net with objective {config.diffusion.objective}; by default "
-            f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
-        )
-    else:
-        how = "A plain 3D regression U-Net: source volume in, target volume out, one evaluation."
-    scores = [
-        f"| {run['stage']} | {run['step']} | {name} | {value:.4g} |"
-        for run in model.meta["training"]
-        for name, value in run["validation"].items()
-    ]
-    return "\n".join(
-        [
-            f"# {model.kind}: translation between {names}",
-            "",
-            f"Translates a 3D MR volume of any of {names} into any other of them. {how}",
-            "",
-            "    aldm translate INPUT OUTPUT --model THIS_FOLDER "
-            f"--source {config.modalities[0]} --target {config.modalities[-1]}",
-            "",
-            "## Data",
-            "",
-            f"Layout {data['layout']}, subjects: {subjects}. Volumes are resampled to {spacing} mm, a box of {shape} "
-            f"voxels, percentiles {config.preprocess.lower_percentile:g} to {config.preprocess.upper_percentile:g} "
-            f"scaled to [-1, 1]. Fingerprint {data['fingerprint']}.",
-            "",
-            "## Scores",
-            "",
-            "On validation subjects, whole volumes, measured while training; `aldm evaluate` measures the test split.",
-            "",
-            "| training | steps | score | value |",
-            "|---|---|---|---|",
-            *(scores or ["| - | - | no validation subjects | - |"]),
-            "",
-            "## Limits",
-            "",
-            "For research use only. Not a medical device and not for diagnosis: the result is synthetic, it can invent "
-            "structures and leave out lesions. It is fit for volumes like its training data only: other scanners, "
-            "sequences, ages, pathologies and parts of the body are not covered unless the data above hold them.",
-            "",
-            f"Preset {config.preset}, seed {config.seed}, weights {digest}.",
-            "",
-        ]
-    )
 
 
 def _codec_training(codec: str) -> list[dict[str, Any]]:
@@ -249,6 +214,18 @@ def _parser() -> JobParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="the translator folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="keep the weights as 16-bit numbers: half the size; measure what that costs with aldm evaluate",
+    )
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="DIR",
+        help="evaluation of this very model (aldm evaluate --out DIR), to be kept in its card, which the service shows "
+        "(default: the card has the trainings' own validation scores alone)",
+    )
     parser.add_argument(
         "--register",
         metavar="NAME",

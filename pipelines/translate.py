@@ -5,13 +5,12 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from aldm.config import SAMPLERS, SamplingConfig
+from aldm.config import SAMPLERS
 from aldm.data.modalities import MODALITIES, modality_index
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
-from aldm.progress import progress
 from pipelines.arguments import JobParser, job_parser
 from pipelines.translate_files import (
     DICOM,
@@ -25,18 +24,19 @@ from pipelines.translate_files import (
     plan_tasks,
     read_input,
     write_results,
-    writing,
 )
-from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
+from pipelines.translate_local import LocalModel
+from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
+from pipelines.translator_arguments import add_translator_arguments
 
 if TYPE_CHECKING:
-    from aldm.translate import Translator
+    pass
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Translate 3D MR volumes into another modality. The result has exactly the input's grid: shape, affine,
 qform and sform codes, units. It is synthetic, for research use only, and a JSON file beside it says how it was made."""
-ALL = "all"
+ALL, AUTO = "all", "auto"
 EXIT_FAILED = 2
 
 
@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"wanted one INPUT and one OUTPUT, got {2 + len(args.surplus)} names: put a glob into quotes, such as "
             "'scans/*_t1.nii.gz', or the shell expands it"
         )
-    config = model_config(args.model, args)
-    targets = config.modalities if args.target == ALL else (args.target,)
-    for name in (args.source, *targets):
-        modality_index(name, config.modalities)
+    maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
+    targets = maker.modalities if args.target == ALL else (args.target,)
+    guessed = args.server is not None and args.source == AUTO
+    for name in targets if guessed else (args.source, *targets):
+        modality_index(name, maker.modalities)
     inputs, is_batch = find_inputs(args.input)
     into_folder = is_batch or len(targets) > 1
     tasks = plan_tasks(
@@ -73,15 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not is_batch:
             check_outputs(tasks[0], format=args.format, overwrite=args.overwrite)
-        translator = load_translator(args.model, config, args)
-        sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
-        if args.uncertainty is not None and sampling.num_samples < 2:
-            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+        maker.load()
         if args.dry_run:
-            return _dry_run(tasks, translator, sampling, args)
+            return _dry_run(tasks, maker, args)
         if is_batch:
-            return _translate_batch(tasks, translator, sampling, args)
-        _translate(tasks[0], translator, sampling, args)
+            return _translate_batch(tasks, maker, args)
+        maker.make(tasks[0])
         for output in tasks[0].outputs:
             print(f"{output.path}: {output.target} from {args.source}, synthetic; made as {output.sidecar.name} says")
         return 0
@@ -91,38 +89,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder.rmdir()
 
 
-def _translate(task: Task, translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace) -> None:
-    """Translate one input into every target; all results appear, or none."""
-    overwrite, keep_patient = args.overwrite, args.keep_patient
-    with writing(task, format=args.format, overwrite=overwrite, keep_patient=keep_patient) as writer:
-        volume, source = read_input(task, args.max_voxels)
-        targets = [output.target for output in task.outputs]
-        evaluations = sampling.num_inference_steps * sampling.num_samples * len(targets)
-        with progress(total=evaluations, description=task.path.name, unit="step") as bar:
-            results = translator.translate_each(
-                volume,
-                args.source,
-                targets,
-                sampling=sampling,
-                seed=args.seed,
-                intensity=args.intensity,
-                on_step=lambda done, total: bar.update(),
-            )
-            for output, result in zip(task.outputs, results, strict=True):
-                result.provenance["input"] = task.path.name
-                writer.write(output, result, source)
+class Maker(Protocol):
+    """What translates inputs: a model here, or a service."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that it knows."""
+
+    def load(self) -> None:
+        """Get ready; raises UserError for what every input would fail with."""
+
+    def make(self, task: Task) -> None:
+        """Translate one input into every target; all results appear, or none."""
+
+    def describe(self) -> list[str]:
+        """Return lines that say how it would translate."""
 
 
-def _translate_batch(
-    tasks: Sequence[Task], translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace
-) -> int:
+def _translate_batch(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
     """Translate one input after another, whatever happens to each; results.csv grows line by line."""
     results: list[Result] = []
     failed = 0
     for task in tasks:
         start, message = time.perf_counter(), ""
         try:
-            _translate(task, translator, sampling, args)
+            maker.make(task)
         except UserError as error:
             message = str(error)
             logger.error("%s failed: %s", task.path, message)
@@ -139,12 +130,8 @@ def _translate_batch(
     return EXIT_FAILED if failed else 0
 
 
-def _dry_run(
-    tasks: Sequence[Task], translator: "Translator", sampling: SamplingConfig, args: argparse.Namespace
-) -> int:
-    """Read every input, say what would be written and how much memory that takes."""
-    from aldm.memory import gigabytes, resident_bytes
-
+def _dry_run(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
+    """Read every input, say what would be written and how."""
     failed = 0
     for task in tasks:
         try:
@@ -158,13 +145,7 @@ def _dry_run(
         print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm")
         for output in task.outputs:
             print(f"  {args.source} -> {output.target}: {output.path}")
-    if translator.kind == "aldm":
-        print(
-            f"sampler {sampling.sampler}, {sampling.num_inference_steps} steps, {sampling.num_samples} samples, "
-            f"eta {sampling.eta:g}, seed {args.seed}"
-        )
-    held, needed = resident_bytes(), translator.predictor.needed_bytes()
-    print(f"memory: program and weights {gigabytes(held)} GB, a translation at least {gigabytes(needed)} GB more")
+    print("\n".join(maker.describe()))
     return EXIT_FAILED if failed else 0
 
 
@@ -183,9 +164,24 @@ def _parser() -> JobParser:
         f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
     )
     parser.add_argument("surplus", nargs="*", help=argparse.SUPPRESS)  # what an unquoted glob leaves over
-    add_translator_arguments(parser)
+    add_translator_arguments(parser, needs_model=False)
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="let a service (aldm serve) do it, such as the one at http://127.0.0.1:8000 (default: this machine)",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help=f"with --server: file that holds its token (default: {TOKEN_VARIABLE} of the environment)",
+    )
     names = ", ".join(MODALITIES)
-    parser.add_argument("--source", required=True, help=f"modality of the input ({names}; the model may know fewer)")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help=f"modality of the input ({names}; the model may know fewer); with --server also {AUTO}: by its name",
+    )
     parser.add_argument("--target", required=True, help=f"wanted modality, or {ALL} for every one that the model knows")
     parser.add_argument(
         "--sampler", metavar="S", help=f"{', '.join(SAMPLERS)}; those that go with the model (default: the model's)"

@@ -2,7 +2,10 @@
 
 import csv
 import glob
+import gzip
+import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
-from aldm.files import atomic_path, check_folder
+from aldm.files import atomic_folder, atomic_path, check_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,10 +255,27 @@ class Writer:
             record["uncertainty"] = output.uncertainty.name
         self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
 
+    def put(self, output: Output, files: "Files") -> None:
+        """Write one translation that was made elsewhere."""
+        record = {"output": output.path.name, **files.provenance}
+        if self._format == DICOM:
+            self._series.append(lambda: _unpack(files.result, output.path, self._overwrite))
+        else:
+            self._put_nifti(output.path, files.result)
+        if output.uncertainty is not None:
+            assert files.uncertainty is not None, "several samples were asked for"
+            self._put_nifti(output.uncertainty, files.uncertainty)
+            record["uncertainty"] = output.uncertainty.name
+        self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
+
     def finish(self) -> None:
         """Write the DICOM series, which appear at once, after everything else has been computed."""
         for write in self._series:
             write()
+
+    def _put_nifti(self, path: Path, content: bytes) -> None:
+        is_compressed = path.name.lower().endswith(".gz")
+        self._temporary[path].write_bytes(content if is_compressed else gzip.decompress(content))
 
     def _write_nifti(
         self, path: Path, data: "np.ndarray", volume: "Volume", source: "NiftiSource | DicomSource", description: str
@@ -282,6 +302,29 @@ class Writer:
                 overwrite=self._overwrite,
             )
         )
+
+
+@dataclass(frozen=True)
+class Files:
+    """One translation as files of a translation service."""
+
+    result: bytes
+    """A .nii.gz file, or a zip of a DICOM series."""
+    uncertainty: bytes | None
+    """A .nii.gz file; None where it was not asked for."""
+    provenance: dict[str, Any]
+
+
+def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
+    """Write the files of a zip into a folder, which appears at once."""
+    from aldm.data.dicom import FIRST_FILE
+
+    with (
+        atomic_folder(folder, overwrite, marker=FIRST_FILE) as temporary,
+        zipfile.ZipFile(io.BytesIO(content)) as archive,
+    ):
+        for entry in archive.infolist():
+            (temporary / Path(entry.filename).name).write_bytes(archive.read(entry))
 
 
 def describe(made: dict[str, Any]) -> str:

@@ -18,10 +18,15 @@ CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointi
 """What may differ from a trained model's own configuration; trainings (train_*) have no say either."""
 
 
-def add_translator_arguments(parser: JobParser) -> None:
+def add_translator_arguments(parser: JobParser, *, needs_model: bool = True) -> None:
     """Add the flags that choose a translator and its limits."""
+    words = "translator folder, written by aldm export"
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="translator folder, written by aldm export"
+        "--model",
+        type=Path,
+        required=needs_model,
+        metavar="DIR",
+        help=words if needs_model else f"{words} (default: the small model that ships with the package)",
     )
     parser.add_argument(
         "--max-memory-gb",

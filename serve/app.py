@@ -59,4 +59,3 @@ def build_app(args: Settings) -> "Application":
         logging_config={"enable_access_log": False},
     )
     return api.bind(worker.bind(str(model.folder), settings))
-

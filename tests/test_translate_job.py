@@ -23,7 +23,7 @@ from test_dicom import make_series
 from test_translate import translator
 from untrained import save_untrained
 
-import pipelines.translate
+import pipelines.translate_local
 from aldm.cli import main
 from aldm.presets import small
 
@@ -59,7 +59,7 @@ def echo(monkeypatch):
 
     def install(**preprocess):
         known = translator(**preprocess)
-        monkeypatch.setattr(pipelines.translate, "load_translator", lambda *_: known)
+        monkeypatch.setattr(pipelines.translate_local, "load_translator", lambda *_: known)
 
     return install
 
@@ -219,14 +219,14 @@ def test_a_bug_on_one_file_is_told_and_the_others_go_on(model, tmp_path, monkeyp
     (tmp_path / "in").mkdir()
     for name in "abc":
         write(tmp_path / "in" / f"{name}.nii", affine=np.diag([8.0, 8, 8, 1]))
-    read = pipelines.translate.read_input
+    read = pipelines.translate_local.read_input
 
     def broken(task, limit):
         if task.path.name == "b.nii":
             raise ZeroDivisionError("oh")
         return read(task, limit)
 
-    monkeypatch.setattr(pipelines.translate, "read_input", broken)
+    monkeypatch.setattr(pipelines.translate_local, "read_input", broken)
     assert run(tmp_path / "in", tmp_path / "out", model=model) == 2
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [r["status"] for r in rows] == ["ok", "failed", "ok"]

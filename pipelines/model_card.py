@@ -1,0 +1,142 @@
+"""What a translator folder says of itself: README.md for people, card.json with measured scores for the service."""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aldm.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.export import Model
+
+CARD, SCORES_CARD = "README.md", "card.json"
+_FIELDS = ("psnr_db", "nmse", "ssim")
+
+
+def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None) -> str:
+    """Return the README.md of a translator folder.
+
+    Args:
+        model: what the folder holds.
+        digest: hash of its weights.
+        scores: what `read_scores` returned; None where the model was not evaluated.
+    """
+    data, config = model.meta["data"], model.config
+    spacing = " x ".join(f"{side:g}" for side in config.preprocess.spacing_mm)
+    shape = " x ".join(map(str, config.preprocess.spatial_shape))
+    subjects = ", ".join(f"{number} {split}" for split, number in data["num_subjects"].items())
+    names = ", ".join(config.modalities)
+    if model.kind == "aldm":
+        how = (
+            f"Codec {config.codec.kind}, MS-SPADE and a U-Net with objective {config.diffusion.objective}; by default "
+            f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
+        )
+    else:
+        how = "A plain 3D regression U-Net: source volume in, target volume out, one evaluation."
+    validation = [
+        f"| {run['stage']} | {run['step']} | {name} | {value:.4g} |"
+        for run in model.meta["training"]
+        for name, value in run["validation"].items()
+    ]
+    return "\n".join(
+        [
+            f"# {model.kind}: translation between {names}",
+            "",
+            f"Translates a 3D MR volume of any of {names} into any other of them. {how}",
+            "",
+            "    aldm translate INPUT OUTPUT --model THIS_FOLDER "
+            f"--source {config.modalities[0]} --target {config.modalities[-1]}",
+            "",
+            "## Data",
+            "",
+            f"Layout {data['layout']}, subjects: {subjects}. Volumes are resampled to {spacing} mm, a box of {shape} "
+            f"voxels, percentiles {config.preprocess.lower_percentile:g} to {config.preprocess.upper_percentile:g} "
+            f"scaled to [-1, 1]. Fingerprint {data['fingerprint']}.",
+            "",
+            "## Scores",
+            "",
+            "On validation subjects, whole volumes, measured while training; `aldm evaluate` measures the test split.",
+            "",
+            "| training | steps | score | value |",
+            "|---|---|---|---|",
+            *(validation or ["| - | - | no validation subjects | - |"]),
+            "",
+            *_measured(scores),
+            "## Limits",
+            "",
+            "For research use only. Not a medical device and not for diagnosis: the result is synthetic, it can invent "
+            "structures and leave out lesions. It is fit for volumes like its training data only: other scanners, "
+            "sequences, ages, pathologies and parts of the body are not covered unless the data above hold them.",
+            "",
+            f"Preset {config.preset}, seed {config.seed}, weights {digest}.",
+            "",
+        ]
+    )
+
+
+def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
+    """Return the means of an evaluation over its translations (source and target differ), per method and region.
+
+    Args:
+        folder: written by `aldm evaluate`.
+        digest: hash of the model that it has to have measured.
+
+    Raises:
+        UserError: no evaluation, or one of another model.
+    """
+    from pipelines.evaluate import RECORD, SCORES, TIMES
+
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        rows = list(csv.DictReader((folder / SCORES).read_text().splitlines()))
+        times = list(csv.DictReader((folder / TIMES).read_text().splitlines()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--scores {folder} is no evaluation ({error}): make one with aldm evaluate --out") from error
+    measured = [model["hash"] for model in record["models"]]
+    if digest not in measured:
+        raise UserError(
+            f"--scores {folder} measured the models {', '.join(one[:12] for one in measured)}, this one is "
+            f"{digest[:12]}: evaluate it first, then export it again with --overwrite"
+        )
+    seconds = defaultdict(list)
+    for row in times:
+        seconds[row["method"], row["sampler"], row["num_inference_steps"]].append(float(row["seconds"]))
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if row["source"] != row["target"]:
+            groups[row["method"], row["sampler"], row["num_inference_steps"], row["region"]].append(row)
+    return [
+        {
+            "method": method,
+            "sampler": sampler or None,
+            "num_inference_steps": int(steps) or None,
+            "region": region,
+            **{name: _mean([float(row[name]) for row in group]) for name in _FIELDS},
+            "seconds": _mean(seconds[method, sampler, steps]),
+        }
+        for (method, sampler, steps, region), group in groups.items()
+    ]
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def _measured(scores: list[dict[str, Any]] | None) -> list[str]:
+    """Return the lines of the README that show an evaluation."""
+    if scores is None:
+        return []
+    lines = [
+        "On the test split (`aldm evaluate`), means over all subjects and all pairs of two modalities:",
+        "",
+        "| method | region | PSNR (dB) | NMSE | SSIM | seconds per volume |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in scores:
+        how = f" ({row['sampler']} {row['num_inference_steps']})" if row["sampler"] else ""
+        time = "-" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        values = f"{row['psnr_db']:.2f} | {row['nmse']:.3f} | {row['ssim']:.3f}"
+        lines.append(f"| {row['method']}{how} | {row['region']} | {values} | {time} |")
+    return [*lines, ""]

@@ -1,0 +1,91 @@
+"""`aldm translate` on this machine: a translator folder, loaded once, makes one task after another."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+from aldm.config import SamplingConfig
+from aldm.default_model import DESCRIPTION as DEFAULT_MODEL
+from aldm.default_model import default_model
+from aldm.errors import UserError
+from aldm.progress import progress
+from pipelines.translate_files import Task, read_input, writing
+from pipelines.translator_arguments import load_translator, model_config
+
+if TYPE_CHECKING:
+    from aldm.translate import Translator
+
+logger = logging.getLogger(__name__)
+
+
+class LocalModel:
+    """A translator folder, loaded when it is first used."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read what the model is.
+
+        Raises:
+            UserError: not a translator folder, or flags that do not go with it.
+        """
+        self._args = args
+        if args.token_file is not None:
+            raise UserError("--token-file is for --server: leave it out")
+        if args.model is None:
+            logger.info("no --model: %s", DEFAULT_MODEL)
+        self._folder = default_model() if args.model is None else args.model
+        self._config = model_config(self._folder, args)
+        self._loaded: tuple[Translator, SamplingConfig]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model knows."""
+        return self._config.modalities
+
+    def load(self) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: a damaged folder, a sampler that does not go with it, or too little memory.
+        """
+        args = self._args
+        translator = load_translator(self._folder, self._config, args)
+        sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
+        if args.uncertainty is not None and sampling.num_samples < 2:
+            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+        self._loaded = translator, sampling
+
+    def make(self, task: Task) -> None:
+        """Translate one input into every target; all results appear, or none."""
+        args = self._args
+        translator, sampling = self._loaded
+        with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
+            volume, source = read_input(task, args.max_voxels)
+            targets = [output.target for output in task.outputs]
+            evaluations = sampling.num_inference_steps * sampling.num_samples * len(targets)
+            with progress(total=evaluations, description=task.path.name, unit="step") as bar:
+                results = translator.translate_each(
+                    volume,
+                    args.source,
+                    targets,
+                    sampling=sampling,
+                    seed=args.seed,
+                    intensity=args.intensity,
+                    on_step=lambda done, total: bar.update(),
+                )
+                for output, result in zip(task.outputs, results, strict=True):
+                    result.provenance["input"] = task.path.name
+                    writer.write(output, result, source)
+
+    def describe(self) -> list[str]:
+        """Return how it would sample and how much memory that takes."""
+        from aldm.memory import gigabytes, resident_bytes
+
+        translator, sampling = self._loaded
+        held, needed = resident_bytes(), translator.predictor.needed_bytes()
+        lines = [
+            f"memory: program and weights {gigabytes(held)} GB, a translation at least {gigabytes(needed)} GB more"
+        ]
+        if translator.kind == "aldm":
+            how = f"{sampling.num_inference_steps} steps, {sampling.num_samples} samples, eta {sampling.eta:g}"
+            lines.insert(0, f"sampler {sampling.sampler}, {how}, seed {self._args.seed}")
+        return lines

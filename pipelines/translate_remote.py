@@ -1,0 +1,251 @@
+"""`aldm translate --server URL`: the same files in and out, made by a translation service instead of this machine."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlsplit
+
+from aldm.data.nifti_header import MAX_VOXELS
+from aldm.errors import UserError
+from aldm.progress import progress
+from pipelines.translate_files import DICOM, Files, Output, Task, writing
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "ALDM_TOKEN"
+TIMEOUT_S = 60.0
+"""Longest silence of a service that answers."""
+PATIENCE_S = 120.0
+"""So long a service may be away in the middle of a translation: it may be restarting."""
+POLL_S = 0.3
+FINISHED = ("done", "failed", "cancelled")
+_LOCAL_FLAGS: dict[str, Any] = {
+    "model": None,
+    "preset": None,
+    "set": [],
+    "precision": None,
+    "device": "auto",
+    "max_memory_gb": None,
+    "scratch_dir": None,
+    "eta": None,
+    "intensity": "median",
+    "keep_patient": False,
+    "max_voxels": MAX_VOXELS,
+}
+"""Flags that a service decides by itself, and their defaults."""
+
+
+class RemoteService:
+    """A translation service (`aldm serve`) that makes tasks."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Ask the service what it can do.
+
+        Args:
+            args: of `aldm translate`.
+
+        Raises:
+            UserError: no such service, no token for it, or flags that it does not take.
+        """
+        import httpx
+
+        said = [f"--{name.replace('_', '-')}" for name, usual in _LOCAL_FLAGS.items() if getattr(args, name) != usual]
+        if said:
+            raise UserError(f"{', '.join(said)}: a service decides that by itself; leave it out with --server")
+        url = urlsplit(args.server)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--server {args.server}: wanted an address such as http://127.0.0.1:8000")
+        token = _token(args.token_file)
+        if token and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            logger.warning("the token and the volumes go to %s unencrypted: use https where there is one", url.hostname)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._args = args
+        self._client = httpx.Client(base_url=args.server.rstrip("/"), headers=headers, timeout=TIMEOUT_S)
+        (self._model,) = self._answer("GET", "/v1/models")["models"]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the service's model knows."""
+        return tuple(self._model["modalities"])
+
+    def load(self) -> None:
+        """The service has loaded its model already."""
+
+    def describe(self) -> list[str]:
+        """Return what is known of the service."""
+        return [f"{self._args.server}: {self._model['description']}, hash {self._model['hash'][:12]}"]
+
+    def make(self, task: Task) -> None:
+        """Have one input translated into every target; all results appear, or none. The service forgets it then.
+
+        Raises:
+            UserError: what the service refuses, or it went away for good.
+        """
+        args = self._args
+        with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=False) as writer:
+            job = self._submit(task)
+            try:
+                self._follow(job, task.path.name)
+                for output in task.outputs:
+                    writer.put(output, self._files(job, output, task.path.name))
+            finally:
+                with contextlib.suppress(UserError):
+                    self._answer("DELETE", job["links"]["self"])
+
+    def _submit(self, task: Task) -> dict[str, Any]:
+        """Send a volume, as often as it takes until the service has room for it, and return the job."""
+        args = self._args
+        fields = {
+            "source": args.source,
+            "target": [output.target for output in task.outputs],
+            "sampler": args.sampler,
+            "num_inference_steps": args.num_inference_steps,
+            "num_samples": args.num_samples,
+            "seed": args.seed,
+            "format": "dicom" if args.format == DICOM else "nii.gz",
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
+        with _upload(task) as (name, stream):
+            while True:
+                stream.seek(0)
+                answer = self._send("POST", "/v1/translations", files={"volume": (name, stream)}, data=fields)
+                if answer.status_code != 503:
+                    break
+                seconds = int(answer.headers.get("Retry-After", "5"))
+                logger.info("the service is busy (%s)", _detail(answer))
+                time.sleep(seconds)
+        job: dict[str, Any] = self._checked(answer)
+        if args.uncertainty is not None and job["num_samples"] < 2:
+            self._answer("DELETE", job["links"]["self"])
+            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+        return job
+
+    def _follow(self, job: dict[str, Any], name: str) -> None:
+        """Wait for the end of a job.
+
+        Raises:
+            UserError: it failed, or somebody cancelled it.
+        """
+        total = job["num_inference_steps"] * job["num_samples"] * len(job["targets"])
+        done = 0
+        with progress(total=total, description=name, unit="step") as bar:
+            while job["state"] not in FINISHED:
+                time.sleep(POLL_S)
+                job = self._patiently(job["links"]["self"])
+                if job["queue_position"] is not None:
+                    bar.note(f"place {job['queue_position'] + 1} in the queue")
+                now = max(done, int(job["progress"] * total))
+                bar.update(now - done)
+                done = now
+        if job["state"] != "done":
+            why = job["error"]["detail"] if job["error"] else "it was cancelled"
+            raise UserError(f"{name}: the service did not translate it: {why}")
+
+    def _patiently(self, path: str) -> dict[str, Any]:
+        """Ask again while the service is away."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                answer = self._send("GET", path)
+                if answer.status_code < 500:
+                    view: dict[str, Any] = self._checked(answer)
+                    return view
+                message = _detail(answer)
+            except _Unreachable as error:
+                message = str(error)
+            if time.monotonic() > until:
+                raise UserError(f"--server {self._args.server} went away in the middle of a translation: {message}")
+            time.sleep(1)
+
+    def _files(self, job: dict[str, Any], output: Output, name: str) -> Files:
+        links = job["links"]["results"][output.target]
+        made = self._answer("GET", f"{job['links']['self']}/provenance", params={"target": output.target})
+        spread = None
+        if output.uncertainty is not None:
+            spread = self._whole(links["uncertainty"])
+        provenance = {**made, "input": name, "server": self._args.server}
+        return Files(result=self._whole(links["result"]), uncertainty=spread, provenance=provenance)
+
+    def _whole(self, path: str) -> bytes:
+        answer = self._send("GET", path)
+        if answer.is_error:
+            raise UserError(f"--server {self._args.server}: {_detail(answer)}")
+        return answer.content
+
+    def _answer(self, method: str, path: str, **more: Any) -> Any:
+        return self._checked(self._send(method, path, **more))
+
+    def _send(self, method: str, path: str, **more: Any) -> "httpx.Response":
+        import httpx
+
+        try:
+            return self._client.request(method, path, **more)
+        except httpx.TransportError as error:
+            raise _Unreachable(f"--server {self._args.server} does not answer: {error}") from error
+
+    def _checked(self, answer: "httpx.Response") -> Any:
+        """Return an answer's JSON; raises UserError for an error."""
+        if answer.status_code == 401:
+            raise UserError(
+                f"--server {self._args.server} wants a token: put it into a file and give --token-file FILE, or set "
+                f"{TOKEN_VARIABLE}"
+            )
+        if answer.is_error:
+            raise UserError(f"--server {self._args.server}: {_detail(answer)}")
+        if not answer.content:
+            return None
+        try:
+            return answer.json()
+        except json.JSONDecodeError as error:
+            raise UserError(f"--server {self._args.server} is no translation service: it answers no JSON") from error
+
+
+class _Unreachable(UserError):
+    """Nobody answers."""
+
+
+def _token(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        words = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--token-file {file} cannot be read: {error}") from error
+    if len(words) != 1:
+        raise UserError(f"--token-file {file} holds {len(words)} words, wanted the token alone")
+    return words[0]
+
+
+def _detail(answer: "httpx.Response") -> str:
+    """Return what an error says."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return str(answer.json()["detail"])
+    return f"{answer.status_code} {answer.reason_phrase}"
+
+
+@contextlib.contextmanager
+def _upload(task: Task) -> Iterator[tuple[str, BinaryIO]]:
+    """Open what is sent for an input: the file itself, or a zip of the series."""
+    try:
+        if not task.is_series:
+            with task.path.open("rb") as stream:
+                yield task.path.name, stream
+            return
+        with tempfile.TemporaryFile() as stream:
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                for number, file in enumerate(sorted(path for path in task.path.iterdir() if path.is_file())):
+                    archive.write(file, f"{number:05d}.dcm")
+            yield f"{task.path.name}.zip", stream
+    except OSError as error:
+        raise UserError(f"{task.path}: cannot be sent: {error.strerror or error}") from error
