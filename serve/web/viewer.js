@@ -1,0 +1,142 @@
+// Two linked views of NiiVue: the source, and its translation with the uncertainty over it.
+/* global niivue */
+
+const OPTIONS = {
+  backColor: [0, 0, 0, 1],
+  crosshairColor: [0.95, 0.75, 0.2, 0.9],
+  crosshairWidth: 0.6,
+  dragAndDropEnabled: false,
+  isRadiologicalConvention: true,
+  multiplanarShowRender: 0,
+  isColorbar: false,
+  loadingText: "",
+  logLevel: "error",
+};
+const LINKS = { "2d": true, "3d": true, crosshair: true, zoomPan: true };
+
+export class Viewer {
+  // onWindow() is called when a window changes by the mouse, onPosition(text) when the cross-hair moves.
+  constructor(sourceCanvas, resultCanvas, onWindow, onPosition) {
+    this.canvases = [sourceCanvas, resultCanvas];
+    this.onWindow = onWindow;
+    this.onPosition = onPosition;
+    this.ready = null;
+  }
+
+  static isSupported() {
+    return Boolean(document.createElement("canvas").getContext("webgl2"));
+  }
+
+  async open() {
+    this.ready ??= this.#attach();
+    return this.ready;
+  }
+
+  async #attach() {
+    this.source = new niivue.Niivue(OPTIONS);
+    this.result = new niivue.Niivue(OPTIONS);
+    const views = [this.source, this.result];
+    for (const [index, view] of views.entries()) {
+      await view.attachToCanvas(this.canvases[index]);
+      view.broadcastTo([views[1 - index]], LINKS);
+      view.onIntensityChange = () => this.onWindow();
+      view.onLocationChange = () => this.onPosition(this.position());
+      view.setSliceType(view.sliceTypeMultiplanar);
+    }
+  }
+
+  async showSource(bytes, name) {
+    await this.open();
+    await this.#load(this.source, bytes, name, "gray");
+    this.#clear(this.result);
+    this.sourceWindow = windowOf(this.source);
+    this.onWindow();
+  }
+
+  async showResult(bytes, name, spread) {
+    this.#clear(this.result);
+    await this.#load(this.result, bytes, name, "gray");
+    this.resultWindow = windowOf(this.result);
+    if (spread) {
+      await this.result.loadFromArrayBuffer(spread, "uncertainty.nii.gz");
+      const volume = this.result.volumes[1];
+      volume.colormap = "inferno";
+      volume.cal_min = 0;
+      volume.cal_max = volume.robust_max || volume.global_max;
+      this.setSpread(0);
+    }
+    this.result.scene.crosshairPos = [...this.source.scene.crosshairPos];
+    this.result.drawScene();
+    this.onWindow();
+  }
+
+  async #load(view, bytes, name, colormap) {
+    this.#clear(view);
+    await view.loadFromArrayBuffer(bytes, name);
+    view.setColormap(view.volumes[0].id, colormap);
+  }
+
+  #clear(view) {
+    while (view.volumes.length) view.removeVolumeByIndex(view.volumes.length - 1);
+    view.drawScene();
+  }
+
+  hasResult() {
+    return Boolean(this.result?.volumes.length);
+  }
+
+  setSpread(opacity) {
+    if ((this.result?.volumes.length ?? 0) > 1) this.result.setOpacity(1, opacity);
+  }
+
+  setPlanes(kind) {
+    for (const view of [this.source, this.result]) view.setSliceType(kind);
+  }
+
+  // Returns [low, high] of "source" or "result"; null where there is none.
+  window(which) {
+    return this[which]?.volumes.length ? windowOf(this[which]) : null;
+  }
+
+  setWindow(which, low, high) {
+    const view = this[which];
+    if (!view?.volumes.length || !(low < high)) return;
+    view.volumes[0].cal_min = low;
+    view.volumes[0].cal_max = high;
+    view.updateGLVolume();
+  }
+
+  resetWindow(which) {
+    const initial = this[`${which}Window`];
+    if (initial) this.setWindow(which, ...initial);
+    this.onWindow();
+  }
+
+  move(x, y, z) {
+    if (!this.source?.volumes.length) return;
+    this.source.moveCrosshairInVox(x, y, z);
+    if (this.hasResult()) {
+      this.result.scene.crosshairPos = [...this.source.scene.crosshairPos];
+      this.result.drawScene();
+    }
+    this.onPosition(this.position());
+  }
+
+  position() {
+    if (!this.source?.volumes.length) return "";
+    const at = this.source.scene.crosshairPos;
+    const mm = [...this.source.frac2mm(at)].slice(0, 3).map((value) => value.toFixed(0));
+    const values = [this.source, this.result]
+      .filter((view) => view.volumes.length)
+      .map((view) => {
+        const volume = view.volumes[0];
+        return Number(volume.getValue(...view.frac2vox(at))).toPrecision(4);
+      });
+    const words = values.length > 1 ? `source ${values[0]}, result ${values[1]}` : `source ${values[0]}`;
+    return `x ${mm[0]}, y ${mm[1]}, z ${mm[2]} mm: ${words}`;
+  }
+}
+
+function windowOf(view) {
+  return [view.volumes[0].cal_min, view.volumes[0].cal_max];
+}
