@@ -477,9 +477,8 @@ def _example(folder: Path, model: Model) -> tuple[str, Path]:
     from aldm.data.volume import save_nifti
 
     names = model.config.modalities
-    source, layout = next(
-        (name, layout) for layout, known in MODALITIES_OF_LAYOUT.items() for name in names if name in known
-    )
+    layout = max(MODALITIES_OF_LAYOUT, key=lambda one: len(set(MODALITIES_OF_LAYOUT[one]) & set(names)))
+    source = next(name for name in names if name in MODALITIES_OF_LAYOUT[layout])
     path = folder / f"example_{source}.nii.gz"
     if not path.exists():
         volume = simulate_subject(20_261, 0, layout, EXAMPLE_SPACING_MM)[source]

@@ -236,7 +236,8 @@ async function showJob() {
   if (!canDraw) return showPreview();
   const { bytes } = await getFile(job.links.source);
   await viewer.showSource(bytes, "source.nii.gz");
-  $("source-caption").textContent = `source: ${job.source}`;
+  $("source-caption").textContent = `${job.source}: the volume as it came`;
+  $("source-caption").hidden = false;
   await showTarget();
   for (const id of ["toolbar", "windows"]) $(id).hidden = false;
   $("empty").hidden = true;

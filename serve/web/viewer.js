@@ -12,6 +12,7 @@ const OPTIONS = {
   loadingText: "",
   logLevel: "error",
 };
+const TRANSLUCENT_BELOW_MIN = 2; // NiiVue's COLORMAP_TYPE: small values let the picture through
 const LINKS = { "2d": true, "3d": true, crosshair: true, zoomPan: true };
 
 export class Viewer {
@@ -61,8 +62,9 @@ export class Viewer {
       await this.result.loadFromArrayBuffer(spread, "uncertainty.nii.gz");
       const volume = this.result.volumes[1];
       volume.colormap = "inferno";
-      volume.cal_min = 0;
+      volume.colormapType = TRANSLUCENT_BELOW_MIN;
       volume.cal_max = volume.robust_max || volume.global_max;
+      volume.cal_min = volume.cal_max / 3;
       this.setSpread(0);
     }
     this.result.scene.crosshairPos = [...this.source.scene.crosshairPos];
