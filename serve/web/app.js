@@ -402,7 +402,7 @@ const MOVES = {
 };
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") return cancel();
-  const typing = event.target.closest("input, select, textarea, pre, summary");
+  const typing = event.target.closest("input:not([type=range], [type=checkbox]), select");
   if (typing || event.ctrlKey || event.altKey || event.metaKey || $("toolbar").hidden) return;
   const mode = { 1: "side", 2: "blink", 3: "slider" }[event.key];
   if (mode) setMode(mode);
@@ -411,7 +411,7 @@ document.addEventListener("keydown", (event) => {
     showSpread();
   } else if (event.key === "r") {
     for (const which of ["source", "result"]) viewer.resetWindow(which);
-  } else if (MOVES[event.key]) {
+  } else if (MOVES[event.key] && !event.target.closest("input, pre")) {
     event.preventDefault();
     viewer.move(...MOVES[event.key]);
   }
