@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exception is a bug and keeps its traceback, unless Ctrl-C or SIGTERM came first: some libraries swallow it while
     they are loaded (torch, where it loads numpy) and break later for want of what was not loaded.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve whoever shares the CPU
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -92,7 +92,8 @@ def _sigterm_as(handler: Any) -> Iterator[None]:
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that processes of a session started here need: tools of this Python's environment."""
-    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"PATH": path, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # see aldm/cli.py
 
 
 def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ SPACING_MM = 8.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the Ray session of the tests a token before anything imports Ray."""
+    """Give the tests' Ray session a token before anything imports Ray; let torch's threads wait as the jobs do."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipelines.ray_session import own_token
 
     token = own_token()

@@ -131,6 +131,23 @@ def test_without_the_token_that_made_it_a_job_is_not_seen(
 
 
 @pytest.mark.slow
+def test_the_client_sends_its_token(
+    closed: RunningService, tokens: tuple[Path, str, str], scan: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    words = ["translate", str(scan), str(tmp_path / "t2.nii.gz"), "--server", closed.url]
+    words += ["--source", "t1", "--target", "t2"]
+    monkeypatch.delenv("ALDM_TOKEN", raising=False)
+    assert main(words) == 2
+    assert "wants a token: put it into a file" in capsys.readouterr().err
+    (tmp_path / "token").write_text(tokens[2] + "\n")
+    assert main([*words, "--token-file", str(tmp_path / "token")]) == 0
+    monkeypatch.setenv("ALDM_TOKEN", tokens[2])
+    assert main([*words, "--overwrite"]) == 0
+    assert main([*words, "--overwrite", "--token-file", str(tokens[0])]) == 2  # the service's own file of hashes
+    assert "wanted the token alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_sigterm_lets_running_jobs_finish_and_a_new_start_makes_the_rest(
     closed: RunningService, scan: Path, wanted: Any
 ) -> None:
