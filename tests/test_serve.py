@@ -4,7 +4,10 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +412,18 @@ def test_what_it_says_of_itself(service: RunningService) -> None:
     assert {"aldm_service_jobs_queued", "aldm_service_jobs", "aldm_service_job_seconds"} <= families
 
 
+def test_the_example_of_the_documentation_works(service: RunningService, scan: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "sub-01_T1w.nii.gz").write_bytes(scan.read_bytes())
+    words = [sys.executable, "-c", code.replace("http://127.0.0.1:8000", service.url)]
+    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "done: 100%" in done.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"sub-01_{name}.nii.gz" for name in ("T1w", "t2", "t2_std", "pd", "pd_std")}
+
+
 def test_many_at_once_are_taken_or_sent_away_and_nothing_else(
     service: RunningService, scan: Path, tmp_path: Path
 ) -> None:
@@ -417,8 +432,8 @@ def test_many_at_once_are_taken_or_sent_away_and_nothing_else(
     def one(number: int) -> httpx.Response:
         return service.post("/v1/translations", scan, target="t2", seed=0)
 
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(one, range(32)))
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(one, range(64)))
     codes = {answer.status_code for answer in answers}
     assert codes == {202, 503}
     for answer in answers:

@@ -1,8 +1,10 @@
 """serve/deploy.yaml on a running Ray cluster: `serve deploy`, a translation, and a second deploy, other settings."""
 
+import json
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from test_translate_job import write
 from untrained import save_untrained
 
 from aldm.cli import main
+from aldm.presets import tiny
 from serve.security import new_token
 from serve.settings import Settings
 
@@ -69,7 +72,8 @@ def test_its_arguments_are_those_of_the_settings() -> None:
 
 @pytest.mark.slow
 def test_deployed_used_and_deployed_again(tmp_path: Path) -> None:
-    model, port = save_untrained(tmp_path / "model"), free_port()
+    diffusion = replace(tiny().diffusion, num_train_timesteps=1000)
+    model, port = save_untrained(tmp_path / "model", diffusion=diffusion), free_port()
     tokens = tmp_path / "tokens"
     token = new_token(tokens, "ward")
     url, away = f"http://127.0.0.1:{port}", f"http://{own_address()}:{port}"
@@ -88,6 +92,8 @@ def test_deployed_used_and_deployed_again(tmp_path: Path) -> None:
         assert answer.status_code == 200, answer.text
         same_image(image_of(answer.content), nibabel.load(out))
 
+        long = fields | {"sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "2"}
+        job = httpx.post(f"{url}/v1/translations", files=files, data=long, timeout=120).json()
         again = config_with(port, model=str(model), work_dir=work, token_file=str(tokens), max_queue=3)
         deploy(head, tmp_path / "b.yaml", again)
         wait_for(f"{url}/v1/models", 401)
@@ -95,6 +101,14 @@ def test_deployed_used_and_deployed_again(tmp_path: Path) -> None:
         limits = wait_for(f"{away}/v1/models", 200, headers=headers).json()["limits"]
         assert limits["max_queue"] == 3
         wait_for(f"{away}/v1/health/ready", 200)
+        record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
+        assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
         answer = httpx.post(f"{away}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
         assert answer.status_code == 200, answer.text
         same_image(image_of(answer.content), nibabel.load(out))
+        until = time.monotonic() + 120
+        while record["state"] == "running":
+            assert time.monotonic() < until
+            time.sleep(0.5)
+            record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
+        assert (record["state"], record["attempt"]) == ("done", 1)
