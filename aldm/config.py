@@ -12,38 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from aldm.config_baselines import BaselinesConfig
+from aldm.config_training import Shape as Shape
+from aldm.config_training import TrainingConfig as TrainingConfig
+from aldm.config_training import choice, positive, within
 from aldm.data.modalities import sort_modalities
 from aldm.errors import UserError
 
-Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 T = TypeVar("T")
 MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}, wanted one of: {', '.join(allowed)}")
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and v <= 0 for v in values):
-            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a value above 0")
-        if not values:
-            raise UserError(f"{type(owner).__name__}.{name} is empty, wanted at least one value")
-
-
-def _within(owner: object, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and not low <= v <= high for v in values):
-            wanted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +41,13 @@ class PreprocessConfig:
     """Registration of a subject's volumes onto its first modality: none (affines only) or rigid."""
 
     def __post_init__(self) -> None:
-        _positive(self, "spacing_mm", "spatial_shape")
+        positive(self, "spacing_mm", "spatial_shape")
         if math.prod(self.spatial_shape) > MAX_GRID_VOXELS:
             raise UserError(
                 f"PreprocessConfig.spatial_shape is {self.spatial_shape}, {math.prod(self.spatial_shape):,} voxels, "
                 f"wanted at most {MAX_GRID_VOXELS:,}"
             )
-        _choice("preprocess.register", self.register, ("none", "rigid"))
+        choice("preprocess.register", self.register, ("none", "rigid"))
         if not 0 <= self.lower_percentile < self.upper_percentile <= 100:
             raise UserError(
                 f"preprocess percentiles are {self.lower_percentile} and {self.upper_percentile}, "
@@ -102,11 +81,11 @@ class CodecConfig:
     """Groups of the group normalisation."""
 
     def __post_init__(self) -> None:
-        _choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
-        _choice("codec.codebook_update", self.codebook_update, ("ema", "gradient"))
-        _positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
-        _within(self, 0, 1, "codebook_decay")
-        _within(self, 0, math.inf, "commitment_weight")
+        choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
+        choice("codec.codebook_update", self.codebook_update, ("ema", "gradient"))
+        positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
+        within(self, 0, 1, "codebook_decay")
+        within(self, 0, math.inf, "commitment_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +106,7 @@ class MSSpadeConfig:
     """Add the source latent through a learned gate per (source, target, channel); not in Table B."""
 
     def __post_init__(self) -> None:
-        _positive(self, "in_channels", "res_channels", "spade_channels", "hidden_channels", "kernel_size")
+        positive(self, "in_channels", "res_channels", "spade_channels", "hidden_channels", "kernel_size")
         if self.kernel_size % 2 == 0:
             raise UserError(f"ms_spade.kernel_size is {self.kernel_size}, wanted an odd number")
 
@@ -157,8 +136,8 @@ class UNetConfig:
     """Groups of the group normalisation."""
 
     def __post_init__(self) -> None:
-        _positive(self, "channels", "num_res_blocks", "head_channels", "norm_groups")
-        _choice("unet.conditioning", self.conditioning, ("add", "scale-shift"))
+        positive(self, "channels", "num_res_blocks", "head_channels", "norm_groups")
+        choice("unet.conditioning", self.conditioning, ("add", "scale-shift"))
 
 
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
@@ -188,11 +167,11 @@ class DiffusionConfig:
     """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
 
     def __post_init__(self) -> None:
-        _choice("diffusion.objective", self.objective, OBJECTIVES)
-        _choice("diffusion.schedule", self.schedule, SCHEDULES)
-        _positive(self, "num_train_timesteps", "beta_start", "beta_end")
-        _within(self, 0, 1, "beta_start", "beta_end", "bridge_start_fraction")
-        _within(self, 0, math.inf, "bridge_noise")
+        choice("diffusion.objective", self.objective, OBJECTIVES)
+        choice("diffusion.schedule", self.schedule, SCHEDULES)
+        positive(self, "num_train_timesteps", "beta_start", "beta_end")
+        within(self, 0, 1, "beta_start", "beta_end", "bridge_start_fraction")
+        within(self, 0, math.inf, "bridge_noise")
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "
@@ -214,77 +193,9 @@ class SamplingConfig:
     """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
 
     def __post_init__(self) -> None:
-        _choice("sampling.sampler", self.sampler, SAMPLERS)
-        _positive(self, "num_inference_steps", "num_samples")
-        _within(self, 0, 1, "eta")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """One training."""
-
-    batch_size: int = 1
-    """Samples per optimizer step, over all workers."""
-    epochs: int = 500
-    """Passes over the training split."""
-    max_steps: int | None = None
-    """Stop after this many steps (wins over epochs)."""
-    max_minutes: float | None = None
-    """Fit the steps to this much time, from the speed of the first ones (never above max_steps or epochs)."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    optimizer: str = "adam"
-    """adam or adamw."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's moving-average decays."""
-    weight_decay: float = 0.0
-    """Weight decay."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    decay: str = "constant"
-    """Learning rate after the warm-up: constant or cosine (to 0)."""
-    gradient_clip: float = 1.0
-    """Largest gradient norm of a player; larger ones are scaled down."""
-    ema_decay: float = 0.0
-    """Decay of the moving average of the weights that validation and export use; 0 keeps none."""
-    crop: Shape | None = None
-    """Random crop of a training volume; None takes the whole volume. Stage 1 and the regression U-Net only."""
-    flip_probability: float = 0.0
-    """Probability of a flip along each axis."""
-    adversarial_weight: float = 0.0
-    """Weight of the adversarial term of the generator; 0 trains without a discriminator."""
-    adversarial_start_step: int = 0
-    """Step at which the discriminator and the adversarial term start."""
-    adaptive_weight: bool = False
-    """Scale the adversarial term by the ratio of gradient norms at the last layer (Esser et al. 2021, eq. 7)."""
-    perceptual_weight: float = 0.0
-    """Weight of the perceptual term of stage 1."""
-    image_space_loss: bool = False
-    """Weigh each latent channel's error by its share of the image's. Stages 2 and 3, isometric codecs (haar) only."""
-    discriminator_channels: int = 64
-    """Width of the first layer of the discriminator."""
-    discriminator_layers: int = 3
-    """Stride-2 layers of the discriminator."""
-    same_modality_fraction: float | None = None
-    """Share of training pairs with source = target; None leaves the 1 / M that pairs drawn evenly have."""
-    validate_every: int = 1000
-    """Steps between two validations."""
-    num_validation_samples: int = 16
-    """Validation samples looked at (spread over the split)."""
-    checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        _choice("optimizer", self.optimizer, ("adam", "adamw"))
-        _choice("decay", self.decay, ("constant", "cosine"))
-        _positive(self, "batch_size", "epochs", "learning_rate", "crop", "max_steps", "max_minutes", "log_every")
-        _positive(self, "validate_every", "num_validation_samples", "checkpoint_every", "gradient_clip")
-        _positive(self, "discriminator_channels", "discriminator_layers")
-        _within(self, 0, 1, "betas", "ema_decay", "flip_probability", "same_modality_fraction")
-        _within(self, 0, math.inf, "weight_decay", "warmup_steps", "adversarial_weight", "adversarial_start_step")
-        _within(self, 0, math.inf, "perceptual_weight")
+        choice("sampling.sampler", self.sampler, SAMPLERS)
+        positive(self, "num_inference_steps", "num_samples")
+        within(self, 0, 1, "eta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +206,8 @@ class Config:
     """Name of the preset that this configuration started from."""
     modalities: tuple[str, ...] = ()
     """Modalities of the model, in the vocabulary's order; empty takes those of the store."""
+    pair: tuple[str, str] | None = None
+    """The one (source, target) that is trained; None trains every ordered pair. Comparison methods need one."""
     seed: int = 0
     """Seed of every random choice."""
     precision: str = "fp32"
@@ -313,11 +226,16 @@ class Config:
     train_ms_spade: TrainingConfig = field(default_factory=TrainingConfig)
     train_diffusion: TrainingConfig = field(default_factory=TrainingConfig)
     train_unet: TrainingConfig = field(default_factory=TrainingConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def __post_init__(self) -> None:
-        _choice("precision", self.precision, ("fp32", "bf16"))
+        choice("precision", self.precision, ("fp32", "bf16"))
         if self.modalities != sort_modalities(self.modalities):
             raise UserError(f"modalities are {self.modalities}, wanted distinct and in the vocabulary's order")
+        if self.pair is not None:
+            if self.pair[0] == self.pair[1]:
+                raise UserError(f"pair is {self.pair[0]} to {self.pair[1]}, wanted two different modalities")
+            sort_modalities(self.pair)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

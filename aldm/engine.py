@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -46,7 +47,8 @@ class PlainEngine:
         """
         optimizer = self._optimizers[player.name]
         parameters = optimizer.param_groups[0]["params"]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, player.config.gradient_clip)
+        clip = player.config.gradient_clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of {player.name} has norm {float(norm)}")
         optimizer.param_groups[0]["lr"] = learning_rate

@@ -19,7 +19,7 @@ def planned_steps(config: TrainingConfig, num_samples: int) -> int:
 
 
 def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step (0 is the first): linear warm-up, then constant or cosine to 0.
+    """Return the learning rate of a step (0 is the first): linear warm-up, then constant, cosine or linear to 0.
 
     A warm-up longer than a tenth of the training is cut to it.
     """
@@ -29,6 +29,9 @@ def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
     if config.decay == "constant":
         return config.learning_rate
     fraction = (step - warmup) / max(num_steps - warmup, 1)
+    if config.decay == "linear":
+        left = (1 - fraction) / max(1 - config.decay_start, 1e-9)
+        return config.learning_rate * max(min(left, 1.0), 0.0)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 

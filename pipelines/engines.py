@@ -173,7 +173,7 @@ class DeepSpeedEngine:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self._batch_size // self.world_size,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": player.config.gradient_clip,
+            "gradient_clipping": player.config.gradient_clip or 0.0,
             "zero_optimization": {"stage": self._zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,

@@ -3,7 +3,9 @@
 No sample keeps a random state: `sample(index, generator)` makes all its choices from the generator that it is given.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,6 +19,11 @@ from aldm.randomness import shuffled
 
 if TYPE_CHECKING:
     from aldm.latents import LatentStore
+
+Pair = tuple[str, str]
+EMPTY = -0.999
+"""A slice whose largest intensity is not above this shows nothing."""
+_TRIES = 8
 
 
 class Samples(Protocol):
@@ -110,6 +117,10 @@ class LatentPairs:
         modalities: those of the model; ids count through them.
         same_modality_fraction: share of training pairs with source = target; None draws both ends evenly. Pairs of the
             other splits are of two different modalities: the diagonal, near perfect, would drown them in any mean.
+        pair: (source, target), where only these are to be seen; None draws from all pairs.
+
+    Raises:
+        UserError: no subject of the training split has both ends of the pair.
     """
 
     def __init__(
@@ -118,12 +129,14 @@ class LatentPairs:
         split: str,
         modalities: tuple[str, ...],
         same_modality_fraction: float | None = None,
+        pair: Pair | None = None,
     ) -> None:
         self._latents = latents
         self._modalities = modalities
         self._fraction = same_modality_fraction if split == "train" else 0.0
         self._flips = latents.num_flips if split == "train" else 1
-        self._subjects = _with_modalities(latents, split, modalities)
+        self._pair = pair
+        self._subjects = _with_modalities(latents, split, modalities, pair)
 
     def __len__(self) -> int:
         return len(self._subjects)
@@ -131,7 +144,7 @@ class LatentPairs:
     def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Return one random pair of a subject's latents."""
         subject_id, own = self._subjects[index]
-        source, target = draw_pair(own, self._fraction, generator)
+        source, target = self._pair or draw_pair(own, self._fraction, generator)
         flip = int(torch.randint(self._flips, (), generator=generator))
         return {
             "z_source": torch.from_numpy(self._latents.latent(subject_id, source, flip)),
@@ -157,9 +170,12 @@ class VolumePairs:
         flip_probability: probability of a flip along each axis, in training.
         same_modality_fraction: share of training pairs with source = target; None draws both ends evenly. Pairs of the
             other splits are of two different modalities: the diagonal, near perfect, would drown them in any mean.
+        pair: (source, target), where only these are to be seen; None draws from all pairs.
+        paired: False takes the target of a training sample from any subject, cropped and flipped by itself: for methods
+            that learn from unpaired data.
 
     Raises:
-        UserError: the crop is larger than the volumes.
+        UserError: the crop is larger than the volumes, or no subject of the training split has what the pair needs.
     """
 
     def __init__(
@@ -170,13 +186,21 @@ class VolumePairs:
         crop: Shape | None = None,
         flip_probability: float = 0.0,
         same_modality_fraction: float | None = None,
+        pair: Pair | None = None,
+        paired: bool = True,
     ) -> None:
         self._store = store
         self._modalities = modalities
         self._crop = checked_crop(crop, store.preprocess.spatial_shape)
         self._flip_probability = flip_probability if split == "train" else 0.0
         self._fraction = same_modality_fraction if split == "train" else 0.0
-        self._subjects = _with_modalities(store, split, modalities)
+        self._pair = pair
+        self._subjects = _with_modalities(store, split, modalities, pair, paired or split != "train")
+        self._others = None
+        if pair is not None and not paired and split == "train":
+            self._others = [subject_id for subject_id, _ in _with_modalities(store, split, pair[1:])]
+            if not self._others:
+                raise _no_subject(pair[1:], pair)
 
     def __len__(self) -> int:
         return len(self._subjects)
@@ -184,9 +208,18 @@ class VolumePairs:
     def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Return one random pair of a subject's volumes."""
         subject_id, own = self._subjects[index]
-        source, target = draw_pair(own, self._fraction, generator)
-        volumes = [torch.from_numpy(self._store.volume(subject_id, modality))[None] for modality in (source, target)]
-        volumes = crop_and_flip(volumes, self._crop, self._flip_probability, generator)
+        source, target = self._pair or draw_pair(own, self._fraction, generator)
+        if self._others is None:
+            volumes = crop_and_flip(
+                [self._volume(subject_id, name) for name in (source, target)],
+                self._crop,
+                self._flip_probability,
+                generator,
+            )
+        else:
+            other = self._others[int(torch.randint(len(self._others), (), generator=generator))]
+            ends = (self._volume(subject_id, source), self._volume(other, target))
+            volumes = [crop_and_flip([end], self._crop, self._flip_probability, generator)[0] for end in ends]
         return {
             "source_volume": volumes[0],
             "target_volume": volumes[1],
@@ -194,6 +227,89 @@ class VolumePairs:
             "target": modality_index(target, self._modalities),
             "subject_id": subject_id,
         }
+
+    def _volume(self, subject_id: str, modality: str) -> Tensor:
+        return torch.from_numpy(self._store.volume(subject_id, modality))[None]
+
+
+class SlicePairs:
+    """Axial slices of a pair's two modalities: every slice of every training subject once an epoch.
+
+    A sample is {source_volume, target_volume: (1, X, Y) in [-1, 1], subject_id}; both are flipped alike. A slice with
+    nothing in it is replaced by another of the same subject.
+
+    Args:
+        store: prepared volumes; slices come from the whole grid.
+        pair: (source, target).
+        shape: voxels X, Y; the model's box lies in their middle.
+        flip_probability: probability of a flip along each axis.
+        paired: False takes the target from any slice of any subject.
+
+    Raises:
+        UserError: no training subject has what the pair needs.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        pair: Pair,
+        shape: tuple[int, int],
+        flip_probability: float = 0.0,
+        paired: bool = True,
+    ) -> None:
+        self._store, self._pair, self._shape = store, pair, shape
+        self._flip_probability = flip_probability
+        self._sources = _SliceList(store, pair if paired else pair[:1], pair)
+        self._others = None if paired else _SliceList(store, pair[1:], pair)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """Return the slices of one place, or a source slice and any target slice."""
+        subject_id, place = self._sources[index]
+        if self._others is None:
+            images = self._images(subject_id, place, self._pair, generator)
+            images = crop_and_flip(images, None, self._flip_probability, generator)
+        else:
+            other, its_place = self._others[int(torch.randint(len(self._others), (), generator=generator))]
+            ends = (
+                self._images(subject_id, place, self._pair[:1], generator),
+                self._images(other, its_place, self._pair[1:], generator),
+            )
+            images = [crop_and_flip(end, None, self._flip_probability, generator)[0] for end in ends]
+        return {"source_volume": images[0], "target_volume": images[1], "subject_id": subject_id}
+
+    def _images(
+        self, subject_id: str, place: int, modalities: tuple[str, ...], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Return one slice of every modality, the first of them not empty if a few tries find such a place."""
+        for _ in range(_TRIES):
+            first = self._store.axial_slice(subject_id, modalities[0], place, self._shape)
+            if first.max() > EMPTY:
+                break
+            place = int(torch.randint(self._store.subject(subject_id).grid_shape[2], (), generator=generator))
+        rest = [self._store.axial_slice(subject_id, name, place, self._shape) for name in modalities[1:]]
+        return [torch.from_numpy(image)[None] for image in (first, *rest)]
+
+
+class _SliceList:
+    """(subject, slice) of all training subjects that have some modalities, by number."""
+
+    def __init__(self, store: VolumeStore, modalities: tuple[str, ...], pair: Pair) -> None:
+        self._records = [
+            record for record in store.subjects("train") if all(name in record.modalities for name in modalities)
+        ]
+        if not self._records:
+            raise _no_subject(modalities, pair)
+        self._ends = list(accumulate(record.grid_shape[2] for record in self._records))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        number = bisect_right(self._ends, index)
+        return self._records[number].subject_id, index - (self._ends[number - 1] if number else 0)
 
 
 def draw_pair(
@@ -218,14 +334,14 @@ def draw_pair(
 def crop_and_flip(
     volumes: list[Tensor], crop: Shape | None, flip_probability: float, generator: torch.Generator
 ) -> list[Tensor]:
-    """Cut the same random box out of each (C, X, Y, Z) and flip it along the same random axes."""
+    """Cut the same random box out of each (C, X, Y, Z) and flip it along the same random axes; (C, X, Y) uncut too."""
     if crop is not None:
         room = [side - wanted for side, wanted in zip(volumes[0].shape[1:], crop, strict=True)]
         start = [int(torch.randint(space + 1, (), generator=generator)) for space in room]
         box = (slice(None), *(slice(first, first + side) for first, side in zip(start, crop, strict=True)))
         volumes = [volume[box] for volume in volumes]
     flips = torch.rand(3, generator=generator) < flip_probability
-    axes = [axis + 1 for axis in range(3) if flips[axis]]
+    axes = [axis + 1 for axis in range(volumes[0].dim() - 1) if flips[axis]]
     return [volume.flip(axes) if axes else volume.contiguous() for volume in volumes]
 
 
@@ -244,11 +360,36 @@ def checked_crop(crop: Shape | None, spatial_shape: Shape) -> Shape | None:
 
 
 def _with_modalities(
-    store: "VolumeStore | LatentStore", split: str, modalities: tuple[str, ...]
+    store: "VolumeStore | LatentStore",
+    split: str,
+    modalities: tuple[str, ...],
+    pair: Pair | None = None,
+    paired: bool = True,
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the subjects of a split that have any of the modalities, with those they have."""
+    """Return the subjects of a split with those of the modalities that they have.
+
+    Args:
+        store, split: where to look.
+        modalities: a subject needs at least one of them.
+        pair: those that a subject needs to have: both, or the source where they are not paired.
+        paired: whether both ends are of one subject.
+
+    Raises:
+        UserError: the training split has no subject with what the pair needs.
+    """
+    needed: tuple[str, ...] = () if pair is None else pair if paired else pair[:1]
     own = [
         (subject.subject_id, tuple(name for name in modalities if name in subject.modalities))
         for subject in store.subjects(split)
     ]
-    return [(subject_id, names) for subject_id, names in own if names]
+    found = [(subject_id, names) for subject_id, names in own if names and all(name in names for name in needed)]
+    if pair is not None and own and not found and split == "train":
+        raise _no_subject(needed, pair)
+    return found
+
+
+def _no_subject(needed: tuple[str, ...], pair: Pair) -> UserError:
+    text = f"no training subject has {' and '.join(needed)}, which learning {pair[0]} to {pair[1]} needs"
+    if len(needed) == 2:
+        text += " (both of one subject): prepare paired data, or train cyclegan or nicegan, which learn from unpaired"
+    return UserError(text)
