@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aldm.baselines.networks import BACKGROUND, full_precision
+
 
 def _neighbours(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the voxels before, at and behind each inner voxel along an axis."""
@@ -20,8 +22,7 @@ def sobel_edges(x: Tensor) -> Tensor:
     Args:
         x: (B, 1, X, Y, Z); the result has its shape, at least fp32, and carries its graph.
     """
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    padded = F.pad(x, (1,) * 6, value=-1.0)
+    padded = F.pad(full_precision(x), (1,) * 6, value=BACKGROUND)
     gradient = []
     for axis in (2, 3, 4):
         before, _, behind = _neighbours(padded, axis)

@@ -30,6 +30,11 @@ def norm_layer(norm: Norm, spatial_dims: int, channels: int) -> nn.Module:
     return layer
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Return x in fp32 where its type is a shorter one."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def pad_sides(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """Pad the ends of the sides with background up to a multiple of `multiple` and at least `at_least` voxels."""
     padding: list[int] = []

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from aldm.baselines.networks import full_precision
 from aldm.errors import UserError
 from aldm.models.blocks import without_autocast
 
@@ -105,10 +106,6 @@ class _InstanceLayerNorm(nn.Module):
         return instance * normalised[0] + layer * normalised[1]
 
 
-def _full_precision(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class ILN(_InstanceLayerNorm):
     """Instance-layer norm with a scale and a shift of its own; starts as 0.9 layer norm."""
 
@@ -120,7 +117,7 @@ class ILN(_InstanceLayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, X, Y) to the same shape and type."""
         with without_autocast(x):
-            return (self._normalise(_full_precision(x)) * self.weight + self.bias).to(x.dtype)
+            return (self._normalise(full_precision(x)) * self.weight + self.bias).to(x.dtype)
 
 
 class AdaILN(_InstanceLayerNorm):
@@ -132,8 +129,8 @@ class AdaILN(_InstanceLayerNorm):
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """Map (B, C, X, Y) to the same shape and type, with gamma and beta (B, C)."""
         with without_autocast(x):
-            gamma, beta = (_full_precision(each)[:, :, None, None] for each in (gamma, beta))
-            return (self._normalise(_full_precision(x)) * gamma + beta).to(x.dtype)
+            gamma, beta = (full_precision(each)[:, :, None, None] for each in (gamma, beta))
+            return (self._normalise(full_precision(x)) * gamma + beta).to(x.dtype)
 
 
 class _AdaptiveBlock(nn.Module):
