@@ -238,6 +238,36 @@ class Config:
             sort_modalities(self.pair)
 
 
+def training_of(config: Config, stage: str) -> TrainingConfig:
+    """Return the section of a training: vqgan, ms-spade, diffusion, unet, or a comparison method."""
+    owner, name = _training_place(config, stage)
+    training: TrainingConfig = getattr(owner, name)
+    return training
+
+
+def with_training(config: Config, stage: str, **changes: Any) -> Config:
+    """Return the configuration with values of a training's section changed."""
+    owner, name = _training_place(config, stage)
+    changed = dataclasses.replace(owner, **{name: dataclasses.replace(training_of(config, stage), **changes)})
+    if isinstance(changed, Config):
+        return changed
+    section = {method_section(stage): changed}
+    return dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, **section))
+
+
+def method_section(method: str) -> str:
+    """Return the section of `baselines` that configures a comparison method."""
+    return "resvit" if method == "resvit-cnn" else method.replace("-", "_")
+
+
+def _training_place(config: Config, stage: str) -> tuple[Any, str]:
+    """Return the section that holds a training's own, and its name there."""
+    own = f"train_{stage.replace('-', '_')}"
+    if hasattr(config, own):
+        return config, own
+    return getattr(config.baselines, method_section(stage)), "pretraining" if stage == "resvit-cnn" else "training"
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain dictionaries, lists, strings and numbers (JSON and YAML take it as it is)."""
 

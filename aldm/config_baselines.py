@@ -10,6 +10,23 @@ from dataclasses import dataclass, field
 from aldm.config_training import TrainingConfig, choice, positive, within
 
 NORMS = ("batch", "instance")
+METHODS = {
+    "pix2pix": "pix2pix on axial slices",
+    "pix2pix-3d": "pix2pix on volumes",
+    "cyclegan": "CycleGAN on axial slices, unpaired",
+    "cyclegan-3d": "CycleGAN on volumes, unpaired",
+    "nicegan": "NICE-GAN (light) on axial slices, unpaired",
+    "reggan": "RegGAN on axial slices",
+    "resvit-cnn": "the first training of ResViT: its network without the transformer, on axial slices",
+    "resvit": "the second training of ResViT, from resvit-cnn on",
+    "dea-gan": "dEa-GAN on volumes",
+    "gea-gan": "gEa-GAN on volumes",
+}
+"""The comparison methods, and what each is."""
+VOLUME_METHODS = ("pix2pix-3d", "cyclegan-3d", "dea-gan", "gea-gan")
+"""Those that see volumes; the others see axial slices."""
+BOTH_WAYS = ("cyclegan", "cyclegan-3d", "nicegan")
+"""Those that learn the way back too, and need no pairs."""
 
 
 def _training(batch_size: int, epochs: int, **values: object) -> TrainingConfig:

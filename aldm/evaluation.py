@@ -82,6 +82,7 @@ def evaluate(
     seed: int = 0,
     on_example: Callable[[Example], None] | None = None,
     on_volume: Callable[[], None] | None = None,
+    pair: tuple[str, str] | None = None,
     workers: Workers | None = None,
     load: Callable[[], Sequence[Candidate]] | None = None,
 ) -> Evaluation:
@@ -94,6 +95,7 @@ def evaluate(
         seed: of the samples; every (subject, source, target) has its own, the same for all candidates.
         on_example: given every translation made with a candidate's first sampling, where it was made: with `workers`
             it is sent to them, pickled.
+        pair: score this (source, target) alone; None scores all, each candidate over those that it was trained for.
         on_volume: called after each translation (see `count_translations`); not called with `workers`.
         workers: measure a subject each, the rows being the same; the store's path, which must be absolute, is one that
             all of them reach. None measures in this process.
@@ -105,7 +107,7 @@ def evaluate(
     modalities = check_candidates(store, candidates)
     if not subjects:
         raise UserError(f"the store {store.path} has no subject to evaluate in this split")
-    measure = _SubjectTask(store, load or partial(tuple, candidates), modalities, seed, on_example or _ignore)
+    measure = _SubjectTask(store, load or partial(tuple, candidates), modalities, seed, on_example or _ignore, pair)
     result = Evaluation()
     if workers is None:
         measure.candidates, measure.on_volume = candidates, on_volume or _ignore
@@ -140,11 +142,34 @@ def check_candidates(store: VolumeStore, candidates: Sequence[Candidate]) -> tup
     return shared
 
 
-def count_translations(store: VolumeStore, subjects: Sequence[SubjectRecord], candidates: Sequence[Candidate]) -> int:
+def count_translations(
+    store: VolumeStore,
+    subjects: Sequence[SubjectRecord],
+    candidates: Sequence[Candidate],
+    pair: tuple[str, str] | None = None,
+) -> int:
     """Return how many volumes `evaluate` will translate."""
     modalities = check_candidates(store, candidates)
-    pairs = sum(len([name for name in record.modalities if name in modalities]) ** 2 for record in subjects)
-    return pairs * sum(len(candidate.samplings) for candidate in candidates)
+    total = 0
+    for record in subjects:
+        pairs = wanted_pairs([name for name in record.modalities if name in modalities], candidates, pair)
+        for candidate in candidates:
+            own = sum(candidate.translator.translates(source, target) for source, target in pairs)
+            total += own * len(candidate.samplings)
+    return total
+
+
+def wanted_pairs(
+    names: Sequence[str], candidates: Sequence[Candidate], pair: tuple[str, str] | None
+) -> list[tuple[str, str]]:
+    """Return the ordered pairs of a subject's modalities that are scored: those that any candidate translates."""
+    return [
+        (source, target)
+        for source in names
+        for target in names
+        if pair in (None, (source, target))
+        and any(candidate.translator.translates(source, target) for candidate in candidates)
+    ]
 
 
 def pair_seed(seed: int, subject_id: str, source: str, target: str) -> int:
@@ -165,6 +190,7 @@ class _SubjectTask:
     modalities: tuple[str, ...]
     seed: int
     on_example: Callable[[Example], None]
+    pair: tuple[str, str] | None
     on_volume: Callable[[], None] = _ignore
     candidates: Sequence[Candidate] | None = None
 
@@ -175,12 +201,19 @@ class _SubjectTask:
         names = tuple(name for name in record.modalities if name in self.modalities)
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
         scorer = _Scorer(result.rows, record.subject_id, _regions(self.store, record), volumes)
-        _score_company(scorer, self.store, names, self.candidates)
+        pairs = wanted_pairs(names, self.candidates, self.pair)
+        _score_company(scorer, self.store, pairs, self.candidates)
         for candidate in self.candidates:
             for source in names:
+                targets = [
+                    end for begin, end in pairs if begin == source and candidate.translator.translates(begin, end)
+                ]
+                if not targets:
+                    continue
                 _score_candidate(
                     candidate,
                     source,
+                    targets,
                     volumes,
                     scorer,
                     result.seconds,
@@ -233,12 +266,14 @@ def _regions(store: VolumeStore, record: SubjectRecord) -> dict[str, np.ndarray 
     return regions | {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def _score_company(scorer: _Scorer, store: VolumeStore, names: Sequence[str], candidates: Sequence[Candidate]) -> None:
+def _score_company(
+    scorer: _Scorer, store: VolumeStore, pairs: Sequence[tuple[str, str]], candidates: Sequence[Candidate]
+) -> None:
     """Score the rows that keep a model honest."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
-    for target in names:
+    for target in dict.fromkeys(end for _, end in pairs):
         mean = store.training_mean(target)
-        for source in names:
+        for source in [begin for begin, end in pairs if end == target]:
             if source != target:
                 scorer.add(MethodKey("identity", "", 0), source, target, scorer.truth[source] * 2 - 1)
             scorer.add(MethodKey("training-mean", "", 0), source, target, mean)
@@ -250,6 +285,7 @@ def _score_company(scorer: _Scorer, store: VolumeStore, names: Sequence[str], ca
 def _score_candidate(
     candidate: Candidate,
     source: str,
+    targets: Sequence[str],
     volumes: Mapping[str, np.ndarray],
     scorer: _Scorer,
     seconds: dict[MethodKey, list[float]],
@@ -257,12 +293,12 @@ def _score_candidate(
     on_example: Callable[[Example], None],
     on_volume: Callable[[], None],
 ) -> None:
-    """Translate one source into every target in every way, and score it. The source is encoded once."""
+    """Translate one source into some targets in every way, and score it. The source is encoded once."""
     translator = candidate.translator
     start = time.perf_counter()
     code = translator.encode(volumes[source])
     encoding_s = time.perf_counter() - start
-    for target in volumes:
+    for target in targets:
         for sampling in candidate.samplings:
             start = time.perf_counter()
             mean, std = translator.translate_encoded(

@@ -5,7 +5,7 @@ is alive: the same losses, the same order, the same precision as in training.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from aldm.baselines.methods import method_stage
+from aldm.baselines.networks import ImagePool
+from aldm.baselines.pairs import image_shape
 from aldm.baselines.regression_unet import RegressionStage
-from aldm.config import Config, Shape, TrainingConfig
+from aldm.config import Config, TrainingConfig, training_of
+from aldm.config_baselines import METHODS
 from aldm.data.modalities import MODALITIES
 from aldm.denoising import build_ms_spade, build_unet, denoise
 from aldm.engine import PlainEngine
@@ -39,7 +43,7 @@ class MemoryPlan:
 
     Attributes:
         stage: vqgan, ms-spade, diffusion, unet or inference.
-        shape: sides of the volume or crop that goes in.
+        shape: sides of the volume, crop or slice that goes in.
         batch_size: samples of a step.
         precision: fp32 or bf16.
         activation_checkpointing: whether activations are recomputed.
@@ -54,7 +58,7 @@ class MemoryPlan:
     """
 
     stage: str
-    shape: Shape
+    shape: tuple[int, ...]
     batch_size: int = 1
     precision: str
     activation_checkpointing: bool = False
@@ -91,7 +95,7 @@ class MemoryPlan:
 
 
 def plan(config: Config, stage: str) -> MemoryPlan:
-    """Return the plan of a training ("vqgan", "ms-spade", "diffusion", "unet") or of "inference".
+    """Return the plan of a training (one of TRAININGS, or a comparison method) or of "inference".
 
     Args:
         config: where it names no modalities, all of the vocabulary are taken.
@@ -103,8 +107,10 @@ def plan(config: Config, stage: str) -> MemoryPlan:
     config = with_modalities(config)
     if stage == "inference":
         return _plan_inference(config)
-    assert stage in TRAININGS, stage
-    size = training_config(config, stage).batch_size
+    assert stage in TRAININGS or stage in METHODS, stage
+    if stage in METHODS and config.pair is None:
+        config = replace(config, pair=(config.modalities[0], config.modalities[1]))
+    size = training_of(config, stage).batch_size
     # the ids have values: a loss may read them
     ids = {key: torch.zeros(size, dtype=torch.long) for key in ("source", "target", "flip")}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -113,15 +119,7 @@ def plan(config: Config, stage: str) -> MemoryPlan:
 
 def with_modalities(config: Config) -> Config:
     """Return the configuration with modalities, those of the vocabulary where it names none."""
-    from dataclasses import replace
-
     return config if config.modalities else replace(config, modalities=MODALITIES)
-
-
-def training_config(config: Config, stage: str) -> TrainingConfig:
-    """Return the section of a training."""
-    section: TrainingConfig = getattr(config, f"train_{stage.replace('-', '_')}")
-    return section
 
 
 class StandIn:
@@ -140,7 +138,7 @@ class StandIn:
 
 def _plan_training(config: Config, name: str, ids: dict[str, Tensor]) -> MemoryPlan:
     """Trace one step in which every player plays."""
-    training = training_config(config, name)
+    training = training_of(config, name)
     stage, frozen, batch, shape = _stage_and_batch(config, name, training, ids)
     engine = PlainEngine("cpu", config.precision)
     stage.connect(engine)
@@ -195,15 +193,18 @@ def _state(module: nn.Module | None) -> list[Tensor]:
 
 
 def _prepare(player: Player) -> None:
-    """Put the module in training mode, all but the codebook: its learning reads values, which fake tensors lack."""
+    """Put the module in training mode, all but what reads values, which fake tensors lack: codebook and image pools."""
     player.module.train()
+    for part in player.module.modules():
+        if isinstance(part, ImagePool):
+            part.eval()
     if isinstance(player.module, Codec) and player.module.quantizer is not None:
         player.module.quantizer.eval()
 
 
 def _stage_and_batch(
     config: Config, name: str, training: TrainingConfig, ids: dict[str, Tensor]
-) -> tuple[Stage, nn.Module | None, Batch, Shape]:
+) -> tuple[Stage, nn.Module | None, Batch, tuple[int, ...]]:
     """Return the stage, its frozen network, a batch without values, and the sides of the volume."""
     codec = build_codec(config.codec)
     data: Any = StandIn(config, codec)
@@ -216,6 +217,11 @@ def _stage_and_batch(
         batch |= {key: torch.zeros(size, 1, *shape) for key in names}
         stage: Any = VQGANStage(config, data) if name == "vqgan" else RegressionStage(config, data)
         return stage, None, batch, shape
+    if name in METHODS:
+        pairs = method_stage(config, data, name)
+        plane = image_shape(config, name, pairs.spatial_dims)
+        batch |= {key: torch.zeros(size, 1, *plane) for key in ("source_volume", "target_volume")}
+        return pairs, None, batch, plane
     sides = [side // codec.downsampling for side in whole]
     batch |= {key: torch.zeros(size, codec.latent_channels, *sides) for key in ("z_source", "z_target")}
     if name == "ms-spade":

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aldm.baselines.methods import method_network, translate
+from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
+from aldm.config_baselines import METHODS
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
 from aldm.diffusion import make_schedule
 from aldm.errors import UserError
@@ -23,7 +26,7 @@ from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
 from aldm.models.unet import UNet
 from aldm.sampling import OnStep, sample
 
-KINDS = ("aldm", "unet")
+KINDS = ("aldm", "unet", *METHODS)
 LOADED_LATER_BYTES = 128 * 10**6
 """What comes on top once a loaded model starts to work: libraries of the first convolution, the allocator's reserve."""
 
@@ -215,14 +218,63 @@ class Regression(Predictor):
         return peak_bytes(one_evaluation)
 
 
+class PairTranslation(Predictor):
+    """A comparison method: one network for one pair, on volumes or on their axial slices."""
+
+    def __init__(self, config: Config, method: str) -> None:
+        """Build the network of a method."""
+        super().__init__()
+        self.config = config
+        self.network = method_network(config, method)
+        self._spatial_dims, self._plane = spatial_dims_of(method), slice_shape(config)
+        assert config.pair is not None, "a comparison method is trained for a pair"
+        self._source = config.modalities.index(config.pair[0])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the source itself."""
+        return x
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Return the source itself."""
+        return code
+
+    def predict(
+        self,
+        code: Tensor,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        sampling: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Return the prediction, volume by volume; sampling and generators have no say in it."""
+        ways = [source != self._source for source in sources]
+        results = [self._one(x[None], reverse) for x, reverse in zip(code, ways, strict=True)]
+        if on_step is not None:
+            on_step(1, 1)
+        return torch.cat(results)
+
+    def needed_bytes(self) -> int:
+        """Return what the network needs on a whole volume."""
+        return peak_bytes(lambda: self._one(torch.zeros(1, 1, *self.config.preprocess.spatial_shape), False))
+
+    def _one(self, x: Tensor, reverse: bool) -> Tensor:
+        with self.autocast():
+            return on_volume(
+                lambda part: translate(self.network, part, reverse), x, self._spatial_dims, self._plane
+            ).float()
+
+
 def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predictor:
     """Build a predictor with fresh weights; a translator folder's weights load into it strictly.
 
     Args:
-        kind: aldm (weights codec.*, ms_spade.*, unet.*) or unet (weights unet.*).
+        kind: aldm (weights codec.*, ms_spade.*, unet.*), unet (weights unet.*) or a comparison method (network.*).
         config: the whole configuration, `modalities` named.
         meta: of the folder; aldm reads latents.mean and latents.std, one number per latent channel.
     """
+    if kind in METHODS:
+        return PairTranslation(config, kind)
     if kind == "unet":
         return Regression(config, build_regression_unet(config))
     assert kind == "aldm", kind

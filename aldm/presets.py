@@ -20,6 +20,7 @@ from aldm.config import (
     UNetConfig,
     from_dict,
 )
+from aldm.config_baselines import BaselinesConfig
 from aldm.errors import UserError
 
 
@@ -39,6 +40,7 @@ def brats() -> Config:
         modalities=("t1", "t1ce", "t2", "flair"),
         precision="bf16",
         preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=(192, 192, 144)),
+        baselines=BaselinesConfig(slice_shape=(240, 240)),
         regression_unet=UNetConfig(channels=(32, 64, 128, 256), attention_levels=()),
         train_vqgan=gan,
         train_ms_spade=TrainingConfig(
@@ -64,6 +66,7 @@ def ixi() -> Config:
         preset="ixi",
         modalities=("t1", "t2", "pd"),
         preprocess=PreprocessConfig(spacing_mm=(1.2, 0.9375, 0.9375), spatial_shape=(160, 256, 224)),
+        baselines=BaselinesConfig(slice_shape=(160, 256)),
     )
 
 
@@ -142,6 +145,50 @@ def small() -> Config:
             learning_rate=2e-3, max_steps=3000, same_modality_fraction=0.1, image_space_loss=True
         ),
         train_unet=_cpu_training(max_steps=3000, same_modality_fraction=0.1),
+        baselines=_small_baselines(),
+    )
+
+
+def _small_baselines() -> BaselinesConfig:
+    """The comparison methods at an eighth to a quarter of their width, in batches that a CPU trains on."""
+
+    def training(base: TrainingConfig, batch_size: int) -> TrainingConfig:
+        return replace(base, batch_size=batch_size, max_steps=3000, validate_every=200, checkpoint_every=200)
+
+    base = BaselinesConfig()
+    narrow: dict[str, Any] = {"channels": 16, "discriminator_channels": 16}
+    pix2pix, pix2pix_3d, cyclegan, cyclegan_3d = base.pix2pix, base.pix2pix_3d, base.cyclegan, base.cyclegan_3d
+    return replace(
+        base,
+        slice_shape=(64, 80),
+        pix2pix=replace(pix2pix, **narrow, num_levels=5, training=training(pix2pix.training, 8)),
+        pix2pix_3d=replace(pix2pix_3d, **narrow, num_levels=4, training=training(pix2pix_3d.training, 1)),
+        cyclegan=replace(cyclegan, **narrow, num_blocks=6, training=training(cyclegan.training, 4)),
+        cyclegan_3d=replace(
+            cyclegan_3d, channels=8, num_blocks=6, discriminator_channels=8, training=training(cyclegan_3d.training, 1)
+        ),
+        nicegan=replace(base.nicegan, **narrow, num_blocks=4, training=training(base.nicegan.training, 4)),
+        reggan=replace(
+            base.reggan,
+            **narrow,
+            num_blocks=6,
+            registration_channels=16,
+            registration_levels=4,
+            training=training(base.reggan.training, 8),
+        ),
+        resvit=replace(
+            base.resvit,
+            **narrow,
+            num_blocks=6,
+            hidden_channels=96,
+            num_layers=4,
+            num_heads=4,
+            mlp_channels=384,
+            pretraining=training(base.resvit.pretraining, 8),
+            training=training(base.resvit.training, 8),
+        ),
+        dea_gan=replace(base.dea_gan, **narrow, num_levels=4, training=training(base.dea_gan.training, 1)),
+        gea_gan=replace(base.gea_gan, **narrow, num_levels=4, training=training(base.gea_gan.training, 1)),
     )
 
 
@@ -194,6 +241,38 @@ def tiny() -> Config:
         ),
         train_diffusion=replace(base.train_diffusion, image_space_loss=False, **quick),
         train_unet=replace(base.train_unet, **quick),
+        baselines=_tiny_baselines(base.baselines, quick),
+    )
+
+
+def _tiny_baselines(base: BaselinesConfig, quick: dict[str, Any]) -> BaselinesConfig:
+    """The comparison methods at widths at which nothing is learnt."""
+    narrow: dict[str, Any] = {"channels": 4, "discriminator_channels": 4}
+
+    def small(method: Any, **values: Any) -> Any:
+        batch_size = min(method.training.batch_size, 2)
+        training = replace(method.training, **quick, batch_size=batch_size)
+        return replace(method, **narrow, **values, training=training)
+
+    return replace(
+        base,
+        slice_shape=(16, 32),
+        pix2pix=small(base.pix2pix, num_levels=3),
+        pix2pix_3d=small(base.pix2pix_3d, num_levels=3),
+        cyclegan=small(base.cyclegan, num_blocks=1, pool_size=2),
+        cyclegan_3d=small(base.cyclegan_3d, num_blocks=1, pool_size=2),
+        nicegan=small(base.nicegan, num_blocks=1),
+        reggan=small(base.reggan, num_blocks=1, registration_channels=4, registration_levels=2),
+        resvit=small(
+            base.resvit,
+            hidden_channels=8,
+            num_layers=1,
+            num_heads=2,
+            mlp_channels=16,
+            pretraining=replace(base.resvit.pretraining, **quick, batch_size=2),
+        ),
+        dea_gan=small(base.dea_gan, num_levels=3),
+        gea_gan=small(base.gea_gan, num_levels=3),
     )
 
 

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from aldm import __version__
-from aldm.config import Config, from_dict, to_dict
+from aldm.config import Config, from_dict, to_dict, training_of, with_training
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path
 
@@ -66,7 +66,7 @@ class RunFolder:
 
         Args:
             path: the folder; made if it is missing (its parent must exist).
-            stage: the stage's name; `config.train_<stage>` may change its length when it is resumed.
+            stage: the stage's name; its section of the configuration may change its length when it is resumed.
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
             engine: what the run trains with; it goes on with the same.
@@ -328,12 +328,10 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     """Refuse to resume with another configuration; the stage's length and cadence may differ."""
     import yaml
 
-    section = "train_" + stage.replace("-", "_")
-    before = to_dict(from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text())))
-    now = to_dict(config)
-    for field in PACE_FIELDS:
-        before[section][field] = now[section][field]
-    different = _differences(before, now)
+    training = training_of(config, stage)
+    before = from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text()))
+    before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
+    different = _differences(to_dict(before), to_dict(config))
     if different:
         raise UserError(
             f"{path} was trained with another configuration ({'; '.join(different[:5])}): resume with the same flags, "

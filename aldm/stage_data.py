@@ -28,13 +28,19 @@ def with_data(
         codec: of the latents; None keeps the configuration's.
 
     Raises:
-        UserError: the configuration names a modality that the data lack.
+        UserError: the configuration names a modality that the data lack, as one of all or as an end of its pair.
     """
     missing = [name for name in config.modalities if name not in modalities]
     if missing:
         raise UserError(
             f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: "
             f"take another preset, or say --set modalities=[{', '.join(modalities)}]"
+        )
+    lacking = [name for name in config.pair or () if name not in (config.modalities or modalities)]
+    if lacking:
+        raise UserError(
+            f"{' to '.join(config.pair or ())} cannot be learnt from data without {' and '.join(lacking)}: they have "
+            f"{', '.join(config.modalities or modalities)}"
         )
     return replace(
         config,

@@ -247,7 +247,8 @@ class MSSpadeStage:
 
     def samples(self, split: str) -> LatentPairs:
         """Pairs of latents."""
-        return LatentPairs(self._latents, split, self.config.modalities, self._training.same_modality_fraction)
+        fraction = self._training.same_modality_fraction
+        return LatentPairs(self._latents, split, self.config.modalities, fraction, self.config.pair)
 
     def _generator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         z_target_like = model(batch["z_source"], batch["target"], batch["source"])
@@ -320,7 +321,8 @@ class DiffusionStage:
 
     def samples(self, split: str) -> LatentPairs:
         """Pairs of latents."""
-        return LatentPairs(self._latents, split, self.config.modalities, self._training.same_modality_fraction)
+        fraction = self._training.same_modality_fraction
+        return LatentPairs(self._latents, split, self.config.modalities, fraction, self.config.pair)
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         z_target_like = self._z_target_like(batch)

@@ -1,7 +1,7 @@
 """The translator: a folder written by `aldm export`; a volume in, another modality of it out, on its own grid.
 
-Every kind of model (`aldm`: codec, MS-SPADE, denoiser; `unet`: plain regression) stands behind one interface,
-`Translator.encode` and `Translator.translate_encoded`, which is what the evaluation measures. Arrays are X Y Z of RAS+
+Every kind of model (`aldm`: codec, MS-SPADE, denoiser; `unet`: plain regression; the comparison methods) stands behind
+one interface, `Translator.encode` and `Translator.translate_encoded`, which is what the evaluation measures. Arrays are X Y Z of RAS+
 volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
 """
 
@@ -23,6 +23,7 @@ from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, r
 from aldm.data.volume import Volume
 from aldm.errors import UserError
 from aldm.memory import gigabytes
+from aldm.pairs import check_pair, pair_is_known
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.sampling import OnStep, check_sampling, sample_many
 
@@ -118,7 +119,7 @@ class Translator:
         Args:
             predictor: moved to `device` and put into evaluation mode here.
             config: the whole configuration; `modalities` must be named.
-            kind: aldm or unet.
+            kind: aldm, unet or a comparison method.
             median_percentiles: modality -> the training set's median lower and upper percentile, in its own units.
             model_hash: identifies the weights.
             device: where to compute.
@@ -186,6 +187,18 @@ class Translator:
     def modalities(self) -> tuple[str, ...]:
         """The modalities that the model knows, in the order of their ids."""
         return self.config.modalities
+
+    def translates(self, source: str, target: str) -> bool:
+        """Whether the model was trained to translate one modality into another."""
+        return pair_is_known(self.config, self.kind, source, target)
+
+    def check_pair(self, source: str, target: str) -> None:
+        """Refuse what the model was not trained for.
+
+        Raises:
+            UserError: an unknown modality, or another pair than the model's.
+        """
+        check_pair(self.config, self.kind, source, target)
 
     def sampling(
         self,
@@ -268,6 +281,8 @@ class Translator:
         Raises:
             UserError: a modality that the model does not know.
         """
+        for request in requests:
+            self.check_pair(request.source, request.target)
         sources = [modality_index(request.source, self.modalities) for request in requests]
         targets = [modality_index(request.target, self.modalities) for request in requests]
         code = torch.cat([request.code for request in requests])
@@ -347,8 +362,8 @@ class Translator:
         """
         if intensity not in INTENSITIES:
             raise UserError(f"intensity is {intensity!r}, wanted one of: {', '.join(INTENSITIES)}")
-        for name in (source, *targets):
-            modality_index(name, self.modalities)
+        for target in targets:
+            self.check_pair(source, target)
         chosen = self.sampling() if sampling is None else sampling
         prepared, record = self.prepare(volume)
         for target in targets:

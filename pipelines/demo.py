@@ -147,7 +147,7 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
             "export the translator", ["export", "--codec", "haar", *map(str, stages), "--out", str(model)], model, 0.05
         ),
         train("unet", "yardstick: plain regression U-Net", "--store", store),
-        Step("export the U-Net", ["export", "--unet", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
+        Step("export the U-Net", ["export", "--baseline", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
         Step(
             "score both on the held-out subjects",
             [*map(str, scores), "--baseline", f"unet={unet}", *card, "--device", device, "--group", out.name],

@@ -36,7 +36,7 @@ SCORES, TABLES, TIMES, CARD, RECORD, PICTURES = (
     "evaluation.json",
     "pictures",
 )
-DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a store's split, source = target included:
+DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a store's split that it was trained for:
 PSNR, NMSE and SSIM over the whole volume, the brain and, where there is a segmentation, the lesion. Beside it stand the
 source itself (identity), the training set's mean volume, the codec alone (reconstruction) and other translators
 (--baseline). Writes {SCORES}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = [name for name in store.modalities if name not in modalities]
     if left_out:
         logger.warning("not every model knows %s: left out", ", ".join(left_out))
-    total = count_translations(store, subjects, candidates)
+    pair = _pair(args, candidates)
+    total = count_translations(store, subjects, candidates, pair)
+    if not total:
+        raise UserError("no subject of the split has a pair of modalities that a model was trained for")
     with open_workers(args, use_gpus=True) as workers:
         load = None if workers is None else _loader(models, workers.device, args)
         if args.dry_run:
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     seed=args.seed,
                     on_example=partial(_draw, pictured=pictured, store=store, folder=folder.absolute()),
                     on_volume=None if bar is None else bar.update,
+                    pair=pair,
                     workers=workers,
                     load=load,
                 )
@@ -103,6 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         log_evaluation(args.out, group=args.group)
     return 0
+
+
+def _pair(args: argparse.Namespace, candidates: Sequence["Candidate"]) -> tuple[str, str] | None:
+    """Return the pair of --source and --target, if they are given.
+
+    Raises:
+        UserError: one without the other, or a pair that a model was not trained for.
+    """
+    if args.source is None and args.target is None:
+        return None
+    if args.source is None or args.target is None:
+        raise UserError("--source and --target go together: give both for one pair, or none for all")
+    for candidate in candidates:
+        candidate.translator.check_pair(args.source, args.target)
+    return args.source, args.target
 
 
 def _volumes(total: int, workers: "RayWorkers | None") -> Any:
@@ -307,6 +326,10 @@ def _parser() -> JobParser:
     parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="which subjects")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--source", metavar="MODALITY", help="score translations of this one alone (default: of all)")
+    parser.add_argument(
+        "--target", metavar="MODALITY", help="score translations into this one alone (default: into all)"
+    )
     parser.add_argument(
         "--samplers",
         nargs="+",

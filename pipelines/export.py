@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, override
+from aldm.config_baselines import METHODS
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """What a translator folder holds: kind aldm or unet, and per training its checkpoint's record."""
+    """What a translator folder holds: kind aldm, unet or a comparison method, and every training's record."""
 
     kind: str
     config: Config
@@ -31,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     stages = (args.codec, args.ms_spade, args.diffusion)
-    if args.unet is None and None in stages:
-        parser.error("give --codec, --ms-spade and --diffusion, or --unet alone")
-    if args.unet is not None and any(stage is not None for stage in stages):
-        parser.error("--unet is a model by itself: leave out --codec, --ms-spade and --diffusion")
+    if args.baseline is None and None in stages:
+        parser.error("give --codec, --ms-spade and --diffusion, or --baseline alone")
+    if args.baseline is not None and any(stage is not None for stage in stages):
+        parser.error("--baseline is a model by itself: leave out --codec, --ms-spade and --diffusion")
     if args.alias is not None and args.register is None:
         parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.out, args.overwrite, marker=CONFIG)
     if args.register is not None:
         _check_registry(args)
-    if args.unet is not None:
-        model = unet_model(args.unet)
+    if args.baseline is not None:
+        model = baseline_model(args.baseline)
     else:
         model = aldm_model(args.codec, args.ms_spade, args.diffusion)
     model = replace(model, config=used_config(model, args.set, args.precision))
@@ -117,20 +118,21 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
     )
 
 
-def unet_model(run: Path) -> Model:
-    """Take the regression U-Net of a run.
+def baseline_model(run: Path) -> Model:
+    """Take the one network of a run: the regression U-Net or a comparison method.
 
     Raises:
-        UserError: the run holds no checkpoint of a regression U-Net.
+        UserError: the run holds no checkpoint of one of these.
     """
     from aldm.checkpoint import load_checkpoint
     from aldm.run_folder import checkpoint_folder
 
-    checkpoint = load_checkpoint(checkpoint_folder(run), "unet")
+    checkpoint = load_checkpoint(checkpoint_folder(run), "unet", *METHODS)
+    part = "unet" if checkpoint.kind == "unet" else "network"
     return Model(
-        kind="unet",
+        kind=checkpoint.kind,
         config=checkpoint.config,
-        weights={f"unet.{name}": tensor for name, tensor in checkpoint.weights.items()},
+        weights={f"{part}.{name}": tensor for name, tensor in checkpoint.weights.items()},
         meta={
             "modalities": checkpoint.meta["modalities"],
             "data": checkpoint.meta["data"],
@@ -210,7 +212,10 @@ def _parser() -> JobParser:
     parser.add_argument("--ms-spade", type=Path, metavar="RUN", help="run folder of stage 2")
     parser.add_argument("--diffusion", type=Path, metavar="RUN", help="run folder of stage 3")
     parser.add_argument(
-        "--unet", type=Path, metavar="RUN", help="run folder of a regression U-Net, instead of the three"
+        "--baseline",
+        type=Path,
+        metavar="RUN",
+        help="run folder of the regression U-Net or of a comparison method, instead of the three",
     )
     parser.add_argument("--out", type=Path, required=True, help="the translator folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")

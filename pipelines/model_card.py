@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aldm.config_baselines import BOTH_WAYS, METHODS
 from aldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +34,14 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             f"Codec {config.codec.kind}, MS-SPADE and a U-Net with objective {config.diffusion.objective}; by default "
             f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
         )
-    else:
+    elif model.kind == "unet":
         how = "A plain 3D regression U-Net: source volume in, target volume out, one evaluation."
+    else:
+        how = f"The comparison method {model.kind}: {METHODS[model.kind]}."
+    pairs = f"any of {names} into any other of them"
+    if config.pair is not None:
+        pairs = " to ".join(config.pair) + (" and back" if model.kind in BOTH_WAYS else "")
+    source, target = config.pair or (config.modalities[0], config.modalities[-1])
     validation = [
         f"| {run['stage']} | {run['step']} | {name} | {value:.4g} |"
         for run in model.meta["training"]
@@ -42,12 +49,11 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
     ]
     return "\n".join(
         [
-            f"# {model.kind}: translation between {names}",
+            f"# {model.kind}: translation, {pairs}",
             "",
-            f"Translates a 3D MR volume of any of {names} into any other of them. {how}",
+            f"Translates a 3D MR volume, {pairs}. {how}",
             "",
-            "    aldm translate INPUT OUTPUT --model THIS_FOLDER "
-            f"--source {config.modalities[0]} --target {config.modalities[-1]}",
+            f"    aldm translate INPUT OUTPUT --model THIS_FOLDER --source {source} --target {target}",
             "",
             "## Data",
             "",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config, TrainingConfig, from_dict
+from aldm.config import Config, from_dict, training_of
 from aldm.errors import NotFiniteError, UserError
 from aldm.run_folder import LOOP_STATE, RunFolder
 from pipelines.arguments import configure_logging
@@ -54,7 +54,7 @@ def _train(
     from aldm.training import fit
 
     config = stage.config
-    training: TrainingConfig = getattr(config, "train_" + settings["stage"].replace("-", "_"))
+    training = training_of(config, settings["stage"])
     engine = _engine(settings, config, training.batch_size, resume_from)
     run = RunFolder(Path(settings["run_dir"]))
     logs: Logs = Logs(run.log)
@@ -76,7 +76,8 @@ def _train(
 def _built_stage(settings: dict[str, Any]) -> "Stage":
     from pipelines.train import build_stage
 
-    inputs = argparse.Namespace(**{name: Path(path) for name, path in settings["inputs"].items()})
+    paths = {name: Path(path) for name, path in settings["inputs"].items()}
+    inputs = argparse.Namespace(**{"vit_weights": None, **paths})
     return build_stage(settings["stage"], from_dict(Config, settings["config"]), inputs)[0]
 
 

@@ -1,4 +1,4 @@
-"""aldm train vqgan|ms-spade|diffusion|unet: one training, on the workers of a Ray cluster or in this process."""
+"""aldm train STAGE: one training, on the workers of a Ray cluster or in this process."""
 
 import argparse
 import contextlib
@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config, TrainingConfig
+from aldm.config import Config, TrainingConfig, training_of, with_training
+from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
@@ -18,6 +19,7 @@ from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tra
 if TYPE_CHECKING:
     import torch
 
+    from aldm.data.store import VolumeStore
     from aldm.players import FitResult, Stage
     from aldm.run_folder import RunFolder
 
@@ -28,9 +30,14 @@ STAGES = {
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
     "unet": "a plain 3D regression U-Net, the yardstick beside the model",
+    **METHODS,
 }
-INPUTS = {"vqgan": ("store",), "unet": ("store",), "ms-spade": ("latents",), "diffusion": ("latents", "ms_spade")}
-"""The flags that name what a stage is built from."""
+INPUTS = {
+    "ms-spade": ("latents",),
+    "diffusion": ("latents", "ms_spade"),
+    "resvit": ("store", "pretrained", "vit_weights"),
+}
+"""The flags that name what a stage is built from; those not named here are built from a store."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
     config = built.config
-    training: TrainingConfig = getattr(config, _section(stage))
+    training = training_of(config, stage)
     cluster = cluster_of(args, training, config.precision)
     tracking = tracking_of(args)
     if args.resume:
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 storage,
                 stage=stage,
                 config=config,
-                inputs={name: str(getattr(args, name)) for name in INPUTS[stage]},
+                inputs=_paths(stage, args),
                 record=inputs,
                 tracking=tracking,
                 args=args,
@@ -140,10 +147,12 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
     built: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "weights", stage))
-        if stage in ("vqgan", "unet"):
+        if stage not in ("ms-spade", "diffusion"):
             store = VolumeStore.open(args.store)
-            built = VQGANStage(config, store) if stage == "vqgan" else RegressionStage(config, store)
-            return built, {"store": str(args.store), "store_fingerprint": store.fingerprint}
+            inputs = {"store": str(args.store), "store_fingerprint": store.fingerprint}
+            if stage in METHODS:
+                return _method(stage, config, store, inputs, args), inputs
+            return (VQGANStage if stage == "vqgan" else RegressionStage)(config, store), inputs
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
         if stage == "ms-spade":
@@ -151,6 +160,33 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
         built = DiffusionStage(replace(config, ms_spade=widths), latents, ms_spade, ms_spade_hash)
         return built, inputs | {"ms_spade": str(args.ms_spade), "ms_spade_hash": ms_spade_hash}
+
+
+def _method(
+    stage: str, config: Config, store: "VolumeStore", inputs: dict[str, str], args: argparse.Namespace
+) -> "Stage":
+    """Build a comparison method; the second training of ResViT goes on from the first, which the inputs then name."""
+    from aldm.baselines.methods import method_stage
+    from aldm.baselines.resvit import FIRST, SECOND, ResViTStage
+    from aldm.checkpoint import load_checkpoint
+    from aldm.run_folder import checkpoint_folder
+
+    built = method_stage(config, store, stage)
+    if stage == SECOND:
+        assert isinstance(built, ResViTStage)
+        first = load_checkpoint(checkpoint_folder(args.pretrained), FIRST)
+        built.start_from(first, args.vit_weights)
+        weights = "random" if args.vit_weights is None else str(args.vit_weights)
+        inputs |= {"pretrained": str(args.pretrained), "pretrained_hash": first.hash, "vit_weights": weights}
+        if args.vit_weights is None:
+            logger.warning("no --vit-weights: the transformer starts from random weights, not from ImageNet's")
+    return built
+
+
+def _paths(stage: str, args: argparse.Namespace) -> dict[str, str]:
+    """Return the paths that a stage is built from, by flag name."""
+    given = {name: getattr(args, name) for name in INPUTS.get(stage, ("store",))}
+    return {name: str(path) for name, path in given.items() if path is not None}
 
 
 def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
@@ -179,16 +215,28 @@ def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
 
 def _parser(stage: str) -> JobParser:
     parser = job_parser(f"train {stage}", f"Train {STAGES[stage]}.")
-    if stage in ("vqgan", "unet"):
+    if stage in ("ms-spade", "diffusion"):
+        parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
+    else:
         parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
+    if stage in ("vqgan", "unet", *VOLUME_METHODS):
         parser.add_argument(
             "--crop",
             nargs="+",
             metavar="N",
             help="voxels X Y Z of the random crop that a step trains on, or full (default: the configuration's)",
         )
-    else:
-        parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
+    if stage != "vqgan":
+        _add_pair(parser, needed=stage in METHODS)
+    if stage == "resvit":
+        parser.add_argument("--pretrained", type=Path, required=True, metavar="RUN", help="run folder of resvit-cnn")
+        parser.add_argument(
+            "--vit-weights",
+            type=Path,
+            metavar="FILE",
+            help="ImageNet weights of R50+ViT-B/16, .npz or .safetensors, for the transformer to start from (default: "
+            "random weights)",
+        )
     if stage == "diffusion":
         parser.add_argument("--ms-spade", type=Path, required=True, metavar="RUN", help="run folder of stage 2")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
@@ -211,6 +259,13 @@ def _parser(stage: str) -> JobParser:
     return parser
 
 
+def _add_pair(parser: JobParser, *, needed: bool) -> None:
+    """Add the flags that name the one pair that is trained."""
+    default = "" if needed else " (default: every pair is trained)"
+    parser.add_argument("--source", required=needed, metavar="MODALITY", help=f"translate from this one{default}")
+    parser.add_argument("--target", required=needed, metavar="MODALITY", help=f"into this one{default}")
+
+
 def _config(stage: str, args: argparse.Namespace) -> Config:
     """Return the configuration with the job's own flags laid over it."""
     config = resolve_config(args)
@@ -220,8 +275,12 @@ def _config(stage: str, args: argparse.Namespace) -> Config:
             changes[field] = getattr(args, field)
     if getattr(args, "crop", None) is not None:
         changes["crop"] = _crop(args.crop)
-    section = _section(stage)
-    config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    config = with_training(config, stage, **changes)
+    source, target = getattr(args, "source", None), getattr(args, "target", None)
+    if (source is None) != (target is None):
+        raise UserError("--source and --target go together: give both for one pair, or none for every pair")
+    if source is not None:
+        config = replace(config, pair=(source, target))
     if args.activation_checkpointing:
         config = replace(config, activation_checkpointing=True)
     return config if args.seed is None else replace(config, seed=args.seed)
@@ -243,10 +302,6 @@ def _check_folder(args: argparse.Namespace) -> None:
     check_run_folder(args.run_dir, args.resume, args.overwrite)
 
 
-def _section(stage: str) -> str:
-    return "train_" + stage.replace("-", "_")
-
-
 def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, device: str) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
@@ -265,7 +320,7 @@ def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.N
 
 
 def _no_stage(arguments: list[str]) -> int:
-    wanted = "\n".join(f"  {name:<10} {text}" for name, text in STAGES.items())
+    wanted = "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items())
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
     print(
         f"usage: aldm train STAGE [ARGUMENTS]\n\nstages:\n{wanted}\n\naldm train STAGE --help explains the arguments.",

@@ -53,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "'scans/*_t1.nii.gz', or the shell expands it"
         )
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
-    targets = maker.modalities if args.target == ALL else (args.target,)
     guessed = args.server is not None and args.source == AUTO
-    for name in targets if guessed else (args.source, *targets):
+    targets: tuple[str, ...] = (args.target,)
+    if args.target == ALL:
+        targets = tuple(name for name in maker.modalities if guessed or maker.translates(args.source, name))
+    for name in targets:
         modality_index(name, maker.modalities)
+    if not guessed:
+        for name in targets or maker.modalities:
+            maker.check_pair(args.source, name)
     inputs, is_batch = find_inputs(args.input)
     into_folder = is_batch or len(targets) > 1
     tasks = plan_tasks(
@@ -95,6 +100,12 @@ class Maker(Protocol):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that it knows."""
+
+    def translates(self, source: str, target: str) -> bool:
+        """Whether it makes one of the other."""
+
+    def check_pair(self, source: str, target: str) -> None:
+        """Refuse with a UserError what it does not translate."""
 
     def load(self) -> None:
         """Get ready; raises UserError for what every input would fail with."""

@@ -8,6 +8,7 @@ from aldm.config import SamplingConfig
 from aldm.default_model import DESCRIPTION as DEFAULT_MODEL
 from aldm.default_model import default_model
 from aldm.errors import UserError
+from aldm.pairs import check_pair, pair_is_known
 from aldm.progress import progress
 from pipelines.translate_files import Task, read_input, writing
 from pipelines.translator_arguments import load_translator, model_config
@@ -34,12 +35,23 @@ class LocalModel:
             logger.info("no --model: %s", DEFAULT_MODEL)
         self._folder = default_model() if args.model is None else args.model
         self._config = model_config(self._folder, args)
+        from aldm.checkpoint import read_checkpoint_record
+
+        self._kind = read_checkpoint_record(self._folder)["kind"]
         self._loaded: tuple[Translator, SamplingConfig]
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that the model knows."""
         return self._config.modalities
+
+    def translates(self, source: str, target: str) -> bool:
+        """Whether the model was trained for that."""
+        return pair_is_known(self._config, self._kind, source, target)
+
+    def check_pair(self, source: str, target: str) -> None:
+        """Refuse what the model was not trained for."""
+        check_pair(self._config, self._kind, source, target)
 
     def load(self) -> None:
         """Load the model.

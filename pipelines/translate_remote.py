@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
+from aldm.data.modalities import modality_index
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
 from aldm.progress import progress
@@ -78,6 +79,15 @@ class RemoteService:
     def modalities(self) -> tuple[str, ...]:
         """What the service's model knows."""
         return tuple(self._model["modalities"])
+
+    def translates(self, source: str, target: str) -> bool:
+        """Whether it knows both: which pairs a model was trained for the service says when it is asked."""
+        return source in self.modalities and target in self.modalities
+
+    def check_pair(self, source: str, target: str) -> None:
+        """Refuse a modality that the model does not know."""
+        for name in (source, target):
+            modality_index(name, self.modalities)
 
     def load(self) -> None:
         """The service has loaded its model already."""

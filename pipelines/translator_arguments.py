@@ -63,7 +63,8 @@ def model_config(folder: Path, args: argparse.Namespace) -> Config:
     used = own
     if args.preset is not None:
         preset = load_preset(args.preset)
-        _check_same(own, replace(preset, modalities=own.modalities), f"--preset {args.preset}", folder)
+        same = replace(preset, modalities=own.modalities, pair=own.pair, baselines=own.baselines)
+        _check_same(own, same, f"--preset {args.preset}", folder)
         used = replace(own, sampling=preset.sampling, precision=preset.precision)
     used = override(used, args.set)
     _check_same(own, used, f"--set {' '.join(args.set)}", folder)

@@ -21,7 +21,7 @@ from aldm.denoising import build_ms_spade, build_unet
 from aldm.engine import PlainEngine
 from aldm.memory import release_freed_memory
 from aldm.models.codecs import build_codec
-from aldm.planner import TRAININGS, StandIn, plan, training_config
+from aldm.planner import TRAININGS, StandIn, plan, training_of
 from aldm.predictors import LatentDiffusion
 from aldm.presets import tiny
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
@@ -71,7 +71,7 @@ def train(config: Config, name: str) -> None:
     codec = build_codec(config.codec)
     data = StandIn(config, codec)
     latent = (codec.latent_channels, *(side // codec.downsampling for side in config.preprocess.spatial_shape))
-    training = training_config(config, name)
+    training = training_of(config, name)
     if name == "vqgan":
         stage, shapes = VQGANStage(config, data), {"volume": (1, *training.crop)}
     elif name == "unet":

@@ -74,7 +74,7 @@ def test_a_loaded_model_gives_the_bytes_of_aldm_translate(folder: Path, tmp_path
     models = {"aldm": folder / "model", "unet": folder / "exported"}
     assert register(models["aldm"], "aldm", "champion", uri) == 1
     run_dir = unet_run(save_untrained(tmp_path / "unet", kind="unet"), tmp_path / "run")
-    words = ("--unet", run_dir, "--out", models["unet"], "--register", "unet", "--alias", "champion")
+    words = ("--baseline", run_dir, "--out", models["unet"], "--register", "unet", "--alias", "champion")
     assert run("export", *words) == 0
     assert "Not a medical device" in connect(uri).get_model_version("unet", "1").description
 
@@ -146,7 +146,7 @@ def test_export_refuses_a_registry_that_does_not_answer_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = unet_run(save_untrained(tmp_path / "model", kind="unet"), tmp_path / "run")
-    words = ("export", "--unet", run_dir, "--out", tmp_path / "out")
+    words = ("export", "--baseline", run_dir, "--out", tmp_path / "out")
     with pytest.raises(SystemExit):
         run(*words, "--alias", "champion")
     assert "--register" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_the_lossless_codec_needs_no_run(stage_2: Path, stage_3: Path, tmp_path:
 
 def test_the_regression_unet_is_a_model_of_its_own(brats_store: VolumeStore, tmp_path: Path) -> None:
     assert run("train", "unet", "--store", brats_store.path, "--run-dir", tmp_path / "r", *TINY) == 0
-    assert run("export", "--unet", tmp_path / "r", "--out", tmp_path / "model", *TINY) == 0
+    assert run("export", "--baseline", tmp_path / "r", "--out", tmp_path / "model", *TINY) == 0
     translator = Translator.load(tmp_path / "model")
     assert translator.kind == "unet"
     volume = brats_store.volume(brats_store.subjects("test")[0].subject_id, "t1")

@@ -5,18 +5,18 @@ B C X Y slices or B C X Y Z volumes, RAS+, in [-1, 1] with a background of -1. A
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.networks.nets.patchgan_discriminator import PatchDiscriminator as MonaiPatchDiscriminator
 from torch import Tensor, nn
 
-from aldm.errors import UserError
 from aldm.models.blocks import run_blocks
 
 BACKGROUND = -1.0
-Norm = Literal["batch", "instance"]
+Norm = str
+"""batch or instance."""
 
 
 def layer_type(name: str, spatial_dims: int) -> Any:
@@ -227,16 +227,10 @@ class PatchGAN(MonaiPatchDiscriminator):
     def forward(self, x: Tensor) -> Tensor:
         """Return one judgement per patch, (B, 1, ...), no activation, of (B, in_channels, ...).
 
-        Raises:
-            UserError: a side is too short for one patch.
+        Sides too short for one patch are padded with background.
         """
         shortest = 24 if self.final_conv.conv.padding[0] == 1 else 1
-        if min(x.shape[2:]) < shortest:
-            raise UserError(
-                f"the patch discriminator needs sides of at least {shortest} voxels, got "
-                f"{' x '.join(map(str, x.shape[2:]))}; use larger slices or crops"
-            )
-        judgement: Tensor = super().forward(x)[-1]
+        judgement: Tensor = super().forward(pad_sides(x, 1, at_least=shortest))[-1]
         return judgement
 
 
@@ -314,7 +308,7 @@ class ImagePool(nn.Module):
             images: what the generator made.
             generator: on the CPU; decides.
         """
-        if not len(self.images):
+        if not len(self.images) or not self.training:
             return images
         assert images.shape[1:] == self.images.shape[1:], (images.shape, self.images.shape)
         return torch.stack([self._exchange(image, generator) for image in images.detach()])

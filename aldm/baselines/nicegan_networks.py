@@ -14,6 +14,8 @@ from aldm.errors import UserError
 from aldm.models.blocks import without_autocast
 
 EPS = 1e-5
+SHORTEST = 96
+"""Shortest side, pixels, that the global judgement needs."""
 
 
 def _conv(before: int, after: int, stride: int, bias: bool = True) -> list[nn.Module]:
@@ -30,15 +32,18 @@ class NiceDiscriminator(nn.Module):
 
     Args:
         channels: width of the first layer; the latent has 2 * channels.
+        with_heads: False leaves out what judges patches: an encoder to translate with.
     """
 
-    def __init__(self, channels: int = 64) -> None:
+    def __init__(self, channels: int = 64, with_heads: bool = True) -> None:
         super().__init__()
         width = 2 * channels
         self.encoder = nn.Sequential(*_stage(1, channels, 2), *_stage(channels, width, 2))
         self.attention_logit = spectral_norm(nn.Linear(2 * width, 1, bias=False))
         self.attention_mix = nn.Conv2d(2 * width, width, 1)
         self.attention_weight = nn.Parameter(torch.zeros(1))  # lambda: the latent starts as the bare features
+        if not with_heads:
+            return
         self.trunk = nn.Sequential(*_stage(width, 2 * width, 2))
         self.local_head = nn.Sequential(*_stage(2 * width, 4 * width, 1), *_conv(4 * width, 1, 1, bias=False))
         self.global_head = nn.Sequential(
@@ -74,9 +79,9 @@ class NiceDiscriminator(nn.Module):
         Raises:
             UserError: a side is no multiple of 4 or too short for the global judgement.
         """
-        if min(x.shape[2:]) < 96:
+        if min(x.shape[2:]) < SHORTEST:
             raise UserError(
-                f"NICE-GAN's discriminator needs sides of at least 96 pixels, got {_sides(x)}; pad the slices"
+                f"NICE-GAN's discriminator needs sides of at least {SHORTEST} pixels, got {_sides(x)}; pad the slices"
             )
         z, logit = self._encode(x)
         trunk = self.trunk(z)

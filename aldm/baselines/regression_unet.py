@@ -49,6 +49,7 @@ class RegressionStage:
             self._training.crop,
             self._training.flip_probability,
             self._training.same_modality_fraction,
+            self.config.pair,
         )
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:

@@ -14,7 +14,7 @@ aldm train diffusion --latents latents --ms-spade ms-spade --run-dir diffusion -
 aldm export $stages
 # the yardstick, a plain U-Net with the same time
 aldm train unet --store store --run-dir unet --max-steps 500 --seed 7 --engine plain
-aldm export --unet unet --out unet-model
+aldm export --baseline unet --out unet-model
 aldm evaluate --model model --store store --split test --out scores --samplers bridge:1 bridge:2 bridge:4 --baseline unet=unet-model
 aldm export $stages --scores scores --overwrite
 cp model/config.json model/weights.safetensors model/README.md model/card.json "$here"

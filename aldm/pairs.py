@@ -1,0 +1,30 @@
+"""Which translations a model was trained for."""
+
+from aldm.config import Config
+from aldm.config_baselines import BOTH_WAYS
+from aldm.data.modalities import modality_index
+from aldm.errors import UserError
+
+
+def pair_is_known(config: Config, kind: str, source: str, target: str) -> bool:
+    """Whether a model was trained to translate `source` into `target`."""
+    if source not in config.modalities or target not in config.modalities:
+        return False
+    return config.pair in (None, (source, target)) or (kind in BOTH_WAYS and config.pair == (target, source))
+
+
+def check_pair(config: Config, kind: str, source: str, target: str) -> None:
+    """Refuse a translation that a model was not trained for.
+
+    Raises:
+        UserError: an unknown modality, or another pair than the model's.
+    """
+    for name in (source, target):
+        modality_index(name, config.modalities)
+    if not pair_is_known(config, kind, source, target):
+        assert config.pair is not None
+        words = " and back" if kind in BOTH_WAYS else ""
+        raise UserError(
+            f"this {kind} model translates {config.pair[0]} to {config.pair[1]}{words}, not {source} to {target}: give "
+            "that pair, or a model trained for this one"
+        )
