@@ -111,11 +111,12 @@ def test_a_judgement_sees_70_voxels() -> None:
     assert columns.max() - columns.min() + 1 == 70
 
 
-def test_the_patch_discriminator_says_which_sides_it_needs() -> None:
+def test_images_too_small_for_a_patch_get_background_around_them() -> None:
     discriminator = patch_discriminator(2, 1, channels=2)
     assert discriminator(torch.randn(2, 1, 24, 24)).shape == (2, 1, 1, 1)
-    with pytest.raises(UserError, match="at least 24 voxels, got 23 x 40"):
-        discriminator(torch.randn(2, 1, 23, 40))
+    small = torch.randn(2, 1, 23, 20)
+    padded = torch.nn.functional.pad(small, (0, 4, 0, 1), value=-1.0)
+    torch.testing.assert_close(discriminator(small), discriminator(padded))
 
 
 @pytest.mark.parametrize(("num_levels", "spatial_dims", "expected"), [(8, 2, [6, 5, 4]), (7, 3, [5, 4]), (5, 3, [])])

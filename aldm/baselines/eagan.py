@@ -44,7 +44,7 @@ class EaGANStage(ConditionalStage):
 
     def adversarial(self, judgement: Tensor, is_real: bool, info: StepInfo) -> Tensor:
         """Least squares against a smoothed label: 0.7 to 1.2 for real, 0 to 0.3 for fake."""
-        drawn = float(torch.rand((), generator=info.generators[0]))
+        drawn = torch.rand((), generator=info.generators[0]).to(judgement.device)
         return lsgan(judgement, 0.7 + 0.5 * drawn if is_real else 0.3 * drawn)
 
     def added_loss(self, fake: Tensor, target: Tensor, info: StepInfo) -> tuple[Tensor | float, Values]:

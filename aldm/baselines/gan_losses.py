@@ -5,14 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def lsgan(judgement: Tensor, is_real: float) -> Tensor:
+def lsgan(judgement: Tensor, is_real: float | Tensor) -> Tensor:
     """Return mean (judgement - is_real)^2, the least-squares loss (Mao et al. 2017).
 
     Args:
         judgement: what the discriminator says, any shape.
         is_real: what it should say: 1 (or True) for real, 0 for fake, between them for smoothed labels.
     """
-    return F.mse_loss(judgement, torch.full_like(judgement, float(is_real)))
+    wanted = is_real if isinstance(is_real, Tensor) else float(is_real)
+    return (judgement - wanted).square().mean()
 
 
 def vanilla(judgement: Tensor, is_real: float) -> Tensor:

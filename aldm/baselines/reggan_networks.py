@@ -129,11 +129,11 @@ def random_affine(images: Tensor, generators: Sequence[torch.Generator], noise_l
     sides = torch.tensor(images.shape[2:], dtype=torch.float64)
     matrices = []
     for generator in generators:
-        angle, scale, *shifts = torch.rand(4, generator=generator, dtype=torch.float64).mul(2).sub(1).tolist()
-        angle, scale = math.radians(noise_level * angle), 1 + 0.02 * noise_level * scale
-        cosine, sine = math.cos(angle) / scale, math.sin(angle) / scale
-        back = torch.tensor([[cosine, sine], [-sine, cosine]], dtype=torch.float64)  # from a place to where it was
-        shift = 0.02 * noise_level * torch.tensor(shifts, dtype=torch.float64) * sides  # pixels
+        drawn = torch.rand(4, generator=generator, dtype=torch.float64) * 2 - 1
+        angle, scale = math.radians(noise_level) * drawn[0], 1 + 0.02 * noise_level * drawn[1]
+        cosine, sine = angle.cos() / scale, angle.sin() / scale
+        back = torch.stack((cosine, sine, -sine, cosine)).view(2, 2)  # from a place to where it was
+        shift = 0.02 * noise_level * drawn[2:] * sides  # pixels
         # affine_grid's places run from -1 to 1 over a side, last axis first
         matrix = torch.cat((back * sides / sides[:, None], (-(back @ shift) * 2 / sides)[:, None]), dim=1)
         matrices.append(torch.cat((matrix[:, :2].flip(0, 1), matrix[:, 2:].flip(0)), dim=1))
