@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
 from aldm.baselines.gan_losses import lsgan, vanilla
 from aldm.baselines.networks import (
     ImagePool,
+    Norm,
     PatchGAN,
     ResNetGenerator,
     UNetGenerator,
@@ -96,10 +98,18 @@ def test_maps_of_the_patch_discriminator(
 
 
 def without_norms(discriminator: PatchGAN) -> PatchGAN:
-    for layer in discriminator.children():
-        if hasattr(layer, "adn") and hasattr(layer.adn, "N"):
-            layer.adn.N = nn.Identity()
-    return discriminator
+    return PatchGAN(*(nn.Identity() if isinstance(layer, nn.BatchNorm2d) else layer for layer in discriminator))
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_the_patch_discriminator_is_monais(spatial_dims: int, norm: Norm) -> None:
+    ours = patch_discriminator(spatial_dims, 2, channels=4, norm=norm)
+    monais_norm = "BATCH" if norm == "batch" else ("INSTANCE", {"affine": False})
+    monai = PatchDiscriminator(spatial_dims, 4, 2, 1, num_layers_d=3, norm=monais_norm, bias=norm == "instance")
+    monai.load_state_dict(dict(zip(monai.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(2, 2, *(40, 33, 36)[:spatial_dims])
+    torch.testing.assert_close(ours(x), monai(x)[-1], rtol=0, atol=0)
 
 
 def test_a_judgement_sees_70_voxels() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.patchgan_discriminator import PatchDiscriminator as MonaiPatchDiscriminator
 from torch import Tensor, nn
 
 from aldm.models.blocks import run_blocks
@@ -221,16 +220,18 @@ class ResNetGenerator(nn.Module):
         return crop_sides(x, sides)
 
 
-class PatchGAN(MonaiPatchDiscriminator):
-    """MONAI's PatchGAN as a network with one output; see `patch_discriminator`."""
+class PatchGAN(nn.Sequential):
+    """The layers of a PatchGAN; see `patch_discriminator`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return one judgement per patch, (B, 1, ...), no activation, of (B, in_channels, ...).
 
         Sides too short for one patch are padded with background.
         """
-        shortest = 24 if self.final_conv.conv.padding[0] == 1 else 1
-        judgement: Tensor = super().forward(pad_sides(x, 1, at_least=shortest))[-1]
+        first = self[0]
+        assert isinstance(first, nn.Conv2d | nn.Conv3d)
+        shortest = 24 if first.padding[0] == 1 else 1
+        judgement: Tensor = super().forward(pad_sides(x, 1, at_least=shortest))
         return judgement
 
 
@@ -244,26 +245,22 @@ def patch_discriminator(
 ) -> PatchGAN:
     """Return a PatchGAN whose every judgement sees 70 voxels along each side.
 
+    The same as MONAI's, whose last convolution cannot have Ea-GAN's padding and whose import takes seconds.
+
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the input: image, and what the judgement depends on.
         channels: width of the first layer.
         norm: "batch" or "instance" (which gives every convolution a bias).
-        padding: zeros at each end of the sides before each convolution; Ea-GAN has 2.
+        padding: zeros at each end of the sides before each convolution: 1, or Ea-GAN's 2.
         all_biased: every convolution has a bias, as in Ea-GAN.
     """
-    discriminator = PatchGAN(
-        spatial_dims=spatial_dims,
-        channels=channels,
-        in_channels=in_channels,
-        out_channels=1,
-        num_layers_d=3,
-        norm="BATCH" if norm == "batch" else ("INSTANCE", {"affine": False}),
-        bias=all_biased or norm == "instance",
-        padding=padding,
-    )
-    discriminator.final_conv.conv.padding = (padding,) * spatial_dims  # MONAI fixes this one at 1
-    return discriminator
+    conv, biased = layer_type("Conv", spatial_dims), all_biased or norm == "instance"
+    layers: list[nn.Module] = [conv(in_channels, channels, 4, stride=2, padding=padding), nn.LeakyReLU(0.2)]
+    for before, stride in ((channels, 2), (2 * channels, 2), (4 * channels, 1)):
+        layers.append(conv(before, 2 * before, 4, stride=stride, padding=padding, bias=biased))
+        layers += [norm_layer(norm, spatial_dims, 2 * before), nn.LeakyReLU(0.2)]
+    return PatchGAN(*layers, conv(8 * channels, 1, 4, padding=padding))
 
 
 class ImagePool(nn.Module):

@@ -249,7 +249,7 @@ def load_vit_weights(generator: ResViTGenerator, file: str | os.PathLike[str]) -
     assert vit is not None, "Res_CNN has no transformer"
     weights = _read_weights(Path(file))
     google = any(name.startswith("Transformer/") for name in weights)
-    names = dict(_FINAL_NORM)
+    names: dict[str, tuple[str, tuple[str, ...]]] = {**_FINAL_NORM}
     for layer in range(len(vit.layers)):
         before = f"Transformer/encoderblock_{layer}/"
         for ours, (timm, theirs) in _LAYER.items():
