@@ -405,7 +405,7 @@ def test_what_it_says_of_itself(service: RunningService) -> None:
     assert service.client.get("/v1/health/live").json() == {"status": "ok"}
     assert service.client.get("/v1/health/ready").json() == {"status": "ok"}
     example = service.client.get("/v1/example")
-    assert image_of(example.content).shape == (80, 80, 52)
+    assert image_of(example.content).shape == (80, 80, 47)
     from prometheus_client.parser import text_string_to_metric_families
 
     families = {family.name for family in text_string_to_metric_families(service.client.get("/metrics").text)}
