@@ -355,6 +355,8 @@ def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys
     [
         (["--spacing-mm", "1", "2"], "one or three"),
         (["--spacing-mm", "-1"], "above 0"),
+        (["--spacing-mm", "nan"], r"spacing_mm is \(nan, nan, nan\), wanted a finite value above 0"),
+        (["--spacing-mm", "8", "8", "inf"], "wanted a finite value above 0"),
         (["--spatial-shape", "16", "16", "0"], "above 0"),
         (["--num-processes", "0"], "at least 1"),
         (["--max-voxels", "100"], "limit is"),

@@ -202,6 +202,7 @@ def test_stages_that_do_not_belong_together_are_not_exported(
         (("train", "vqgan", "--store", "nowhere"), "is not a store of prepared volumes"),
         (("train", "ms-spade", "--latents", "nowhere"), "is not a store of latents"),
         (("train", "ms-spade", "--latents", "LATENTS", "--resume"), "holds no run to resume"),
+        (("train", "ms-spade", "--latents", "LATENTS", "--max-minutes", "nan"), "wanted a finite value above 0"),
         (("train", "diffusion", "--latents", "LATENTS", "--ms-spade", "nowhere"), "holds no checkpoint"),
         (("train", "ms-spade", "--latents", "LATENTS", "--set", "modalities=[pd]"), "the data have t1, t1ce"),
     ],
