@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from aldm.config import PreprocessConfig
-from aldm.data.preparing import prepare_store
+from aldm.data.prepare_plan import Request
+from aldm.data.preparing import plan_store, prepare_store
 from aldm.data.store import ShardReader, VolumeStore, shard_path
 from aldm.errors import UserError
 from pipelines.prepare import main
@@ -350,6 +351,16 @@ def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys
         main([str(bad), str(tmp_path / "store"), *flags])
 
 
+def test_the_expected_memory_grows_with_the_target_grid(source, tmp_path):
+    def expected_gib(spacing_mm):
+        config = replace(CONFIG, spacing_mm=(spacing_mm,) * 3)
+        request = Request(source=source, store=tmp_path / "store", layout="brats", config=config)
+        return plan_store(request, num_processes=1).memory_per_process_gib
+
+    voxels = np.prod(SHAPE)  # two volumes of 8 mm a subject
+    assert expected_gib(2.0) - expected_gib(8.0) == pytest.approx(8 * 2 * (4**3 - 1) * voxels / 2**30)
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -357,6 +368,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys
         (["--spacing-mm", "-1"], "above 0"),
         (["--spacing-mm", "nan"], r"spacing_mm is \(nan, nan, nan\), wanted a finite value above 0"),
         (["--spacing-mm", "8", "8", "inf"], "wanted a finite value above 0"),
+        (["--spacing-mm", "0.01"], r"S00_t1.*a grid of 16000 x 17600 x 12800 = .*, wanted at most 134,217,728: take"),
         (["--spatial-shape", "16", "16", "0"], "above 0"),
         (["--num-processes", "0"], "at least 1"),
         (["--max-voxels", "100"], "limit is"),

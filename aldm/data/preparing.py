@@ -65,7 +65,7 @@ def prepare_store(
         num_processes: how many subjects are worked on at a time; None takes as many as the cores and the free memory
             allow.
         overwrite: whether a store of another configuration or other subjects may be replaced.
-        max_voxels: limit on what a header may claim.
+        max_voxels: limit on what a header may claim, and on the model's grid before it is cropped.
         workers: run the tasks instead of processes of this machine; give absolute paths that all of them reach.
 
     Raises:
@@ -149,7 +149,9 @@ def _write_subject(task: tuple[SubjectFiles, str], request: Request) -> list[Pro
     if problems:
         return problems
     try:
-        prepared = prepare_subject(loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg)
+        prepared = prepare_subject(
+            loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg, max_voxels=request.max_voxels
+        )
     except UserError as error:
         return [Problem(next(iter(files.volumes.values())), f"subject {files.subject_id}: {error}")]
     sources = {
