@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -143,6 +145,16 @@ def test_a_store_that_lost_files_is_completed_to_the_same_bytes(source, tmp_path
     prepare(source, store)
     assert content(store) == whole
     assert shard_path(store, "S02").stat().st_mtime_ns == untouched
+
+
+def test_a_damaged_manifest_is_written_anew(source, tmp_path):
+    store = prepare(source, tmp_path / "store").path
+    whole = content(store)
+    (store / "manifest.parquet").write_bytes(whole["manifest.parquet"][:100])
+    with pytest.raises(UserError, match=r"is damaged .*: run the same aldm prepare again"):
+        VolumeStore.open(store)
+    prepare(source, store)
+    assert content(store) == whole
 
 
 def test_two_processes_write_the_same_bytes_as_one(source, tmp_path):
@@ -313,6 +325,20 @@ def test_a_folder_that_is_not_a_store_is_never_touched(source, tmp_path):
     with pytest.raises(UserError, match=r"thesis\.txt"):
         prepare(source, tmp_path / "mine" / "thesis.txt")
     assert content(tmp_path) == {"mine/thesis.txt": b"all of it"}
+
+
+@pytest.mark.parametrize("name", ["store", "shards"])
+def test_a_folder_that_cannot_be_made_is_named(source, tmp_path, monkeypatch, name):
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=rf"cannot make the folder .*{name}: Permission denied"):
+        prepare(source, tmp_path / "store")
 
 
 def test_two_runs_on_one_store_at_once_are_refused(source, tmp_path):

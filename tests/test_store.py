@@ -3,6 +3,8 @@ import pickle
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aldm.config import PreprocessConfig, to_dict
@@ -213,6 +215,9 @@ def test_what_is_not_a_finished_store_is_refused(tmp_path):
         VolumeStore.open(path)
     (path / "manifest.parquet").write_bytes(manifest[:50])
     with pytest.raises(UserError, match="damaged"):
+        VolumeStore.open(path)
+    pq.write_table(pa.table({"subject_id": ["A"]}), path / "manifest.parquet")
+    with pytest.raises(UserError, match=r"damaged .*'split'"):
         VolumeStore.open(path)
     (path / "manifest.parquet").write_bytes(manifest)
     header = json.loads((path / "store.json").read_text())

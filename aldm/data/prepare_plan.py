@@ -148,9 +148,13 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
     """A finished store may grow; what is in it neither goes, nor changes, nor moves to another split."""
     if not (store / MANIFEST_FILE).is_file():
         return
+    try:
+        records = read_manifest(store)
+    except UserError:  # damaged: the store is not finished, and what it holds is in its shards
+        return
     splits = {subject.subject_id: subject.split for subject in plan.subjects}
     changes = []
-    for record in read_manifest(store):
+    for record in records:
         stored_key = stored_metadata(store, record.subject_id).get("key")
         if record.subject_id not in splits:
             changes.append(f"{record.subject_id} is not in the source")

@@ -38,6 +38,7 @@ from aldm.data.store import (
     write_store_file,
 )
 from aldm.errors import UserError
+from aldm.files import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +111,11 @@ def _write_store(request: Request, plan: Plan, workers: Workers, *, at_once: int
         "modalities": list(sort_modalities(name for subject in plan.subjects for name in subject.volumes)),
         "fingerprint": plan.fingerprint,
     }
-    store.mkdir(exist_ok=True)
+    make_folder(store)
     with _locked(store):
         if request.overwrite:
             _clear(store)
-        (store / SHARD_FOLDER).mkdir(exist_ok=True)
+        make_folder(store / SHARD_FOLDER)
         _remove_leftovers(store, plan)
         if not (store / STORE_FILE).is_file():
             write_store_file(store, header)

@@ -292,18 +292,19 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
 
 
 def read_manifest(path: Path) -> list[SubjectRecord]:
-    """Return the subjects of manifest.parquet."""
+    """Return the subjects of manifest.parquet; UserError for a damaged one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        rows = pq.read_table(path / MANIFEST_FILE).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path / MANIFEST_FILE} is damaged: {error}; run the same aldm prepare again") from error
     by_subject: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_subject.setdefault(row["subject_id"], []).append(row)
-    return [_subject_record(group) for group in by_subject.values()]
+    try:
+        for row in pq.read_table(path / MANIFEST_FILE).to_pylist():
+            by_subject.setdefault(row["subject_id"], []).append(row)
+        return [_subject_record(group) for group in by_subject.values()]
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / MANIFEST_FILE} is damaged ({error!r}): run the same aldm prepare again, it writes it anew"
+        ) from error
 
 
 def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
