@@ -347,7 +347,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
@@ -408,6 +408,6 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise UserError(f"--set {assignment}: unknown key {path!r}; known there are {', '.join(node)}")
         try:
             node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
             raise UserError(f"--set {assignment}: {text!r} is not YAML ({error})") from error
     return from_dict(Config, values)
