@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TRAINING = {"training.stage": str, "training.step": int, "training.validation": dict}
+"""What a training leaves in the meta of its checkpoint."""
+
+
 @dataclass(frozen=True)
 class Model:
     """What a translator folder holds: kind aldm or unet, and per training its checkpoint's record."""
@@ -83,10 +87,13 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
     from aldm.checkpoint import load_checkpoint
     from aldm.latents import codec_hash
     from aldm.run_folder import checkpoint_folder
+    from aldm.stage_data import LATENTS
     from pipelines.encode import load_codec
 
     stage_3 = load_checkpoint(checkpoint_folder(diffusion), "diffusion")
     stage_2 = load_checkpoint(checkpoint_folder(ms_spade), "ms-spade")
+    stage_2.check_meta({**LATENTS, **TRAINING})
+    stage_3.check_meta({**LATENTS, **TRAINING, **_data("latents.data"), "modalities": list, "ms_spade_hash": str})
     latents = stage_3.meta["latents"]
     module, codec_config = load_codec(codec, stage_3.config)
     own_hash = codec_hash(codec_config, module.state_dict())
@@ -127,6 +134,7 @@ def unet_model(run: Path) -> Model:
     from aldm.run_folder import checkpoint_folder
 
     checkpoint = load_checkpoint(checkpoint_folder(run), "unet")
+    checkpoint.check_meta({**TRAINING, **_data("data"), "modalities": list})
     return Model(
         kind="unet",
         config=checkpoint.config,
@@ -176,10 +184,22 @@ def used_config(model: Model, assignments: Sequence[str], precision: str | None)
 
 
 def _codec_training(codec: str) -> list[dict[str, Any]]:
-    from aldm.checkpoint import read_checkpoint_record
+    from aldm.checkpoint import CONFIG, WAY_OUT, read_checkpoint_record
+    from aldm.records import check_record
     from aldm.run_folder import checkpoint_folder
 
-    return [] if codec == "haar" else [read_checkpoint_record(checkpoint_folder(codec))["meta"]["training"]]
+    if codec == "haar":
+        return []
+    folder = checkpoint_folder(codec)
+    meta = read_checkpoint_record(folder)["meta"]
+    check_record(meta, TRAINING, f"the meta of {folder / CONFIG}", WAY_OUT)
+    return [meta["training"]]
+
+
+def _data(place: str) -> dict[str, type]:
+    """Return what the model card and the translator read of the record of the data."""
+    kinds = {"layout": str, "fingerprint": str, "num_subjects": dict, "median_percentiles": dict}
+    return {f"{place}.{key}": kind for key, kind in kinds.items()}
 
 
 def _check_registry(args: argparse.Namespace) -> None:
