@@ -211,7 +211,7 @@ class SamplingConfig:
     num_samples: int = 1
     """Samples averaged into the result; above 1 their standard deviation is the uncertainty."""
     eta: float = 0.0
-    """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
+    """Stochasticity of ddim and bridge: 0 deterministic, 1 like ddpm or the bridge's posterior."""
 
     def __post_init__(self) -> None:
         _choice("sampling.sampler", self.sampler, SAMPLERS)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, override
 from aldm.errors import UserError
+from aldm.presets import load_preset
 from pipelines.arguments import JobParser, job_parser
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
 
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
     from aldm.files import atomic_folder, check_folder
+    from aldm.memory import gigabytes, resident_bytes
 
+    if args.preset is not None:
+        load_preset(args.preset)  # a model's configuration is its own, but a wrong name is said so
     check_folder(args.out, args.overwrite, marker=CONFIG)
     if args.register is not None:
         _check_registry(args)
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"would write {args.out}: a model of kind {model.kind}, {number:,} numbers")
         if args.register is not None:
             print(f"would register it as {args.register}")
+        held, copy = resident_bytes(), sum(tensor.nbytes for tensor in model.weights.values())
+        print(f"memory: program and weights {gigabytes(held)} GB, writing them {gigabytes(copy)} GB more")
         return 0
     with atomic_folder(args.out, args.overwrite, marker=CONFIG) as temporary:
         digest = write_checkpoint(
