@@ -92,7 +92,9 @@ class PlainEngine:
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+            # torch's own words advise to load it with weights_only=False, which runs whatever code the file holds
+            foreign = isinstance(error, pickle.UnpicklingError)
+            reason = "it is not a file of tensors" if foreign else str(error).partition("\n")[0]
             raise UserError(f"{file} cannot be read ({reason}): {way_out}") from error
         if not isinstance(state, dict):
             raise UserError(f"{file} is damaged: it holds no mapping; {way_out}")
