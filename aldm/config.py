@@ -31,8 +31,8 @@ def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and v <= 0 for v in values):
-            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a value above 0")
+        if any(v is not None and not 0 < v < math.inf for v in values):
+            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a finite value above 0")
         if not values:
             raise UserError(f"{type(owner).__name__}.{name} is empty, wanted at least one value")
 
@@ -41,7 +41,7 @@ def _within(owner: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and not low <= v <= high for v in values):
+        if any(v is not None and not (low <= v <= high and math.isfinite(v)) for v in values):
             wanted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
             raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted {wanted}")
 
@@ -211,7 +211,7 @@ class SamplingConfig:
     num_samples: int = 1
     """Samples averaged into the result; above 1 their standard deviation is the uncertainty."""
     eta: float = 0.0
-    """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
+    """Stochasticity of ddim and bridge: 0 deterministic, 1 like ddpm or the bridge's posterior."""
 
     def __post_init__(self) -> None:
         _choice("sampling.sampler", self.sampler, SAMPLERS)
@@ -282,7 +282,9 @@ class TrainingConfig:
         _positive(self, "batch_size", "epochs", "learning_rate", "crop", "max_steps", "max_minutes", "log_every")
         _positive(self, "validate_every", "num_validation_samples", "checkpoint_every", "gradient_clip")
         _positive(self, "discriminator_channels", "discriminator_layers")
-        _within(self, 0, 1, "betas", "ema_decay", "flip_probability", "same_modality_fraction")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"TrainingConfig.betas is {self.betas!r}, wanted 0 or more and below 1")
+        _within(self, 0, 1, "ema_decay", "flip_probability", "same_modality_fraction")
         _within(self, 0, math.inf, "weight_decay", "warmup_steps", "adversarial_weight", "adversarial_start_step")
         _within(self, 0, math.inf, "perceptual_weight")
 
@@ -345,7 +347,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
@@ -406,6 +408,6 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise UserError(f"--set {assignment}: unknown key {path!r}; known there are {', '.join(node)}")
         try:
             node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
             raise UserError(f"--set {assignment}: {text!r} is not YAML ({error})") from error
     return from_dict(Config, values)

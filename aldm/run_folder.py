@@ -26,6 +26,7 @@ from aldm import __version__
 from aldm.config import Config, from_dict, to_dict
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path
+from aldm.records import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ LOOP_STATE = "training.json"
 """The file of a checkpoint that training.fit goes on from."""
 CHECKPOINT_FILES = ("weights.safetensors", "config.json")
 """What anybody but the training itself reads of a checkpoint."""
+_WAY_OUT = "mend it from a copy, or delete the folder and train anew"
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
@@ -118,7 +120,7 @@ class RunFolder:
 
         Lines of metrics.jsonl that were logged after that checkpoint are dropped: they will be computed again.
         """
-        step = _step_of(self.path / LAST) if (self.path / LAST / LOOP_STATE).is_file() else 0
+        step = step_of(self.path / LAST) if (self.path / LAST / LOOP_STATE).is_file() else 0
         self.rewind(step)
         if step == 0:
             logger.info("%s has no checkpoint yet: starting from the beginning", self.path)
@@ -130,8 +132,12 @@ class RunFolder:
         metrics = self.path / METRICS_FILE
         if metrics.is_file():
             whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{metrics} is damaged ({error!r}): {_WAY_OUT}") from error
             with atomic_path(metrics, overwrite=True) as temporary:
-                temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+                temporary.write_text("".join(kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
@@ -177,7 +183,7 @@ class RunFolder:
         training.json is written last, so a folder that has it is whole.
         """
         left = list(self.path.glob(f".tmp-*-{LAST}"))
-        whole = {_step_of(folder): folder for folder in left if (folder / LOOP_STATE).is_file()}
+        whole = {step_of(folder): folder for folder in left if (folder / LOOP_STATE).is_file()}
         if whole and not (self.path / LAST).exists():
             os.rename(whole[max(whole)], self.path / LAST)
         for folder in self.path.glob(".tmp-*"):
@@ -201,7 +207,7 @@ class RunFolder:
         import torch
 
         file = self.path / RUN_FILE
-        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stage": stage, "starts": []}
+        record: dict[str, Any] = _run_record(self.path) if file.is_file() else {"stage": stage, "starts": []}
         record["starts"].append(
             {
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -284,8 +290,17 @@ def git_state() -> dict[str, str | bool | None]:
     return {"git_commit": commit, "git_changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / LOOP_STATE).read_text())["step"])
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint to resume from was written after; UserError for a damaged one."""
+    return int(read_record(checkpoint / LOOP_STATE, {"step": int}, _WAY_OUT)["step"])
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    """Return what run.json says; UserError for a damaged one."""
+    record = read_record(path / RUN_FILE, {"stage": str, "starts": list}, _WAY_OUT)
+    if not all(isinstance(start, dict) for start in record["starts"]):
+        raise UserError(f"{path / RUN_FILE} is damaged: its starts are not mappings; {_WAY_OUT}")
+    return record
 
 
 def _locked(path: Path) -> IO[str]:
@@ -311,7 +326,8 @@ def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
         UserError: another configuration, or another engine (each keeps its states in its own way).
     """
     _check_same(path, stage, config)
-    before = json.loads((path / RUN_FILE).read_text())["starts"][-1].get("engine", "plain")
+    starts = _run_record(path)["starts"]
+    before = starts[-1].get("engine", "plain") if starts else engine
     if before != engine:
         raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
 
@@ -319,7 +335,7 @@ def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
 def _check_stage(path: Path, stage: str) -> None:
     """Refuse the run of another stage: the run directory was given by mistake."""
     file = path / RUN_FILE
-    before = json.loads(file.read_text())["stage"] if file.is_file() else stage
+    before = _run_record(path)["stage"] if file.is_file() else stage
     if before != stage:
         raise UserError(f"{path} is a run of aldm train {before}, not of {stage}: give another --run-dir")
 
@@ -329,7 +345,12 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     import yaml
 
     section = "train_" + stage.replace("-", "_")
-    before = to_dict(from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text())))
+    try:
+        before = to_dict(from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))))
+    except OSError as error:
+        raise UserError(f"{path / CONFIG_FILE} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path / CONFIG_FILE} is damaged ({error}): {_WAY_OUT}") from error
     now = to_dict(config)
     for field in PACE_FIELDS:
         before[section][field] = now[section][field]

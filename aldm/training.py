@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from aldm.checkpoint import write_checkpoint
+from aldm.checkpoint import load_weights, read_weights, write_checkpoint
 from aldm.config import TrainingConfig
 from aldm.data.dataset import Samples, batch_places, collate
 from aldm.engine import AveragedModule, PlainEngine
@@ -28,10 +28,25 @@ from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, FitResult, Panel, Player, Snapshot, Stage, StepInfo, Values, only_trainable
 from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
+from aldm.records import Kinds, read_record
 from aldm.run_folder import LOOP_STATE
 
 __all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
 
+_LOOP_STATE: Kinds = {
+    "step": int,
+    "best": (float, int, type(None)),
+    "validated": dict,
+    "pace.length": list,
+    "pace.num_steps": int,
+    "pace.starts": list,
+    "pace.elapsed_s": (float, int),
+    "pace.fitted": bool,
+    "pace.validation_s": (float, int, type(None)),
+    "pace.checkpoint_s": (float, int),
+    "window": dict,
+}
+"""What a snapshot's training.json holds."""
 
 OnLog = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Snapshot], None]
@@ -286,10 +301,10 @@ class _Loop:
         """Go on from a snapshot."""
         if not (folder / LOOP_STATE).is_file():
             raise UserError(f"{folder} holds no state of a training (no {LOOP_STATE}): it cannot be resumed")
-        state = json.loads((folder / LOOP_STATE).read_text())
+        state = read_record(folder / LOOP_STATE, _LOOP_STATE, "resume from another checkpoint, or train anew")
         self.engine.load(folder)
         for name, average in self.averages.items():
-            average.module.load_state_dict(load_file(_average_file(folder, name)))
+            load_weights(average.module, read_weights(_average_file(folder, name)), _average_file(folder, name))
         self.step, self.best, self.validated = state["step"], state["best"], state["validated"]
         self.pace.load_state(state["pace"])
         self.window = _Window(state["window"])

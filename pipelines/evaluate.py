@@ -17,7 +17,7 @@ from aldm.files import atomic_folder, check_folder
 from aldm.progress import progress
 from pipelines.arguments import JobParser, job_parser
 from pipelines.ray_workers import add_worker_arguments, open_workers
-from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
+from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
 if TYPE_CHECKING:
     from aldm.data.store import SubjectRecord, VolumeStore
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: everything that the user can mend.
     """
     args = _parser().parse_args(argv)
+    check_seed(args.seed)
+    if args.pictures < 0:
+        raise UserError(f"--pictures is {args.pictures}, wanted at least 0")
     check_folder(args.out, args.overwrite, marker=SCORES)
     if args.group is not None:
         from pipelines.tracking_server import check_server, tracking_uri

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, TrainingConfig, from_dict
 from aldm.errors import NotFiniteError, UserError
-from aldm.run_folder import LOOP_STATE, RunFolder
+from aldm.run_folder import RunFolder, step_of
 from pipelines.arguments import configure_logging
 from pipelines.training_logs import Logs, open_logs
 
@@ -59,7 +58,7 @@ def _train(
     run = RunFolder(Path(settings["run_dir"]))
     logs: Logs = Logs(run.log)
     if rank == 0:
-        run.rewind(0 if resume_from is None else _step_of(resume_from))
+        run.rewind(0 if resume_from is None else step_of(resume_from))
         logs = stack.enter_context(open_logs(run, settings["stage"], config, settings["record"], settings["tracking"]))
     return fit(
         stage,
@@ -129,7 +128,3 @@ def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int)
         ray.train.get_all_reported_checkpoints()  # waits until it is committed: a crash now goes back to this step
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _step_of(folder: Path) -> int:
-    return int(json.loads((folder / LOOP_STATE).read_text())["step"])

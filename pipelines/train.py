@@ -162,8 +162,10 @@ def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
     from aldm.checkpoint import load_checkpoint, load_weights
     from aldm.denoising import build_ms_spade
     from aldm.run_folder import checkpoint_folder
+    from aldm.stage_data import LATENTS
 
     checkpoint = load_checkpoint(checkpoint_folder(folder), "ms-spade")
+    checkpoint.check_meta(LATENTS)
     trained_on = checkpoint.meta["latents"]
     wanted = (latents.codec_hash, latents.data["fingerprint"], latents.mean.tolist(), latents.std.tolist())
     got = (trained_on["codec_hash"], trained_on["data"]["fingerprint"], trained_on["mean"], trained_on["std"])

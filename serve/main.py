@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--preset and --set: a served model carries its own configuration; leave them out")
     if args.new_token is not None:
         return _new_token(args)
+    if not args.drain_seconds >= 0:  # NaN is neither
+        raise UserError(f"--drain-seconds is {args.drain_seconds:g}, wanted 0 or more")
     settings = _settings(args)
     tokens = _check_open(args, settings)
     _check_port(args.host, args.port)

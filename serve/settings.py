@@ -26,14 +26,20 @@ class Settings(BaseModel):
     precision: Literal["fp32", "bf16"] | None = Field(None, description="arithmetic; none takes the model's own")
     threads: int | None = Field(None, ge=1, description="CPU threads of a copy; none shares this machine's cores")
     max_batch_size: int = Field(1, ge=1, le=64, description="translations that a copy makes in one pass")
-    max_memory_gb: float | None = Field(None, gt=0, description="most memory of a copy on a CPU, GB (10^9 bytes)")
+    max_memory_gb: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="most memory of a copy on a CPU, GB (10^9 bytes)"
+    )
     max_queue: int = Field(8, ge=1, description="jobs waiting or being uploaded; more are answered 503")
-    max_upload_mb: float = Field(512, gt=0, description="largest request, MB (10^6 bytes)")
+    max_upload_mb: float = Field(512, gt=0, allow_inf_nan=False, description="largest request, MB (10^6 bytes)")
     max_voxels: int = Field(2**26, ge=8, description="largest volume, voxels")
     max_samples: int = Field(16, ge=1, description="most samples of one translation")
     max_evaluations: int = Field(4096, ge=1, description="most network evaluations of one job, samples and targets in")
-    keep_hours: float = Field(24, gt=0, description="hours that a finished job and its results are kept")
-    max_folder_gb: float = Field(20, gt=0, description="largest work_dir, GB; the oldest finished jobs go first")
+    keep_hours: float = Field(
+        24, gt=0, allow_inf_nan=False, description="hours that a finished job and its results are kept"
+    )
+    max_folder_gb: float = Field(
+        20, gt=0, allow_inf_nan=False, description="largest work_dir, GB; the oldest finished jobs go first"
+    )
 
     @property
     def max_upload_bytes(self) -> int:

@@ -41,6 +41,8 @@ def test_a_dry_run_says_what_would_be_served(model, tmp_path, capsys):
         (["--port", "0"], "--port is 0, wanted 1 to 65535"),
         (["--max-queue", "0"], "--max-queue is 0"),
         (["--max-upload-mb", "-1"], "--max-upload-mb is -1"),
+        (["--max-folder-gb", "inf"], "--max-folder-gb is inf"),
+        (["--drain-seconds", "nan"], "--drain-seconds is nan, wanted"),
         (["--precision", "fp16"], "fp16"),
         (["--token-file", "missing"], "--token-file"),
         (["--preset", "tiny"], "a served model carries its own configuration"),
