@@ -123,6 +123,15 @@ def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False)
         )
 
 
+def available_gpus() -> int:
+    """Return the GPUs of the Ray session; on this machine alone, those that its torch can use."""
+    import ray
+    import torch
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return gpus if os.environ.get("RAY_ADDRESS") else min(gpus, torch.cuda.device_count())
+
+
 @contextlib.contextmanager
 def own_token() -> Iterator[None]:
     """Give a session that is started here a token of its own; the file goes with the session.

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aldm.errors import UserError
-from aldm.run_folder import CHECKPOINTS
+from aldm.run_folder import CHECKPOINTS, without_secrets
 
 if TYPE_CHECKING:
     import pyarrow.fs
+
+
+COMMITTED = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints that it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,12 @@ class Storage:
         if storage_path is None:
             return cls(str(run_dir.resolve()), CHECKPOINTS, f"{run_dir}/{CHECKPOINTS}", in_run_folder=True)
         parent = storage_path if "://" in storage_path else str(Path(storage_path).resolve())
-        return cls(parent, run_dir.resolve().name, f"--storage-path {storage_path}")
+        return cls(parent, run_dir.resolve().name, f"--storage-path {without_secrets(storage_path)}")
+
+    @property
+    def record(self) -> str | None:
+        """What run.json says of it: the folder or URI without secrets, None for the run folder."""
+        return None if self.in_run_folder else without_secrets(self.parent)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that it can be written and holds no other run.
@@ -55,6 +64,14 @@ class Storage:
                 f"{self.flag} holds a run named {self.name} already: --resume goes on with it, --overwrite deletes it, "
                 "or give another name or place"
             )
+
+    def has_checkpoint(self) -> bool:
+        """Whether Ray Train has committed a checkpoint of the run here."""
+        from pyarrow.fs import FileType
+
+        filesystem, folder = self._filesystem()
+        found = filesystem.get_file_info(f"{folder}/{self.name}/{COMMITTED}").type
+        return bool(found == FileType.File)
 
     def clear(self) -> None:
         """Delete what an earlier run of this name left."""

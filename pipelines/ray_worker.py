@@ -40,6 +40,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as stack:
             checkpoint = ray.train.get_checkpoint()
+            if checkpoint is None and settings["resumes"]:  # the same on all ranks; to start over would wipe the run
+                return {"refused": f"the storage of {settings['run_dir']} lost its checkpoints during this start"}
             resume_from = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
             result = _train(settings, built, rank, resume_from, stack)
     except NotFiniteError as error:  # met by all ranks in the same step

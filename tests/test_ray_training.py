@@ -271,7 +271,16 @@ def test_a_run_is_not_lost_by_a_wrong_resume_or_a_name_used_twice(
     before = losses(tmp_path / "run")
     other = refused(capsys, *words, "--resume", "--set", "ms_spade.hidden_channels=8")
     assert "another configuration (ms_spade.hidden_channels was 4, now 8)" in other
-    assert "--engine plain" in refused(capsys, *words, "--resume", "--engine", "plain")
+    assert "--engine plain" in refused(capsys, *words[:-2], "--resume", "--engine", "plain")
+    longer = ("--resume", "--max-steps", 6)
+    message = f"no --storage-path: {tmp_path}/run keeps what it goes on from in {tmp_path}/storage; resume with"
+    assert message in refused(capsys, *words[:-2], *longer)
+    (tmp_path / "empty").mkdir()
+    assert f"--storage-path {tmp_path}/storage" in refused(capsys, *words[:-1], tmp_path / "empty", *longer)
+    (tmp_path / "storage" / "run").rename(tmp_path / "moved")
+    assert "holds no checkpoint of" in refused(capsys, *words, *longer)
+    (tmp_path / "moved").rename(tmp_path / "storage" / "run")
+    assert list((tmp_path / "empty").iterdir()) == []
     twin = (*train(latents, tmp_path / "twin" / "run"), "--storage-path", tmp_path / "storage")
     (tmp_path / "twin").mkdir()
     assert "holds a run named run already" in refused(capsys, *twin)
