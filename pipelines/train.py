@@ -161,6 +161,7 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
             return built, {"store": str(args.store), "store_fingerprint": store.fingerprint}
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
+        inputs["store_fingerprint"] = latents.data["fingerprint"]
         if stage == "ms-spade":
             return MSSpadeStage(config, latents), inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)

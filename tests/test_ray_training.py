@@ -126,7 +126,7 @@ def when(condition: Callable[[], bool], action: Callable[[], None], timeout_s: f
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
-    ray_cluster: None, latents: Path, reference: dict[int, float], tmp_path: Path
+    ray_cluster: None, brats_store: VolumeStore, latents: Path, reference: dict[int, float], tmp_path: Path
 ) -> None:
     """SIGKILL to a worker in mid-training; elastic, so that one or two workers may go on."""
     folder, killed = tmp_path / "run", []
@@ -142,10 +142,10 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     watcher.join(timeout=10)
     assert killed, "the training was over before the worker could be killed"
     assert_same_curve(folder, reference)
-    assert_one_tracked_run(folder)
+    assert_one_tracked_run(folder, brats_store.fingerprint)
 
 
-def assert_one_tracked_run(folder: Path) -> None:
+def assert_one_tracked_run(folder: Path, fingerprint: str) -> None:
     """One MLflow run, nested in one parent, that has every step of metrics.jsonl once."""
     from mlflow import MlflowClient
 
@@ -156,6 +156,7 @@ def assert_one_tracked_run(folder: Path) -> None:
     child = runs["run"]
     assert child.data.tags["mlflow.parentRunId"] == runs[folder.parent.name].info.run_id
     assert child.info.status == "FINISHED"
+    assert child.data.tags["input.store_fingerprint"] == fingerprint
     assert child.data.params["train_ms_spade.batch_size"] == "2"
     history = client.get_metric_history(child.info.run_id, "ms-spade/loss")
     assert sorted((metric.step, metric.value) for metric in history) == sorted(losses(folder).items())
