@@ -18,7 +18,6 @@ import pytest
 from aldm import cli
 from aldm.checkpoint import load_checkpoint
 from aldm.data.store import VolumeStore
-from pipelines.ray_training import Storage
 
 TINY = ("--preset", "tiny", "--device", "cpu", "--log-level", "warning")
 BATCH = ("--set", "train_ms_spade.batch_size=2")
@@ -244,6 +243,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (("--max-failures", -1), "--max-failures is -1"),
         (("--storage-path", "/proc/aldm"), "--storage-path /proc/aldm cannot be reached or written"),
         (("--storage-path", "nowhere://x"), "--storage-path nowhere://x cannot be reached or written"),
+        (("--storage-path", "abfs://"), "--storage-path abfs:// cannot be reached or written"),
     ],
     ids=str,
 )
@@ -303,9 +303,3 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_not_tried_again(
     assert "the step was not taken" in message
     assert "ms-spade" in message
     assert time.monotonic() - begin < 100
-
-
-def test_the_storage_of_a_run_is_found_from_its_name(tmp_path: Path) -> None:
-    assert Storage.of(tmp_path / "r1", None).parent == str(tmp_path / "r1")
-    elsewhere = Storage.of(tmp_path / "r1", "s3://bucket/aldm")
-    assert (elsewhere.parent, elsewhere.name) == ("s3://bucket/aldm", "r1")
