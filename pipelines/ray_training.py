@@ -322,17 +322,25 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
     try:
         outcome: dict[str, Any] = trainer.fit().return_value
         return outcome
-    except SystemExit as error:  # Ray's own handler of Ctrl-C ends the process with 0
-        raise KeyboardInterrupt from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        _mark(settings, "KILLED")
+        if isinstance(error, SystemExit):  # Ray's own handler of Ctrl-C ends the process with 0
+            raise KeyboardInterrupt from error
+        raise
     except TrainingFailedError as error:
-        if settings["tracking"] is not None:
-            from pipelines.tracking import mark_failed
-
-            mark_failed(Path(settings["run_dir"]))
+        _mark(settings, "FAILED")
         raise _failure(error, cluster, settings["run_dir"]) from error
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, before)
+
+
+def _mark(settings: dict[str, Any], status: str) -> None:
+    """Say in MLflow how the training ended, which the worker of rank 0 cannot any more."""
+    if settings["tracking"] is not None:
+        from pipelines.tracking import mark
+
+        mark(Path(settings["run_dir"]), status)
 
 
 def _failure(error: Exception, cluster: Cluster, run_dir: str) -> Exception:

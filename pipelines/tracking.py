@@ -224,8 +224,13 @@ def discard(run_dir: Path) -> None:
     shutil.rmtree(run_dir / PANELS, ignore_errors=True)
 
 
-def mark_failed(run_dir: Path) -> None:
-    """Set the run of a training whose process died, and so could not say it, to FAILED; only warns where it cannot."""
+def mark(run_dir: Path, status: str) -> None:
+    """Set the run of a training whose process was ended, and so could not say it; only warns where it cannot.
+
+    Args:
+        run_dir: the training's run folder.
+        status: FAILED or KILLED.
+    """
     file = run_dir / RECORD_FILE
     if not file.is_file():
         return
@@ -234,7 +239,7 @@ def mark_failed(run_dir: Path) -> None:
         with impatient(), answering(record.tracking_uri):
             client = connect(record.tracking_uri)
             for run_id in filter(None, (record.run_id, record.parent_run_id)):
-                _set_status(client, run_id, "FAILED", _now_ms())
+                _set_status(client, run_id, status, _now_ms())
     except UserError as error:
         logger.warning("%s", error)
 

@@ -31,7 +31,7 @@ def add_tracking_arguments(parser: JobParser) -> None:
     group.add_argument(
         "--group",
         metavar="NAME",
-        help="MLflow run that this one is nested in, such as one for the trainings of a model (default: the name of "
+        help="MLflow run that this one is nested in, such as one for the trainings of a model (default: the path of "
         "the folder around the run folder)",
     )
     group.add_argument(
@@ -54,9 +54,14 @@ def tracking_of(args: argparse.Namespace) -> dict[str, str | None] | None:
     check_server(tracking_uri(args.run_dir))
     return {
         "experiment": args.experiment,
-        "group": args.group or args.run_dir.resolve().parent.name,
+        "group": group_of(args),
         "uri": os.environ.get("MLFLOW_TRACKING_URI"),
     }
+
+
+def group_of(args: argparse.Namespace) -> str:
+    """Return --group, or the whole path of the folder around the run folder: others have a folder of that name too."""
+    return args.group or str(args.run_dir.resolve().parent)
 
 
 @contextlib.contextmanager
