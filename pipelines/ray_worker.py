@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     configure_logging(settings["log_level"] if rank == 0 else "warning")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    if context.get_local_rank() == 0:
+        _clear_scratch(settings["run_dir"])
     built = _agreed(lambda: _built_stage(settings))
     if isinstance(built, str):
         return {"refused": built}
@@ -116,7 +119,7 @@ def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int)
     """Write this rank's share and report it; return when the checkpoint counts."""
     import ray.train
 
-    folder = Path(tempfile.mkdtemp(prefix="aldm-checkpoint-"))
+    folder = Path(tempfile.mkdtemp(prefix=scratch_prefix(run.path)))
     try:
         snapshot.write(folder)
         if rank == 0:
@@ -130,6 +133,17 @@ def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int)
         )
         ray.train.get_all_reported_checkpoints()  # waits until it is committed: a crash now goes back to this step
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_prefix(run_dir: str | os.PathLike[str]) -> str:
+    """Return how the names of a run's temporary checkpoint folders begin, on every node."""
+    return f"aldm-checkpoint-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]}-"
+
+
+def _clear_scratch(run_dir: str) -> None:
+    """Remove what killed workers of this run have left in this node's temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(run_dir)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

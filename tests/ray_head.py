@@ -128,6 +128,7 @@ class RayHead:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             check=False,
+            timeout=240,
         )
 
     def submit(self, name: str, working_dir: Path, *words: object) -> "Submission":

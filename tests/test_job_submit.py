@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from ray_head import RayHead, Submission
+from ray_runs import committed, losses
 
 from aldm import cli
 from aldm.data.store import VolumeStore
@@ -88,23 +89,6 @@ def job_processes(head: RayHead) -> list[list[str]]:
 
 def metrics(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Return the loss of every step; a step that is logged twice is a mistake."""
-    records = [record for record in map(json.loads, metrics(folder)) if "ms-spade/loss" in record]
-    found = {record["step"]: record["ms-spade/loss"] for record in records}
-    assert len(found) == len(records)
-    return found
-
-
-def committed(folder: Path) -> int:
-    """Return the step of the last checkpoint that Ray Train has committed; 0 before the first."""
-    snapshot = folder / "checkpoints" / "checkpoint_manager_snapshot.json"
-    try:
-        return int(json.loads(snapshot.read_text())["latest_checkpoint_result"]["metrics"]["step"])
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-        return 0
 
 
 def test_a_submitted_training_is_stopped_and_resumed(
