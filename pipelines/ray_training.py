@@ -286,6 +286,9 @@ def train_on_ray(
     outcome = _fit(cluster, storage, settings)
     if "refused" in outcome:
         raise UserError(outcome["refused"])
+    if "failed" in outcome:
+        _mark(settings, "FAILED")
+        raise UserError(outcome["failed"])
     return FitResult(**outcome)
 
 
@@ -336,7 +339,7 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
 
 
 def _mark(settings: dict[str, Any], status: str) -> None:
-    """Say in MLflow how the training ended, which the worker of rank 0 cannot any more."""
+    """Say in MLflow how the training ended: a worker may be ended without a word, or live on a little."""
     if settings["tracking"] is not None:
         from pipelines.tracking import mark
 

@@ -27,7 +27,12 @@ WORST = -1e30
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as one of the workers; returns {step, values, best}, or {refused: message} where all ranks agree on it."""
+    """Train as one of the workers.
+
+    Returns:
+        {step, values, best}; or, where all ranks agree on it, {refused: message} from before the first step, {failed:
+        message} from a later one.
+    """
     import ray.train
     import torch
 
@@ -48,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             resume_from = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
             result = _train(settings, built, rank, resume_from, stack)
     except NotFiniteError as error:  # met by all ranks in the same step
-        return {"refused": str(error)}
+        return {"failed": str(error)}
     return {"step": result.step, "values": result.values, "best": result.best}
 
 
@@ -65,7 +70,8 @@ def _train(
     logs: Logs = Logs(run.log)
     if rank == 0:
         run.rewind(0 if resume_from is None else _step_of(resume_from))
-        logs = stack.enter_context(open_logs(run, settings["stage"], config, settings["record"], settings["tracking"]))
+        opened = open_logs(run, settings["stage"], config, settings["record"], settings["tracking"], alone=False)
+        logs = stack.enter_context(opened)
     return fit(
         stage,
         engine,

@@ -71,6 +71,8 @@ def open_logs(
     config: Config,
     inputs: Mapping[str, str],
     tracking: Mapping[str, str | None] | None,
+    *,
+    alone: bool = True,
 ) -> Iterator[Logs]:
     """Yield what rank 0 logs to; the MLflow run ends with the block.
 
@@ -80,6 +82,7 @@ def open_logs(
         config: resolved.
         inputs: name -> path or hash of what the training reads.
         tracking: from `tracking_of`, of the process that started the training.
+        alone: whether this is that process, which says how the training ended.
     """
     if tracking is None:
         yield Logs(run.log)
@@ -96,6 +99,7 @@ def open_logs(
         inputs=inputs,
         experiment=str(tracking["experiment"]),
         group=tracking["group"],
+        alone=alone,
     ) as tracker:
 
         def log(record: dict[str, Any]) -> None:

@@ -320,12 +320,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_not_tried_again(
         return over.is_set()
 
     watcher = when(look, lambda: None)
-    flags = ("--set", "train_ms_spade.learning_rate=1e30", *STEADY)
-    message = refused(
-        capsys, *train(latents, tmp_path / "run"), *flags, "--num-workers", 2, "--max-failures", 3, "--max-steps", 50
-    )
+    flags = ("--set", "train_ms_spade.learning_rate=1e30", *STEADY, "--max-steps", 50)
+    words = [word for word in train(latents, tmp_path / "run") if word != "--no-tracking"]
+    message = refused(capsys, *words, *flags, "--num-workers", 2, "--max-failures", 3)
     over.set()
     watcher.join()
     assert "the step was not taken" in message
     assert "ms-spade" in message
     assert len(seen) == 2, "it was tried again"
+    assert status_of(tmp_path / "run") == "FAILED"
