@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class RunFolder:
         config: Config,
         inputs: Mapping[str, str],
         engine: str = "plain",
+        storage: str | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> "RunFolder":
@@ -72,13 +74,14 @@ class RunFolder:
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
             engine: what the run trains with; it goes on with the same.
+            storage: where the states that resuming needs are kept, if not in the folder; it goes on with the same.
             resume: go on with the run in the folder.
             overwrite: delete the run in the folder.
 
         Raises:
             UserError: another process trains there; a run is there and neither `resume` nor `overwrite` is given; there
-                is none to resume, or it has another configuration or engine; the folder holds something else; it
-                cannot be written.
+                is none to resume, or it has another configuration, engine or storage; the folder holds something else;
+                it cannot be written.
         """
         path = Path(path)
         check_run_folder(path, resume, overwrite, stage)
@@ -91,12 +94,12 @@ class RunFolder:
         try:
             check_run_folder(path, resume, overwrite, stage)
             if resume:
-                check_same_run(path, stage, config, engine)
+                check_same_run(path, stage, config, engine, storage)
                 run._recover()
             else:
                 run._clear()
             run._write_config(config)
-            run._write_record(stage, engine, inputs)
+            run._write_record(stage, engine, storage, inputs)
         except BaseException:
             run.close()
             raise
@@ -202,7 +205,7 @@ class RunFolder:
         with atomic_path(self.path / CONFIG_FILE, overwrite=True) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
-    def _write_record(self, stage: str, engine: str, inputs: Mapping[str, str]) -> None:
+    def _write_record(self, stage: str, engine: str, storage: str | None, inputs: Mapping[str, str]) -> None:
         """Add this start to run.json."""
         import torch
 
@@ -211,8 +214,9 @@ class RunFolder:
         record["starts"].append(
             {
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": sys.argv,
+                "command": [without_secrets(word) for word in sys.argv],
                 "engine": engine,
+                "storage": storage,
                 "inputs": dict(inputs),
                 "aldm": __version__,
                 "torch": torch.__version__,
@@ -303,6 +307,12 @@ def _run_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def without_secrets(text: str) -> str:
+    """Return a text with what names a user or a key in a URI (s3://key:secret@bucket) replaced by ***."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|credential)[^=&\s]*=)[^&\s]*", r"\1***", text)
+
+
 def _locked(path: Path) -> IO[str]:
     """Open and lock run.lock; the lock goes with the process, however it ends."""
     lock = (path / LOCK_FILE).open("a+")
@@ -319,17 +329,24 @@ def _locked(path: Path) -> IO[str]:
     return lock
 
 
-def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
-    """Check what only resuming asks for: the same configuration but for length and cadence, and the same engine.
+def check_same_run(path: Path, stage: str, config: Config, engine: str, storage: str | None) -> None:
+    """Check what only resuming asks for: the same configuration but for length and cadence, engine and storage.
 
     Raises:
-        UserError: another configuration, or another engine (each keeps its states in its own way).
+        UserError: another configuration, another engine (each keeps its states in its own way), or another storage,
+            which does not hold what this run goes on from.
     """
     _check_same(path, stage, config)
     starts = _run_record(path)["starts"]
-    before = starts[-1].get("engine", "plain") if starts else engine
+    last = starts[-1] if starts else {}
+    before = last.get("engine", "plain") if starts else engine
     if before != engine:
         raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
+    kept = last.get("storage", storage)  # the first version did not record it
+    if kept != storage:
+        got = "no --storage-path" if storage is None else f"--storage-path {storage}"
+        way_out = "resume without it" if kept is None else f"resume with --storage-path {kept}"
+        raise UserError(f"{got}: {path} keeps what it goes on from in {kept or path / CHECKPOINTS}; {way_out}")
 
 
 def _check_stage(path: Path, stage: str) -> None:

@@ -185,24 +185,36 @@ class _Loop:
             with only_trainable(player, self.stage.players):
                 with self.engine.autocast():
                     loss, values = player.loss(self.models[player.name], batch, info)
-                self._check_finite(player, batch, float(self.engine.reduce(loss.detach())))
+                self._check_finite(player, loss.detach())
                 self.engine.backward(player, loss)
                 try:
                     norm = self.engine.step(player, rate)
                 except FloatingPointError as error:
-                    raise self._not_finite(str(error), batch) from error
+                    raise self._not_finite(str(error)) from error
             if player.name in self.averages:
                 self.averages[player.name].update(self.engine.weights(player), self.step - start)
             self.window.add(player.name, {"loss": loss.detach(), "gradient_norm": norm, **values})
 
-    def _check_finite(self, player: Player, batch: Batch, value: float) -> None:
+    def _check_finite(self, player: Player, loss: Tensor) -> None:
+        """Raise on all ranks where the loss of any is not finite."""
+        value = float(self.engine.reduce(loss))
         if not math.isfinite(value):
-            raise self._not_finite(f"the loss of {player.name} is {value}", batch)
+            own = torch.zeros(self.engine.world_size, device=self.engine.device)
+            own[self.engine.rank] = float(not torch.isfinite(loss))
+            ranks = self.engine.reduce(own).nonzero().flatten().tolist()
+            raise self._not_finite(f"the loss of {player.name} is {value}", ranks)
 
-    def _not_finite(self, what: str, batch: Batch) -> NotFiniteError:
+    def _not_finite(self, what: str, ranks: Sequence[int] = ()) -> NotFiniteError:
+        """Return the error that names the subjects of these ranks, or of the whole batch; the same on every rank."""
+        places = batch_places(len(self.train), self.config.batch_size, self.step, self.seed)
+        subjects = [
+            self.train.sample(place, derived_generator(self.seed, "step", self.step, i))["subject_id"]
+            for i, place in enumerate(places)
+            if not ranks or i % self.engine.world_size in ranks
+        ]
         return NotFiniteError(
-            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the "
-            "step was not taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
+            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(subjects)}; the step was not "
+            "taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
         )
 
     def _log(self) -> str:

@@ -333,7 +333,7 @@ def _parser() -> JobParser:
         "--group",
         metavar="NAME",
         help="log tables, card and pictures to MLflow as a run nested in this one, such as that of the model's "
-        "trainings (default: not logged)",
+        "trainings: its name, or the full path of the folder around their run folders (default: not logged)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --out")
     add_worker_arguments(parser, "a subject")

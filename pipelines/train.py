@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, TrainingConfig
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
 from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tracking_of
 
@@ -39,38 +40,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in STAGES:
         return _no_stage(arguments)
     stage, *rest = arguments
-    args = _parser(stage).parse_args(rest)
-    config = _config(stage, args)
+    args, config = parse(stage, rest)
     device = select_device(args)
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
     config = built.config
     training: TrainingConfig = getattr(config, _section(stage))
-    cluster = cluster_of(args, training, config.precision)
+    cluster = cluster_of(args, config, _section(stage))
     tracking = tracking_of(args)
+    storage = Storage.of(args.run_dir, args.storage_path)
     if args.resume:
         from aldm.run_folder import check_same_run
 
-        check_same_run(args.run_dir, stage, config, args.engine)
+        check_same_run(args.run_dir, stage, config, args.engine, storage.record)
     if args.dry_run:
-        print(_plan(stage, built, training, args, str(device)))
+        place = str(device) if args.engine == "plain" else cluster.describe()
+        print(_plan(stage, built, training, args, place))
         return 0
     with contextlib.ExitStack() as stack:
-        storage = None
         if args.engine != "plain":
-            opened = open_cluster(cluster, args.run_dir, resume=args.resume, overwrite=args.overwrite)
-            storage = stack.enter_context(opened)
-        run = stack.enter_context(_open_run(stage, config, inputs, args))
+            opened = open_cluster(cluster, storage, args.run_dir, resume=args.resume, overwrite=args.overwrite)
+            cluster = stack.enter_context(opened)
+        run = stack.enter_context(_open_run(stage, config, inputs, storage.record, args))
         if not args.resume:
             from pipelines.tracking import discard
 
             discard(run.path)
-        if storage is None:
+        if args.engine == "plain":
             logger.info("training %s in %s on %s", stage, run.path, device)
             logs = stack.enter_context(open_logs(run, stage, config, inputs, tracking))
             result = _train_here(built, training, run, logs, device, args.resume)
         else:
-            logger.info("training %s in %s on Ray, workers: %s", stage, run.path, args.num_workers)
+            workers = f"{args.num_workers or 1}{' with a GPU each' if cluster.use_gpu else ''}"
+            logger.info("training %s in %s on Ray, workers: %s", stage, run.path, workers)
             result = train_on_ray(
                 run,
                 cluster,
@@ -87,7 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse.Namespace) -> "RunFolder":
+def parse(stage: str, words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Return the flags after `aldm train STAGE`, and the configuration with those among them that change it.
+
+    Raises:
+        UserError: as `resolve_config`, or a crop that is none.
+    """
+    args = _parser(stage).parse_args(words)
+    return args, _config(stage, args)
+
+
+def _open_run(
+    stage: str, config: Config, inputs: dict[str, str], storage: str | None, args: argparse.Namespace
+) -> "RunFolder":
     from aldm.run_folder import RunFolder
 
     return RunFolder.open(
@@ -96,6 +110,7 @@ def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse
         config=config,
         inputs=inputs,
         engine=args.engine,
+        storage=storage,
         resume=args.resume,
         overwrite=args.overwrite,
     )
@@ -146,6 +161,7 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
             return built, {"store": str(args.store), "store_fingerprint": store.fingerprint}
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
+        inputs["store_fingerprint"] = latents.data["fingerprint"]
         if stage == "ms-spade":
             return MSSpadeStage(config, latents), inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
@@ -249,14 +265,14 @@ def _section(stage: str) -> str:
     return "train_" + stage.replace("-", "_")
 
 
-def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, device: str) -> str:
+def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, place: str) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
     from aldm.planner import plan
 
     train, validation = built.samples("train"), built.samples("validation")
     lines = [
-        f"would train {stage} in {args.run_dir} on {device}",
+        f"would train {stage} in {args.run_dir} on {place}",
         f"  samples: {len(train)} in an epoch of training, {len(validation)} of validation",
         f"  steps: {planned_steps(training, len(train))} of batch {training.batch_size}",
     ]

@@ -62,13 +62,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
     import ray
 
-    from pipelines.ray_session import worker_environment
+    from pipelines.ray_session import start_ray, worker_environment
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
+        start_ray(
             num_cpus=4,
             object_store_memory=2**28,
             logging_level="warning",

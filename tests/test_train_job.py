@@ -290,7 +290,7 @@ def test_sigterm_leaves_a_run_that_can_be_resumed(
     words = ("train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, "--resume")
     assert f"another training runs in {folder}" in refused(capsys, *words, "--max-steps", 100000)
     training.send_signal(signal.SIGTERM)
-    assert training.wait(timeout=60) == cli.EXIT_TERMINATED
+    assert training.wait(timeout=180) == cli.EXIT_TERMINATED
     step = json.loads((folder / "last" / "training.json").read_text())["step"]
     assert metrics(folder)[-1]["step"] == step
     load_checkpoint(folder / "last", "ms-spade")

@@ -238,7 +238,7 @@ class Thread(PlainEngine):
 
 
 def train_in_threads(stages: list[LineStage], config: TrainingConfig) -> list[Run]:
-    barrier, shared = threading.Barrier(len(stages), timeout=30), [torch.zeros(()) for _ in stages]
+    barrier, shared = threading.Barrier(len(stages), timeout=180), [torch.zeros(()) for _ in stages]
     runs = [Run() for _ in stages]
     with ThreadPoolExecutor(len(stages)) as pool:
         jobs = [
