@@ -88,14 +88,14 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
 
 def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> str:
     from aldm.data.dicom import read_series
-    from aldm.data.dicom_header import read_headers
+    from aldm.data.dicom_header import series_description
 
     series = folder / "series"
     series.mkdir()
     try:
         _unpack(stream, series, settings)
-        volume, source = read_series(series, max_voxels=settings.max_voxels)
-        words = str(read_headers(series)[0][1].get("SeriesDescription", ""))
+        volume, source = read_series(series, max_voxels=settings.max_voxels, patient=False)
+        words = series_description(series)
         keep_series(folder, volume, source)
         return words
     finally:
