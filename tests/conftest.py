@@ -85,7 +85,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     folder = tmp_path_factory.mktemp("service")
     diffusion = replace(tiny().diffusion, num_train_timesteps=1000)  # so that a job can be made to last
     model = save_untrained(folder / "model", diffusion=diffusion)
-    with RunningService(model, folder / "work") as running:
+    (model / "card.json").write_text('[{"sampler": "ddim", "psnr_db": 21.5}]')
+    with RunningService(model, folder / "work", "--max-upload-mb", "64") as running:
         yield running
 
 

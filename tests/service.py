@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -125,6 +126,16 @@ class RunningService:
                 total += process.memory_info().rss
         return total
 
+    def logs(self) -> list[Path]:
+        """Return the logs of the Ray session that the service started for itself."""
+        folders = set()
+        for process in self.processes():
+            found = re.search(r"--session[-_]dir=(\S+)", _title(process))
+            if found is not None:
+                folders.add(Path(found[1]))
+        assert len(folders) == 1, folders
+        return [path for path in (folders.pop() / "logs").rglob("*") if path.is_file()]
+
     def submit(self, volume: Path, **fields: Any) -> dict[str, Any]:
         """Queue a translation and return the job."""
         answer = self.post("/v1/translations", volume, **fields)
@@ -164,6 +175,18 @@ class RunningService:
         answer = self.client.get(job["links"]["results"][target][kind])
         assert answer.status_code == 200, answer.text
         return answer.content
+
+
+def forget_peak(process: psutil.Process) -> int:
+    """Let the peak of a process's memory begin anew, and return what it is now, bytes."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # proc(5)
+    return peak_bytes(process)
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """Return the most memory that a process has had since `forget_peak`, bytes."""
+    (line,) = (line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line)
+    return 1024 * int(line.split()[1])
 
 
 def free_port() -> int:

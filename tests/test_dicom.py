@@ -31,7 +31,7 @@ def make_series(
     series, study, frame = generate_uid(), generate_uid(), generate_uid()
     for k in range(SHAPE[2]):
         made = Dataset()
-        made.PatientName, made.PatientID, made.PatientBirthDate = "Doe^Jane", "4711", "19700101"
+        made.PatientName, made.PatientID, made.PatientBirthDate = "Doe^Jane", "ID-4711", "19700101"
         made.StudyDate, made.AccessionNumber, made.InstitutionName = "20200202", "A1", "St. Elsewhere"
         made.Modality, made.SOPClassUID, made.SOPInstanceUID = "MR", MR_IMAGE_STORAGE, generate_uid()
         made.SeriesInstanceUID, made.StudyInstanceUID, made.FrameOfReferenceUID = series, study, frame
