@@ -11,9 +11,9 @@ from untrained import save_untrained
 from aldm.cli import main
 from aldm.data.modalities import MODALITIES
 from aldm.errors import UserError
-from serve.jobs import locked
 from serve.security import new_token, owner_of, read_tokens
 from serve.uploads import guess_source
+from serve.work_folder import locked
 
 
 @pytest.fixture(scope="module")
