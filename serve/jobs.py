@@ -70,7 +70,7 @@ class JobStore:
         self._tickets: dict[str, _Ticket] = {}
         self._sizes: dict[str, int] = {}
         self._tally = Tally()
-        self._draining = False
+        self._draining = self._halted = False
         self._workers: dict[str, float] = {}
         self._swept, self._beside = 0.0, 0
         self._recover()
@@ -199,7 +199,7 @@ class JobStore:
         stop = []
         for job_id, done in progress.items():
             job, lease = self._jobs.get(job_id), self._leases.get(job_id)
-            if job is None or lease is None or lease.worker != worker or lease.cancelled:
+            if job is None or lease is None or lease.worker != worker or lease.cancelled or self._halted:
                 stop.append(job_id)
                 continue
             lease.until, lease.inherited = time.time() + LEASE_S, False
@@ -209,6 +209,8 @@ class JobStore:
     def finish(self, worker: str, job_id: str, error: dict[str, Any] | None = None) -> None:
         """End a job of a worker: done, or failed with a problem; what is no longer the worker's stays as it is."""
         job, lease = self._jobs.get(job_id), self._leases.get(job_id)
+        if self._halted:
+            return  # it stopped because it was told to; the next start makes the job
         if job is None or lease is None or lease.worker != worker:
             if job is not None and job.state in (CANCELLED, FAILED):
                 self._clear(job)  # what a worker wrote that did not hear of it
@@ -233,7 +235,7 @@ class JobStore:
         wanted = Settings(**settings)
         if wanted.folder != self.settings.folder:
             raise Problem(500, f"this cluster runs a service in {self.settings.folder} already; end that one first")
-        self.settings, self._model, self._draining = wanted, model, False
+        self.settings, self._model, self._draining, self._halted = wanted, model, False, False
         work_folder.write_setup(wanted.folder, settings=settings, model=model)
         for job in self._by_age(QUEUED):
             if job.model["hash"] != model["hash"]:
@@ -244,6 +246,10 @@ class JobStore:
         self._draining = True
         self._expire()
         return sum(job.state == RUNNING for job in self._jobs.values())
+
+    def halt(self) -> None:
+        """Have the workers stop what they are making; the next start makes it from its beginning."""
+        self._draining = self._halted = True
 
     def counts(self) -> dict[str, Any]:
         """Return the numbers behind /metrics and the health checks."""

@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _drain(store: "StoreHandle", seconds: float) -> None:
-    """Wait until no job is running; a second signal ends the wait."""
+    """Wait until no job is running; a second signal ends the wait, and what is running then."""
     until = time.monotonic() + seconds
     said = False
     try:
@@ -95,6 +95,7 @@ def _drain(store: "StoreHandle", seconds: float) -> None:
             time.sleep(0.5)
     except KeyboardInterrupt:
         print("stopping at once: what was running is made after the next start", flush=True)
+    store.call("halt")
 
 
 def _new_token(args: argparse.Namespace) -> int:

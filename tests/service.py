@@ -81,7 +81,9 @@ class RunningService:
         self.processes()
         if self._process.poll() is None:
             self._process.send_signal(number)
-        return self._process.wait(END_S)
+        code = self._process.wait(END_S)
+        psutil.wait_procs(list(self._seen), timeout=20)  # Ray's own end a moment later
+        return code
 
     def signal(self, number: signal.Signals) -> None:
         """Send the service a signal."""

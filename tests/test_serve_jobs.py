@@ -386,6 +386,19 @@ def test_draining_starts_nothing_and_keeps_what_waits(tmp_path: Path, clock: Clo
     assert [job.id for job in claim(restarted(store), "w", 1)] == [waiting.id]
 
 
+def test_halting_stops_what_is_running_for_the_next_start(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    job = add(store)
+    claim(store, "w", 1)
+    store.halt()
+    assert store.beat("w", {job.id: 0.5}) == [job.id]
+    store.finish("w", job.id)  # what the worker says when it has stopped
+    again = restarted(store)
+    assert again.get(job.id, "me")["state"] == RUNNING
+    clock.now += LEASE_S + 1
+    assert [one.id for one in claim(again, "v", 1)] == [job.id]
+
+
 def test_two_services_cannot_share_a_folder(tmp_path: Path) -> None:
     store = JobStore(settings_of(tmp_path))
     with pytest.raises(UserError, match="in use by another service"):
