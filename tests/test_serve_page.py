@@ -1,8 +1,10 @@
 """The service's page in headless Chromium: upload, progress, both views drawn, comparison, download, keys, errors."""
 
+import base64
 import gzip
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +102,30 @@ def test_a_file_goes_up_and_its_translation_is_seen_and_fetched(
     made = os.popen(f"cd {tmp_path} && {curl} -s -w '%{{http_code}}'").read()  # as the page says
     assert made == "200"
     assert gzip.decompress((tmp_path / "synthetic-t2.nii.gz").read_bytes()) == gzip.decompress(content)
+
+
+DROP = """async ([name, base64]) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name));
+    for (const kind of ["dragenter", "dragover"]) {
+        document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+    }
+    const over = document.getElementById("drop").classList.contains("over");
+    const event = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+    document.body.dispatchEvent(event);
+    return [over, event.defaultPrevented];
+}"""
+"""Drop a file on the page as a browser does; returns whether the place was marked, and whether the page took it."""
+
+
+def test_a_file_is_dropped_on_the_page(page: Page, service: RunningService) -> None:
+    content = base64.b64encode(service.client.get("/v1/example").content).decode()
+    assert page.evaluate(DROP, ["dropped_T1w.nii.gz", content]) == [True, True]
+    expect(page.locator("#file-name")).to_contain_text("dropped_T1w.nii.gz")
+    expect(page.locator("#drop")).not_to_have_class(re.compile("over"))
+    translate(page)
+    assert is_drawn(picture(page, "#result-view"))
 
 
 @pytest.mark.slow
