@@ -463,7 +463,7 @@ def test_what_it_says_of_itself(service: RunningService) -> None:
     (model,) = answer["models"]
     assert model["modalities"] == ["t1", "t2", "pd"]
     assert {"name": "ddim"} in model["samplers"]
-    assert model["card"] == [{"sampler": "ddim", "psnr_db": 21.5}]
+    assert [(row["sampler"], row["psnr_db"], row["ssim"]) for row in model["card"]] == [("ddim", 21.5, 0.75)]
     assert answer["limits"]["max_queue"] == 8
     assert "not for diagnosis" in answer["notice"]
     assert service.client.get("/v1/health/live").json() == {"status": "ok"}

@@ -206,6 +206,13 @@ def test_by_keyboard_alone(page: Page) -> None:
     assert '"synthetic": true' in Path(download.value.path()).read_text()
 
 
+def test_the_model_s_measured_quality_is_shown(page: Page) -> None:
+    page.locator("#card-area summary").click()
+    expect(page.locator("#card tr")).to_have_count(2)
+    cells = page.locator("#card td").all_inner_texts()
+    assert cells == ["aldm (ddim, 4 steps)", "brain", "21.50", "0.125", "0.750", "0.25"]
+
+
 def test_cancelling_by_escape(page: Page, service: RunningService) -> None:
     page.get_by_role("button", name="Take the example").click()
     expect(page.locator("#status")).to_contain_text("The example is chosen")
