@@ -7,7 +7,6 @@ a second time with the same arguments, because callers do that when an answer is
 """
 
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from serve import work_folder
 from serve.metrics import Tally
 from serve.problems import Problem, busy
-from serve.records import CANCELLED, DONE, FAILED, FINISHED, JOB_FILE, QUEUED, RUNNING, Job, read_record, write_record
+from serve.records import CANCELLED, DONE, FAILED, FINISHED, QUEUED, RUNNING, Job
 from serve.settings import Settings
 
 LEASE_S = 20.0
@@ -26,8 +25,6 @@ CHECK_S = 900.0
 """The checks of an upload that has arrived, others before it, take less."""
 MAX_ATTEMPTS = 3
 """A job whose worker dies so often is not tried again: it may be what kills them."""
-SWEEP_S = 60.0
-"""How often the folder is looked through for what belongs to no job."""
 
 
 @dataclass
@@ -63,16 +60,15 @@ class JobStore:
         setup = work_folder.read_setup(settings.folder)
         self._model: dict[str, str] | None = setup.get("model")
         self.settings = _settings_of(setup, settings) if as_configured else settings
-        self.folder = settings.folder / work_folder.JOBS
+        self._folders = work_folder.JobFolders(settings.folder)
+        self.folder = self._folders.folder
         self._jobs: dict[str, Job] = {}
         self._queue: list[str] = []
         self._leases: dict[str, _Lease] = {}
         self._tickets: dict[str, _Ticket] = {}
-        self._sizes: dict[str, int] = {}
         self._tally = Tally()
         self._draining = self._halted = False
         self._workers: dict[str, float] = {}
-        self._swept, self._beside = 0.0, 0
         self._recover()
 
     # ------------------------------------------------------------------------------------------------ for the ingress
@@ -97,7 +93,7 @@ class JobStore:
         wanted = self.settings.bytes_of_upload(size)
         if not self._make_room(wanted):
             raise busy(f"the service's folder ({self.settings.max_folder_gb:g} GB) is full of unfinished jobs", 60)
-        if shutil.disk_usage(self.folder).free < wanted:
+        if self._folders.free_bytes < wanted:
             raise busy("the disk of the service's folder is full", 60)
         self._tickets[ticket] = _Ticket(time.time() + self._ticket_seconds(), wanted)
 
@@ -112,9 +108,9 @@ class JobStore:
                 raise busy("the service is being started again with another model", 10)
             if self._tickets.pop(ticket, None) is None and len(self._queue) >= self.settings.max_queue:
                 raise busy("the upload took too long and lost its place", 5)
-            self._save(job)
+            self._folders.save(job)
             self._jobs[job.id] = job
-            self._sizes[job.id] = work_folder.bytes_in(self.folder / job.id)
+            self._folders.measure(job)
             self._queue.append(job.id)
             self._tally.totals["accepted"] += 1
         return self.view(job)
@@ -190,7 +186,7 @@ class JobStore:
             self._leases[job.id] = _Lease(worker, now + LEASE_S)
             job.state, job.attempt, job.progress, job.started = RUNNING, job.attempt + 1, 0.0, now
             job.worker, job.claim = worker, claim
-            self._save(job)
+            self._folders.save(job)
         return chosen
 
     def beat(self, worker: str, progress: dict[str, float]) -> list[str]:
@@ -213,13 +209,13 @@ class JobStore:
             return  # it stopped because it was told to; the next start makes the job
         if job is None or lease is None or lease.worker != worker:
             if job is not None and job.state in (CANCELLED, FAILED):
-                self._clear(job)  # what a worker wrote that did not hear of it
+                self._folders.clear(job)  # what a worker wrote that did not hear of it
             return
         if job.state == RUNNING:
             job.error = error
             self._finish(job, DONE if error is None else FAILED)
         else:
-            self._clear(job)  # cancelled while the worker wrote
+            self._folders.clear(job)  # cancelled while the worker wrote
         self._leases.pop(job_id, None)
 
     # -------------------------------------------------------------------------------------------------- for operators
@@ -259,7 +255,7 @@ class JobStore:
             "uploading": len(self._tickets),
             "running": sum(job.state == RUNNING for job in self._jobs.values()),
             **self._tally.counts(),
-            "folder_bytes": sum(self._sizes.values()) + self._beside,
+            "folder_bytes": self._folders.bytes,
             "draining": self._draining,
             "workers": len(self._workers),
         }
@@ -279,24 +275,12 @@ class JobStore:
     def _recover(self) -> None:
         """Read the jobs of the work folder; what was running may still be: its worker has a lease's time to say so."""
         now = time.time()
-        for folder in sorted(self.folder.iterdir()):
-            job = read_record(folder)
-            if job is None:
-                continue
+        for job in self._folders.records():
             self._jobs[job.id] = job
-            self._sizes[job.id] = work_folder.bytes_in(folder)
             if job.state == RUNNING:
                 self._leases[job.id] = _Lease(job.worker, now + LEASE_S, inherited=True)
         self._queue = [job.id for job in self._by_age(QUEUED)]
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what uploads left behind whose ingress died, and see how large all else is."""
-        now = time.time()
-        if now - self._swept >= SWEEP_S:
-            self._swept = now
-            work_folder.sweep(self.folder, self._jobs, now - self._ticket_seconds())
-            self._beside = work_folder.bytes_beside_jobs(self.settings.folder)
+        self._folders.sweep(self._jobs, now, self._ticket_seconds())
 
     def _ticket_seconds(self) -> float:
         """Return after how long an upload has lost its place: it was refused before, or its ingress has died."""
@@ -310,7 +294,7 @@ class JobStore:
         now = time.time()
         self._workers = {worker: seen for worker, seen in self._workers.items() if now - seen < LEASE_S}
         self._tickets = {name: ticket for name, ticket in self._tickets.items() if ticket.until > now}
-        self._sweep()
+        self._folders.sweep(self._jobs, now, self._ticket_seconds())
         for job_id, lease in list(self._leases.items()):
             if lease.until > now:
                 continue
@@ -330,7 +314,7 @@ class JobStore:
             else:
                 job.state, job.progress = QUEUED, 0.0
                 self._queue.insert(0, job_id)
-                self._save(job)
+                self._folders.save(job)
         for job in self._by_age(*FINISHED):
             if job.finished is not None and now - job.finished > 3600 * self.settings.keep_hours:
                 self._forget(job)
@@ -352,40 +336,31 @@ class JobStore:
         if state == DONE:
             job.progress = 1.0
         else:
-            self._clear(job)
+            self._folders.clear(job)
         self._tally.totals[state] += 1
         if state == DONE and job.started is not None:
             self._tally.took(job.finished - job.started)
-        self._save(job)
-        self._sizes[job.id] = work_folder.bytes_in(self.folder / job.id)
-
-    def _clear(self, job: Job) -> None:
-        """Remove a job's volumes; its record stays."""
-        for file in (self.folder / job.id).glob("*"):
-            if file.name != JOB_FILE:
-                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        self._folders.save(job)
+        self._folders.measure(job)
 
     def _forget(self, job: Job) -> None:
-        shutil.rmtree(self.folder / job.id, ignore_errors=True)
-        for known in (self._jobs, self._sizes, self._leases):
-            known.pop(job.id, None)
+        self._folders.remove(job)
+        self._jobs.pop(job.id, None)
+        self._leases.pop(job.id, None)
 
     def _make_room(self, wanted: int) -> bool:
         """Forget the oldest finished jobs until `wanted` bytes fit; whether they do.
 
         Uploads that are arriving and results that will be written count as if they were there.
         """
-        limit = self.settings.max_folder_gb * 1e9 - wanted - self._beside
+        limit = self.settings.max_folder_gb * 1e9 - wanted
         limit -= sum(ticket.bytes for ticket in self._tickets.values())
         limit -= sum(job.expected_bytes() for job in self._by_age(QUEUED, RUNNING))
         for job in self._by_age(*FINISHED):
-            if sum(self._sizes.values()) <= limit:
+            if self._folders.bytes <= limit:
                 break
             self._forget(job)
-        return sum(self._sizes.values()) <= limit
-
-    def _save(self, job: Job) -> None:
-        write_record(self.folder / job.id, job)
+        return self._folders.bytes <= limit
 
 
 def _settings_of(setup: dict[str, Any], otherwise: Settings) -> Settings:

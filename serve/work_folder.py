@@ -8,15 +8,17 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from aldm.errors import UserError
-from serve.records import is_id, write_synced
+from serve.records import JOB_FILE, Job, is_id, read_record, write_record, write_synced
 
 MARKER = "service.json"
 JOBS, INCOMING, MODELS = "jobs", "incoming", "models"
+SWEEP_S = 60.0
+"""How often the folder is looked through for what belongs to no job."""
 
 
 def locked(folder: Path) -> IO[str]:
@@ -87,35 +89,76 @@ def write_setup(folder: Path, **values: Any) -> None:
     write_synced(folder / MARKER, json.dumps(values))
 
 
-def sweep(jobs: Path, known: Container[str], before: float) -> None:
-    """Remove folders of uploads that led to no job: their ingress died.
+class JobFolders:
+    """The folders of all jobs, and how large everything in the work folder is."""
 
-    Args:
-        jobs: where the jobs are.
-        known: ids of jobs.
-        before: only what nobody has written to since then, seconds since the epoch.
-    """
-    for folder in jobs.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if folder.name not in known and is_id(folder.name) and folder.stat().st_mtime < before:
-                shutil.rmtree(folder, ignore_errors=True)
+    def __init__(self, folder: Path) -> None:
+        """Look at a work folder that is locked."""
+        self.folder = folder / JOBS
+        self._work = folder
+        self._sizes: dict[str, int] = {}
+        self._beside, self._swept = 0, 0.0
+
+    def records(self) -> Iterator[Job]:
+        """Yield the jobs that are there."""
+        for folder in sorted(self.folder.iterdir()):
+            job = read_record(folder)
+            if job is not None:
+                self.measure(job)
+                yield job
+
+    def save(self, job: Job) -> None:
+        """Write a job's record."""
+        write_record(self.folder / job.id, job)
+
+    def measure(self, job: Job) -> None:
+        """See how large a job's folder is."""
+        self._sizes[job.id] = _bytes_in(self.folder / job.id)
+
+    def clear(self, job: Job) -> None:
+        """Remove a job's volumes; its record stays."""
+        for file in (self.folder / job.id).glob("*"):
+            if file.name != JOB_FILE:
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+
+    def remove(self, job: Job) -> None:
+        """Remove a job's folder."""
+        shutil.rmtree(self.folder / job.id, ignore_errors=True)
+        self._sizes.pop(job.id, None)
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything."""
+        return sum(self._sizes.values()) + self._beside
+
+    @property
+    def free_bytes(self) -> int:
+        """What the disk has left."""
+        return shutil.disk_usage(self.folder).free
+
+    def sweep(self, known: Container[str], now: float, older_s: float) -> None:
+        """Remove, now and then, what uploads left whose ingress died, and see how large all else is.
+
+        Args:
+            known: ids of jobs.
+            now: seconds since the epoch.
+            older_s: nobody has written to what goes for so long.
+        """
+        if now - self._swept < SWEEP_S:
+            return
+        self._swept = now
+        for folder in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if folder.name not in known and is_id(folder.name) and folder.stat().st_mtime < now - older_s:
+                    shutil.rmtree(folder, ignore_errors=True)
+        beside = [self._work / MODELS, self._work / INCOMING, *self._work.glob("example_*")]
+        self._beside = sum(map(_bytes_in, beside))
 
 
-def bytes_in(folder: Path) -> int:
-    """Return the size of all files of a folder, whatever disappears meanwhile."""
+def _bytes_in(path: Path) -> int:
+    """Return the size of a file, or of all files of a folder, whatever disappears meanwhile."""
     total = 0
-    for file in folder.rglob("*"):
+    for file in (path, *path.rglob("*")):
         with contextlib.suppress(OSError):
             total += file.stat().st_size if file.is_file() else 0
     return total
-
-
-def bytes_beside_jobs(folder: Path) -> int:
-    """Return the size of what the service keeps beside its jobs: models, the example, uploads that are arriving."""
-    with contextlib.suppress(OSError):
-        return (
-            bytes_in(folder / MODELS)
-            + bytes_in(folder / INCOMING)
-            + sum(file.stat().st_size for file in folder.glob("example_*") if file.is_file())
-        )
-    return 0

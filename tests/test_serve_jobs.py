@@ -15,10 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import serve.jobs
 from aldm.errors import UserError
-from serve.jobs import CHECK_S, LEASE_S, MAX_ATTEMPTS, SWEEP_S, JobStore
+from serve.jobs import CHECK_S, LEASE_S, MAX_ATTEMPTS, JobStore
 from serve.problems import Problem
 from serve.records import FINISHED, QUEUED, RUNNING, Job, new_id
 from serve.settings import Settings
+from serve.work_folder import SWEEP_S
 
 
 class Clock:
