@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -464,12 +465,16 @@ def test_weights_that_do_not_fit_are_refused(model, tmp_path, capsys):
     refused(code, capsys, r"weights\.safetensors does not belong to its config", tmp_path, ["in.nii", "other"])
 
 
-@pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
+@pytest.mark.parametrize("failing", ["open", "write_text"])
 def test_a_full_disk_is_one_message_and_leaves_nothing(failing, model, tmp_path, capsys, monkeypatch):
     """The volume, or the sidecar after it, finds the disk full."""
     write(tmp_path / "in.nii", affine=np.diag([8.0, 8, 8, 1]))
 
-    def full(self: Path, *_: object, **__: object) -> int:
+    real = Path.open
+
+    def full(self: Path, *words: Any, **more: Any) -> Any:
+        if failing == "open" and words != ("wb",):
+            return real(self, *words, **more)
         self.touch()  # the name is there, the content does not fit
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
