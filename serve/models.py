@@ -90,8 +90,11 @@ def _download(uri: str, work_dir: Path) -> Path:
     target.mkdir(exist_ok=True)
     with answering(server), impatient(), default_server(server):
         place = Path(download_artifacts(artifact_uri=uri, dst_path=str(target)))
+    code = place / "code"  # this package's own, the built-in model in it
     found = sorted(
-        path.parent for path in place.rglob("config.json") if (path.parent / "weights.safetensors").is_file()
+        path.parent
+        for path in place.rglob("config.json")
+        if (path.parent / "weights.safetensors").is_file() and code not in path.parents
     )
     if len(found) != 1:
         raise UserError(f"{uri} holds no translator folder: register one with aldm export --register NAME")
