@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from aldm.config import Config, from_dict, to_dict
 from aldm.errors import UserError
 from aldm.files import atomic_folder
+from aldm.records import Kinds, check_record, has_file, read_record
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+WAY_OUT = "write the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Checkpoint:
     weights: dict[str, Tensor]
     meta: dict[str, Any]
     hash: str
+
+    def check_meta(self, kinds: Kinds) -> None:
+        """Check what the reader of this kind needs of `meta`: dotted key -> kind of its value.
+
+        Raises:
+            UserError: something is missing or of another kind.
+        """
+        check_record(self.meta, kinds, f"the meta of {self.path / CONFIG}", WAY_OUT)
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -101,21 +111,16 @@ def read_checkpoint_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
+        if not has_file(path, name):
             raise UserError(f"{path} is not a checkpoint folder: it holds no {name}")
-    try:
-        record = json.loads((path / CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / CONFIG} is not JSON: {error}; the checkpoint is damaged, write it again") from error
-    version = record.get("format_version") if isinstance(record, dict) else None
+    record = read_record(path / CONFIG, {}, WAY_OUT)
+    version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} is a checkpoint of format version {version!r}, wanted {FORMAT_VERSION}: "
             "use the version of aldm that wrote it, or train and export again"
         )
-    missing = [key for key in ("kind", "hash", "config", "meta") if key not in record]
-    if missing:
-        raise UserError(f"{path / CONFIG} lacks {', '.join(missing)}: the checkpoint is damaged, write it again")
+    check_record(record, {"kind": str, "hash": str, "config": dict, "meta": dict}, path / CONFIG, WAY_OUT)
     return record
 
 
@@ -133,14 +138,25 @@ def load_checkpoint(folder: str | os.PathLike[str], *kinds: str) -> Checkpoint:
     record = read_checkpoint_record(path)
     if kinds and record["kind"] not in kinds:
         raise UserError(f"{path} is a checkpoint of kind {record['kind']!r}, wanted {' or '.join(map(repr, kinds))}")
-    try:
-        weights = load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{path / WEIGHTS} cannot be read ({error}): the file is damaged, write it again") from error
+    weights = read_weights(path / WEIGHTS)
     if weights_hash(weights) != record["hash"]:
         raise UserError(f"{path / WEIGHTS} does not belong to its config.json (the hashes differ): write it again")
     config = from_dict(Config, record["config"])
     return Checkpoint(path, record["kind"], config, weights, record["meta"], record["hash"])
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, unreadable or damaged.
+    """
+    try:
+        return load_file(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read ({error}): the file is damaged, write it again") from error
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:

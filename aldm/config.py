@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from aldm.config_baselines import BaselinesConfig
+from aldm.config_baselines import METHODS, BaselinesConfig
 from aldm.config_training import Shape as Shape
 from aldm.config_training import TrainingConfig as TrainingConfig
 from aldm.config_training import choice, positive, within
@@ -190,7 +190,7 @@ class SamplingConfig:
     num_samples: int = 1
     """Samples averaged into the result; above 1 their standard deviation is the uncertainty."""
     eta: float = 0.0
-    """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
+    """Stochasticity of ddim and bridge: 0 deterministic, 1 like ddpm or the bridge's posterior."""
 
     def __post_init__(self) -> None:
         choice("sampling.sampler", self.sampler, SAMPLERS)
@@ -255,6 +255,13 @@ def with_training(config: Config, stage: str, **changes: Any) -> Config:
     return dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, **section))
 
 
+def training_name(stage: str) -> str:
+    """Return where a training's section stands in the configuration, for --set."""
+    if stage not in METHODS:
+        return f"train_{stage.replace('-', '_')}"
+    return f"baselines.{method_section(stage)}.{'pretraining' if stage == 'resvit-cnn' else 'training'}"
+
+
 def method_section(method: str) -> str:
     """Return the section of `baselines` that configures a comparison method."""
     return "resvit" if method == "resvit-cnn" else method.replace("-", "_")
@@ -262,10 +269,8 @@ def method_section(method: str) -> str:
 
 def _training_place(config: Config, stage: str) -> tuple[Any, str]:
     """Return the section that holds a training's own, and its name there."""
-    own = f"train_{stage.replace('-', '_')}"
-    if hasattr(config, own):
-        return config, own
-    return getattr(config.baselines, method_section(stage)), "pretraining" if stage == "resvit-cnn" else "training"
+    *path, name = training_name(stage).split(".")
+    return (getattr(config.baselines, path[1]) if path else config), name
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -293,7 +298,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
@@ -354,6 +359,6 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise UserError(f"--set {assignment}: unknown key {path!r}; known there are {', '.join(node)}")
         try:
             node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
             raise UserError(f"--set {assignment}: {text!r} is not YAML ({error})") from error
     return from_dict(Config, values)

@@ -19,8 +19,8 @@ def positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and v <= 0 for v in values):
-            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a value above 0")
+        if any(v is not None and not 0 < v < math.inf for v in values):
+            raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted a finite value above 0")
         if not values:
             raise UserError(f"{type(owner).__name__}.{name} is empty, wanted at least one value")
 
@@ -30,7 +30,7 @@ def within(owner: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
-        if any(v is not None and not low <= v <= high for v in values):
+        if any(v is not None and not (low <= v <= high and math.isfinite(v)) for v in values):
             wanted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
             raise UserError(f"{type(owner).__name__}.{name} is {value!r}, wanted {wanted}")
 
@@ -100,6 +100,8 @@ class TrainingConfig:
         positive(self, "batch_size", "epochs", "learning_rate", "crop", "max_steps", "max_minutes", "log_every")
         positive(self, "validate_every", "num_validation_samples", "checkpoint_every", "gradient_clip")
         positive(self, "discriminator_channels", "discriminator_layers")
-        within(self, 0, 1, "betas", "decay_start", "ema_decay", "flip_probability", "same_modality_fraction")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"TrainingConfig.betas is {self.betas!r}, wanted 0 or more and below 1")
+        within(self, 0, 1, "decay_start", "ema_decay", "flip_probability", "same_modality_fraction")
         within(self, 0, math.inf, "weight_decay", "warmup_steps", "adversarial_weight", "adversarial_start_step")
         within(self, 0, math.inf, "perceptual_weight")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aldm.errors import UserError
 from aldm.players import Player
+from aldm.records import check_record
+
+_PARTS = ("weights", "optimizer")
 
 
 class PlainEngine:
@@ -77,8 +82,25 @@ class PlainEngine:
         torch.save(state, folder / "engine.pt")
 
     def load(self, folder: Path) -> None:
-        """Read engine.pt, strictly."""
-        state = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
+        """Read engine.pt, strictly.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        file = folder / "engine.pt"
+        way_out = "resume from another checkpoint, or train anew"
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            # torch's own words advise to load it with weights_only=False, which runs whatever code the file holds
+            foreign = isinstance(error, pickle.UnpicklingError)
+            reason = "it is not a file of tensors" if foreign else str(error).partition("\n")[0]
+            raise UserError(f"{file} cannot be read ({reason}): {way_out}") from error
+        if not isinstance(state, dict):
+            raise UserError(f"{file} is damaged: it holds no mapping; {way_out}")
+        check_record(state, {f"{name}.{part}": dict for name in self._players for part in _PARTS}, file, way_out)
         for name, player in self._players.items():
             player.module.load_state_dict(state[name]["weights"])
             self._optimizers[name].load_state_dict(state[name]["optimizer"])

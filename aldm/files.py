@@ -98,6 +98,22 @@ def check_folder(path: str | os.PathLike[str], overwrite: bool = False, *, marke
         raise UserError(f"{target} holds no {marker}, so it is not an earlier result: --overwrite will not delete it")
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        UserError: it cannot be made, or the disk is full.
+    """
+    target = Path(path)
+    with _explained(target):
+        try:
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            if _is_disk_full(error):
+                raise
+            raise UserError(f"cannot make the folder {target}: {error.strerror}") from error
+
+
 def free_gib(folder: str | os.PathLike[str]) -> float:
     """Return the free space of the file system that holds `folder`, GiB."""
     return shutil.disk_usage(folder).free / 2**30

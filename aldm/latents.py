@@ -11,6 +11,7 @@ codec: its key is the hash of the codec's weights and configuration, and a stale
 """
 
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,26 @@ from aldm.data.store import SHARD_FOLDER, ShardReader, VolumeStore, shard_path, 
 from aldm.errors import UserError
 from aldm.files import atomic_folder
 from aldm.models.codecs import Codec
+from aldm.records import check_record, has_file, read_record
 
 FORMAT_VERSION = 1
 LATENTS_FILE = "latents.json"
+_WAY_OUT = "encode again with --overwrite"
+_HEADER = {
+    "codec_hash": str,
+    "codec.kind": str,
+    "isometric": bool,
+    "latent_channels": int,
+    "modalities": list,
+    "num_flips": int,
+    "mean": list,
+    "std": list,
+    "data.fingerprint": str,
+    "data.preprocess": dict,
+    "data.median_percentiles": dict,
+    "subjects": list,
+}
+_SUBJECT = {"subject_id": str, "split": str, "modalities": list}
 _OPEN_SHARDS = 64
 _SMALLEST_STD = 1e-6
 
@@ -96,15 +114,18 @@ class LatentStore:
             UserError: not a cache, of another format version, or stale (made with another codec).
         """
         path = Path(path)
-        if not (path / LATENTS_FILE).is_file():
+        if not has_file(path, LATENTS_FILE):
             raise UserError(f"{path} is not a store of latents (no {LATENTS_FILE}): make one with aldm encode")
-        try:
-            header = json.loads((path / LATENTS_FILE).read_text())
-            version = header["format_version"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path / LATENTS_FILE} is damaged ({error}): encode again with --overwrite") from error
+        file = path / LATENTS_FILE
+        header = read_record(file, {"format_version": int}, _WAY_OUT)
+        version = header["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: encode again")
+        check_record(header, _HEADER, file, _WAY_OUT)
+        for subject in header["subjects"]:
+            entry = {"subject": subject}
+            check_record(entry, {f"subject.{key}": kind for key, kind in _SUBJECT.items()}, file, _WAY_OUT)
+        check_statistics(header, header["latent_channels"], file, _WAY_OUT)
         if codec_hash is not None and header["codec_hash"] != codec_hash:
             raise UserError(
                 f"{path} is stale: it was encoded with codec {header['codec_hash'][:12]}, wanted "
@@ -241,6 +262,21 @@ def cache_bytes(store: VolumeStore, codec: Codec, flips: bool) -> int:
     voxels = float(np.prod([side / codec.downsampling for side in store.preprocess.spatial_shape]))
     volumes = sum(len(record.modalities) for record in store.subjects())
     return int(2 * voxels * codec.latent_channels * volumes * (2 if flips else 1))
+
+
+def check_statistics(record: Mapping[str, Any], channels: int, file: str | os.PathLike[str], way_out: str) -> None:
+    """Check that `mean` and `std` hold a number for every latent channel.
+
+    Raises:
+        UserError: they do not.
+    """
+    for name in ("mean", "std"):
+        values = record[name]
+        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        if len(values) != channels or not numbers:
+            raise UserError(
+                f"{file} is damaged: {name} of the latents is {values!r:.60}, wanted {channels} numbers; {way_out}"
+            )
 
 
 def standardise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:

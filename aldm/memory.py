@@ -1,7 +1,9 @@
 """How much memory this process holds, and how much a computation will need, found without doing it."""
 
 import ctypes
+import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +19,51 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+class PeakMemory:
+    """Measures, in a `with` block, the most memory that this process and its children held together.
+
+    A thread looks at an interval; a page that processes share counts once (PSS) where the system tells, else in each.
+
+    Attributes:
+        peak_bytes: the most so far.
+    """
+
+    def __init__(self, interval_s: float = 0.5) -> None:
+        self.peak_bytes = 0
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._look()
+
+    def _look(self) -> None:
+        import psutil
+
+        own = psutil.Process()
+        total = 0
+        for process in (own, *own.children(recursive=True)):
+            try:
+                info = process.memory_full_info()
+            except psutil.Error:  # it has ended meanwhile
+                continue
+            total += getattr(info, "pss", info.rss)
+        self.peak_bytes = max(self.peak_bytes, total)
 
 
 def release_freed_memory() -> None:

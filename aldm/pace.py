@@ -49,7 +49,7 @@ class Pace:
         config: length, time budget and the steps between validations.
         num_steps: steps of the whole training; learning rates end there.
         starts: start step of every player, in the players' order.
-        elapsed_s: time used so far, earlier sessions of a resumed run included.
+        elapsed_s: time used so far, earlier starts of a resumed run included.
     """
 
     config: TrainingConfig

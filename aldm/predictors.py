@@ -18,7 +18,7 @@ from aldm.config_baselines import METHODS
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
 from aldm.diffusion import make_schedule
 from aldm.errors import UserError
-from aldm.latents import standardise, unstandardise
+from aldm.latents import check_statistics, standardise, unstandardise
 from aldm.memory import gigabytes, peak_bytes, release_freed_memory, resident_bytes
 from aldm.models.codecs import Codec, build_codec
 from aldm.models.ms_spade import MSSpade
@@ -271,7 +271,7 @@ def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predi
     Args:
         kind: aldm (weights codec.*, ms_spade.*, unet.*), unet (weights unet.*) or a comparison method (network.*).
         config: the whole configuration, `modalities` named.
-        meta: of the folder; aldm reads latents.mean and latents.std, one number per latent channel.
+        meta: of the folder; aldm reads latents.mean and latents.std, one number per latent channel (UserError: others).
     """
     if kind in METHODS:
         return PairTranslation(config, kind)
@@ -279,6 +279,7 @@ def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predi
         return Regression(config, build_regression_unet(config))
     assert kind == "aldm", kind
     codec = build_codec(config.codec)
+    check_statistics(meta["latents"], codec.latent_channels, "the model's meta", "export it again")
     mean, std = (torch.tensor(meta["latents"][name], dtype=torch.float32) for name in ("mean", "std"))
     ms_spade, unet = build_ms_spade(config, codec.latent_channels), build_unet(config, codec.latent_channels)
     return LatentDiffusion(config, codec, ms_spade, unet, mean, std)

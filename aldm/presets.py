@@ -318,13 +318,15 @@ def load_preset(name_or_file: str) -> Config:
     if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
         raise UserError(f"no preset {name_or_file!r}: wanted one of {', '.join(PRESETS)}, or an existing .yaml file")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8: {error}; give another file, or mend it") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, wanted a mapping of configuration keys")
     base = values.get("preset", "custom")
-    start = to_dict(PRESETS[base]()) if base in PRESETS else to_dict(Config())
+    start = to_dict(PRESETS[base]() if isinstance(base, str) and base in PRESETS else Config())
     return from_dict(Config, _merged(start, values))
 
 

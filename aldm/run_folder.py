@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from aldm import __version__
 from aldm.config import Config, from_dict, to_dict, training_of, with_training
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path
+from aldm.records import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ LOOP_STATE = "training.json"
 """The file of a checkpoint that training.fit goes on from."""
 CHECKPOINT_FILES = ("weights.safetensors", "config.json")
 """What anybody but the training itself reads of a checkpoint."""
+_WAY_OUT = "mend it from a copy, or delete the folder and train anew"
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
@@ -59,6 +62,7 @@ class RunFolder:
         config: Config,
         inputs: Mapping[str, str],
         engine: str = "plain",
+        storage: str | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> "RunFolder":
@@ -70,13 +74,14 @@ class RunFolder:
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
             engine: what the run trains with; it goes on with the same.
+            storage: where the states that resuming needs are kept, if not in the folder; it goes on with the same.
             resume: go on with the run in the folder.
             overwrite: delete the run in the folder.
 
         Raises:
             UserError: another process trains there; a run is there and neither `resume` nor `overwrite` is given; there
-                is none to resume, or it has another configuration or engine; the folder holds something else; it
-                cannot be written.
+                is none to resume, or it has another configuration, engine or storage; the folder holds something else;
+                it cannot be written.
         """
         path = Path(path)
         check_run_folder(path, resume, overwrite, stage)
@@ -89,12 +94,12 @@ class RunFolder:
         try:
             check_run_folder(path, resume, overwrite, stage)
             if resume:
-                check_same_run(path, stage, config, engine)
+                check_same_run(path, stage, config, engine, storage)
                 run._recover()
             else:
                 run._clear()
             run._write_config(config)
-            run._write_record(stage, engine, inputs)
+            run._write_record(stage, engine, storage, inputs)
         except BaseException:
             run.close()
             raise
@@ -118,7 +123,7 @@ class RunFolder:
 
         Lines of metrics.jsonl that were logged after that checkpoint are dropped: they will be computed again.
         """
-        step = _step_of(self.path / LAST) if (self.path / LAST / LOOP_STATE).is_file() else 0
+        step = step_of(self.path / LAST) if (self.path / LAST / LOOP_STATE).is_file() else 0
         self.rewind(step)
         if step == 0:
             logger.info("%s has no checkpoint yet: starting from the beginning", self.path)
@@ -130,8 +135,12 @@ class RunFolder:
         metrics = self.path / METRICS_FILE
         if metrics.is_file():
             whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{metrics} is damaged ({error!r}): {_WAY_OUT}") from error
             with atomic_path(metrics, overwrite=True) as temporary:
-                temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+                temporary.write_text("".join(kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
@@ -177,7 +186,7 @@ class RunFolder:
         training.json is written last, so a folder that has it is whole.
         """
         left = list(self.path.glob(f".tmp-*-{LAST}"))
-        whole = {_step_of(folder): folder for folder in left if (folder / LOOP_STATE).is_file()}
+        whole = {step_of(folder): folder for folder in left if (folder / LOOP_STATE).is_file()}
         if whole and not (self.path / LAST).exists():
             os.rename(whole[max(whole)], self.path / LAST)
         for folder in self.path.glob(".tmp-*"):
@@ -196,17 +205,18 @@ class RunFolder:
         with atomic_path(self.path / CONFIG_FILE, overwrite=True) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
-    def _write_record(self, stage: str, engine: str, inputs: Mapping[str, str]) -> None:
+    def _write_record(self, stage: str, engine: str, storage: str | None, inputs: Mapping[str, str]) -> None:
         """Add this start to run.json."""
         import torch
 
         file = self.path / RUN_FILE
-        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stage": stage, "starts": []}
+        record: dict[str, Any] = _run_record(self.path) if file.is_file() else {"stage": stage, "starts": []}
         record["starts"].append(
             {
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": sys.argv,
+                "command": [without_secrets(word) for word in sys.argv],
                 "engine": engine,
+                "storage": storage,
                 "inputs": dict(inputs),
                 "aldm": __version__,
                 "torch": torch.__version__,
@@ -284,8 +294,23 @@ def git_state() -> dict[str, str | bool | None]:
     return {"git_commit": commit, "git_changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / LOOP_STATE).read_text())["step"])
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint to resume from was written after; UserError for a damaged one."""
+    return int(read_record(checkpoint / LOOP_STATE, {"step": int}, _WAY_OUT)["step"])
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    """Return what run.json says; UserError for a damaged one."""
+    record = read_record(path / RUN_FILE, {"stage": str, "starts": list}, _WAY_OUT)
+    if not all(isinstance(start, dict) for start in record["starts"]):
+        raise UserError(f"{path / RUN_FILE} is damaged: its starts are not mappings; {_WAY_OUT}")
+    return record
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with what names a user or a key in a URI (s3://key:secret@bucket) replaced by ***."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|credential)[^=&\s]*=)[^&\s]*", r"\1***", text)
 
 
 def _locked(path: Path) -> IO[str]:
@@ -304,22 +329,30 @@ def _locked(path: Path) -> IO[str]:
     return lock
 
 
-def check_same_run(path: Path, stage: str, config: Config, engine: str) -> None:
-    """Check what only resuming asks for: the same configuration but for length and cadence, and the same engine.
+def check_same_run(path: Path, stage: str, config: Config, engine: str, storage: str | None) -> None:
+    """Check what only resuming asks for: the same configuration but for length and cadence, engine and storage.
 
     Raises:
-        UserError: another configuration, or another engine (each keeps its states in its own way).
+        UserError: another configuration, another engine (each keeps its states in its own way), or another storage,
+            which does not hold what this run goes on from.
     """
     _check_same(path, stage, config)
-    before = json.loads((path / RUN_FILE).read_text())["starts"][-1].get("engine", "plain")
+    starts = _run_record(path)["starts"]
+    last = starts[-1] if starts else {}
+    before = last.get("engine", "plain") if starts else engine
     if before != engine:
         raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
+    kept = last.get("storage", storage)  # the first version did not record it
+    if kept != storage:
+        got = "no --storage-path" if storage is None else f"--storage-path {storage}"
+        way_out = "resume without it" if kept is None else f"resume with --storage-path {kept}"
+        raise UserError(f"{got}: {path} keeps what it goes on from in {kept or path / CHECKPOINTS}; {way_out}")
 
 
 def _check_stage(path: Path, stage: str) -> None:
     """Refuse the run of another stage: the run directory was given by mistake."""
     file = path / RUN_FILE
-    before = json.loads(file.read_text())["stage"] if file.is_file() else stage
+    before = _run_record(path)["stage"] if file.is_file() else stage
     if before != stage:
         raise UserError(f"{path} is a run of aldm train {before}, not of {stage}: give another --run-dir")
 
@@ -328,8 +361,13 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     """Refuse to resume with another configuration; the stage's length and cadence may differ."""
     import yaml
 
+    try:
+        before = from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path / CONFIG_FILE} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path / CONFIG_FILE} is damaged ({error}): {_WAY_OUT}") from error
     training = training_of(config, stage)
-    before = from_dict(Config, yaml.safe_load((path / CONFIG_FILE).read_text()))
     before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
     different = _differences(to_dict(before), to_dict(config))
     if different:

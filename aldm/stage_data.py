@@ -12,6 +12,15 @@ from aldm.errors import UserError
 from aldm.latents import LatentStore
 from aldm.players import Loss, Panel, Player, Values
 
+LATENTS = {
+    "latents.codec_hash": str,
+    "latents.mean": list,
+    "latents.std": list,
+    "latents.data.fingerprint": str,
+    "latents.data.median_percentiles": dict,
+}
+"""What `latents_record` leaves in the meta of a checkpoint, to be checked by whoever reads it."""
+
 
 def with_data(
     config: Config,

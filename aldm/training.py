@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from aldm.checkpoint import write_checkpoint
+from aldm.checkpoint import load_weights, read_weights, write_checkpoint
 from aldm.config import TrainingConfig
 from aldm.data.dataset import Samples, batch_places, collate
 from aldm.engine import AveragedModule, PlainEngine
@@ -28,10 +28,25 @@ from aldm.pace import MEASURED_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, FitResult, Panel, Player, Snapshot, Stage, StepInfo, Values, only_trainable
 from aldm.progress import Progress, progress
 from aldm.randomness import derived_generator, derived_seed
+from aldm.records import Kinds, read_record
 from aldm.run_folder import LOOP_STATE
 
 __all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
 
+_LOOP_STATE: Kinds = {
+    "step": int,
+    "best": (float, int, type(None)),
+    "validated": dict,
+    "pace.length": list,
+    "pace.num_steps": int,
+    "pace.starts": list,
+    "pace.elapsed_s": (float, int),
+    "pace.fitted": bool,
+    "pace.validation_s": (float, int, type(None)),
+    "pace.checkpoint_s": (float, int),
+    "window": dict,
+}
+"""What a snapshot's training.json holds."""
 
 OnLog = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Snapshot], None]
@@ -170,24 +185,36 @@ class _Loop:
             with only_trainable(player, self.stage.players):
                 with self.engine.autocast():
                     loss, values = player.loss(self.models[player.name], batch, info)
-                self._check_finite(player, batch, float(self.engine.reduce(loss.detach())))
+                self._check_finite(player, loss.detach())
                 self.engine.backward(player, loss)
                 try:
                     norm = self.engine.step(player, rate)
                 except FloatingPointError as error:
-                    raise self._not_finite(str(error), batch) from error
+                    raise self._not_finite(str(error)) from error
             if player.name in self.averages:
                 self.averages[player.name].update(self.engine.weights(player), self.step - start)
             self.window.add(player.name, {"loss": loss.detach(), "gradient_norm": norm, **values})
 
-    def _check_finite(self, player: Player, batch: Batch, value: float) -> None:
+    def _check_finite(self, player: Player, loss: Tensor) -> None:
+        """Raise on all ranks where the loss of any is not finite."""
+        value = float(self.engine.reduce(loss))
         if not math.isfinite(value):
-            raise self._not_finite(f"the loss of {player.name} is {value}", batch)
+            own = torch.zeros(self.engine.world_size, device=self.engine.device)
+            own[self.engine.rank] = float(not torch.isfinite(loss))
+            ranks = self.engine.reduce(own).nonzero().flatten().tolist()
+            raise self._not_finite(f"the loss of {player.name} is {value}", ranks)
 
-    def _not_finite(self, what: str, batch: Batch) -> NotFiniteError:
+    def _not_finite(self, what: str, ranks: Sequence[int] = ()) -> NotFiniteError:
+        """Return the error that names the subjects of these ranks, or of the whole batch; the same on every rank."""
+        places = batch_places(len(self.train), self.config.batch_size, self.step, self.seed)
+        subjects = [
+            self.train.sample(place, derived_generator(self.seed, "step", self.step, i))["subject_id"]
+            for i, place in enumerate(places)
+            if not ranks or i % self.engine.world_size in ranks
+        ]
         return NotFiniteError(
-            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(batch['subject_id'])}; the "
-            "step was not taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
+            f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(subjects)}; the step was not "
+            "taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
         )
 
     def _log(self) -> str:
@@ -286,10 +313,10 @@ class _Loop:
         """Go on from a snapshot."""
         if not (folder / LOOP_STATE).is_file():
             raise UserError(f"{folder} holds no state of a training (no {LOOP_STATE}): it cannot be resumed")
-        state = json.loads((folder / LOOP_STATE).read_text())
+        state = read_record(folder / LOOP_STATE, _LOOP_STATE, "resume from another checkpoint, or train anew")
         self.engine.load(folder)
         for name, average in self.averages.items():
-            average.module.load_state_dict(load_file(_average_file(folder, name)))
+            load_weights(average.module, read_weights(_average_file(folder, name)), _average_file(folder, name))
         self.step, self.best, self.validated = state["step"], state["best"], state["validated"]
         self.pace.load_state(state["pace"])
         self.window = _Window(state["window"])

@@ -1,12 +1,12 @@
 """The translator: a folder written by `aldm export`; a volume in, another modality of it out, on its own grid.
 
 Every kind of model (`aldm`: codec, MS-SPADE, denoiser; `unet`: plain regression; the comparison methods) stands behind
-one interface, `Translator.encode` and `Translator.translate_encoded`, which is what the evaluation measures. Arrays are X Y Z of RAS+
-volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
+one interface, `Translator.encode` and `Translator.translate_encoded`, which is what the evaluation measures. Arrays are
+X Y Z of RAS+ volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aldm import __version__
-from aldm.checkpoint import load_checkpoint, load_weights
+from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index
 from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore, unscale
@@ -25,9 +25,12 @@ from aldm.errors import UserError
 from aldm.memory import gigabytes
 from aldm.pairs import check_pair, pair_is_known
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
+from aldm.records import Kinds
 from aldm.sampling import OnStep, check_sampling, sample_many
 
 NOTICE = "synthetic image, for research use only, not for diagnosis"
+META: Mapping[str, Kinds] = {"aldm": {"latents.mean": list, "latents.std": list, "data": dict}, "unet": {"data": dict}}
+"""What the meta of a translator folder of each kind holds, to be read here."""
 INTENSITIES = ("median", "unit")
 BRIDGE_STEPS_FOR_SAMPLES = 4
 """Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
@@ -87,6 +90,19 @@ def choose_sampling(
         eta = base.eta if base.eta > 0 or not spread else 1.0
     check_sampling(diffusion, name, steps, samples, eta)
     return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)
+
+
+def _percentiles(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:
+    """Return the training set's median percentiles of every modality of the model."""
+    found = {}
+    for name in checkpoint.config.modalities:
+        key = f"data.median_percentiles.{name}"
+        checkpoint.check_meta({key: list})
+        pair = checkpoint.meta["data"]["median_percentiles"][name]
+        if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
+            raise UserError(f"{checkpoint.path} is damaged: {key} is {pair!r:.60}, wanted two numbers; export it again")
+        found[name] = float(pair[0]), float(pair[1])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +177,10 @@ class Translator:
             config = replace(config, sampling=sampling)
         if precision is not None:
             config = replace(config, precision=precision)
+        checkpoint.check_meta(META[checkpoint.kind])
         predictor = build_predictor(checkpoint.kind, config, checkpoint.meta)
         load_weights(predictor, checkpoint.weights, folder)
-        percentiles = checkpoint.meta["data"]["median_percentiles"]
+        percentiles = _percentiles(checkpoint)
         model_hash = checkpoint.hash
         kind = checkpoint.kind
         del checkpoint  # its copy of the weights
@@ -178,7 +195,7 @@ class Translator:
             predictor,
             config,
             kind=kind,
-            median_percentiles={name: (float(low), float(high)) for name, (low, high) in percentiles.items()},
+            median_percentiles=percentiles,
             model_hash=model_hash,
             device=device,
         )

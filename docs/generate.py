@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, get_type_hints
 from unittest import mock
 
 from aldm import config as config_module
+from aldm import config_baselines, config_training
 from aldm.cli import JOBS, usage
 from aldm.config import Config
 from aldm.presets import PRESETS
@@ -135,9 +137,7 @@ def configuration_page() -> str:
         _dataclass_section(Config, "Top level", ""),
     ]
     documented: dict[type, str] = {}
-    for name, cls in get_type_hints(Config).items():
-        if not dataclasses.is_dataclass(cls):
-            continue
+    for name, cls in _sections(Config, ""):
         if cls in documented:
             parts.append(f"## `{name}`\n\nThe same fields as [`{documented[cls]}`](#{documented[cls]}).\n")
             parts.append(_preset_table(name))
@@ -145,6 +145,14 @@ def configuration_page() -> str:
             documented[cls] = name
             parts.append(_dataclass_section(cls, f"`{name}`", name))
     return "\n".join(part for part in parts if part)
+
+
+def _sections(owner: type, prefix: str) -> Iterator[tuple[str, type]]:
+    """Yield path and class of every section below a configuration class, outer ones first."""
+    for name, cls in get_type_hints(owner).items():
+        if dataclasses.is_dataclass(cls):
+            yield prefix + name, cls
+            yield from _sections(cls, f"{prefix}{name}.")
 
 
 def _dataclass_section(cls: type, title: str, path: str) -> str:
@@ -167,7 +175,7 @@ def _preset_table(path: str) -> str:
     """Return a table of the presets' values where any of them differs from the default."""
 
     def section(config: Config) -> Any:
-        return getattr(config, path) if path else config
+        return operator.attrgetter(path)(config) if path else config
 
     presets = {name: section(make()) for name, make in PRESETS.items()}
     default = section(Config())
@@ -184,9 +192,10 @@ def _preset_table(path: str) -> str:
 
 def _field_docstrings() -> dict[str, dict[str, str]]:
     """Return class name -> field name -> the string that stands under the field in the source."""
-    tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
+    modules = (config_module, config_training, config_baselines)
+    trees = [ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")) for module in modules]
     result: dict[str, dict[str, str]] = {}
-    for node in tree.body:
+    for node in [node for tree in trees for node in tree.body]:
         if not isinstance(node, ast.ClassDef):
             continue
         texts = result.setdefault(node.name, {})

@@ -161,7 +161,7 @@ def _flags(args: argparse.Namespace) -> tuple[str, ...]:
     preset = args.preset or "small"
     flags = ["--preset", str(Path(preset).absolute()) if Path(preset).suffix else preset]
     flags += [word for assignment in args.set for word in ("--set", assignment)]
-    return tuple([*flags, *(["--precision", args.precision] if args.precision else [])])
+    return (*flags, *(("--precision", args.precision) if args.precision else ()))
 
 
 def _check_folder(contest: Contest) -> bool:
@@ -221,4 +221,3 @@ def _parser() -> JobParser:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each method, seeds 0 to N - 1")
     add_worker_arguments(parser, "a method")
     return parser
-

@@ -28,7 +28,8 @@ MINUTES = {"vqgan": 0.5, "ms-spade": 0.7, "diffusion": 3.7, "unet": 4.4}
 """Time budgets of the trainings; the plain U-Net gets that of stages 2 and 3 together."""
 DESCRIPTION = f"""Simulate subjects in IXI's layout, prepare them, run the three trainings of the paper and a plain
 regression U-Net, score both on held-out subjects, translate one of those and the ICBM152 T1 average that nilearn ships,
-and write {REPORT}, which opens offline. Each step is an aldm command that is printed first and can be run by hand. Run
+and write {REPORT}, which opens offline. Its last line says whether {SOURCE} to {TARGET} is good enough and what it
+took. Each step is an aldm command that is printed first and can be run by hand. Run
 again after an interruption, it goes on where it stopped."""
 
 
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(step, f"[{number}/{len(steps)}]", out, record)
     from pipelines.demo_report import write_demo_report
 
-    write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
-    used = sum(step["seconds"] for step in record["steps"])
+    verdict = write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
     print(f"compare the trainings: mlflow ui --backend-store-uri {uri}")
-    print(f"{used / 60:.1f} minutes in all; report: {out / REPORT}")
+    print(f"report: {out / REPORT}")
+    print(verdict)
     return 0
 
 
@@ -216,7 +217,9 @@ def _write_splits(path: Path, num_subjects: int) -> None:
 
 
 def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
-    """Run one command, unless an earlier start of the demo finished it, and note its time."""
+    """Run one command, unless an earlier start of the demo finished it, and note its time and memory."""
+    from aldm.memory import PeakMemory
+
     if any(done["command"] == step.line for done in record["steps"]):
         print(f"{counter} {step.title}: done before")
         return
@@ -225,8 +228,9 @@ def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
     if step.again is not None and step.output.exists():
         arguments.append(step.again)
     begin = time.monotonic()
-    if importlib.import_module(JOBS[job][0]).main(arguments):
-        raise UserError(f"the step failed: {step.line}")
+    with PeakMemory() as memory:
+        if importlib.import_module(JOBS[job][0]).main(arguments):
+            raise UserError(f"the step failed: {step.line}")
     seconds = time.monotonic() - begin
     print(f"  {seconds:.0f} s", flush=True)
     record["steps"].append(
@@ -235,6 +239,7 @@ def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
             "command": step.line,
             "budget_s": step.budget_minutes * 60,
             "seconds": round(seconds, 1),
+            "peak_gb": round(memory.peak_bytes / 1e9, 2),
         }
     )
     _write_record(out, record)

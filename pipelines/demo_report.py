@@ -23,22 +23,30 @@ ROWS = {
 SUMMARY = """Simulated subjects were written as NIfTI files and prepared. The stages of the Adaptive Latent Diffusion
 Model and a plain regression U-Net were trained on them and scored on held-out subjects. The subjects are made from the
 ICBM152 atlas: this shows that the path from data to result works, not how well a model does on patients."""
+MARGIN_DB = 3.0
+"""What ALDM's PSNR has to be above that of the rows that need no model."""
+TRIVIAL = ("identity", "training-mean")
+BUDGET_GB = 4.0
 FOOTER = "Synthetic images, for research only; not a medical device."
 
 
-def write_demo_report(out: Path, steps: Sequence[Mapping[str, Any]], *, source: str, target: str) -> None:
+def write_demo_report(out: Path, steps: Sequence[Mapping[str, Any]], *, source: str, target: str) -> str:
     """Write report.html and the pictures it shows from what the commands left in the demo's folder.
 
     Args:
         out: the demo's folder.
-        steps: title, command, budget_s and seconds of every command.
+        steps: title, command, budget_s, seconds and peak_gb of every command.
         source, target: the pair that stands at the top.
+
+    Returns:
+        the verdict, which the report shows too.
     """
     rows = _read_scores(out / "scores" / "scores.csv")
     region = next(name for name in ("brain", "foreground") if any(row["region"] == name for row in rows))
     pair = _pair_scores(rows, region, source, target)
+    verdict = " ".join((scores_verdict(pair, region, source, target), cost_verdict(steps)))
     sections = [
-        _headline(pair, region, source, target),
+        _headline(pair, region, source, target, verdict),
         _pictures(out, source, target),
         _all_pairs(rows, region),
         _trainings(out),
@@ -52,9 +60,40 @@ def write_demo_report(out: Path, steps: Sequence[Mapping[str, Any]], *, source: 
         footer=FOOTER,
         overwrite=True,
     )
+    return verdict
 
 
-def _headline(pair: Mapping[str, tuple[float, ...]], region: str, source: str, target: str) -> Section:
+def scores_verdict(pair: Mapping[str, Sequence[float]], region: str, source: str, target: str) -> str:
+    """Say how far ALDM is above the other rows and whether the margin holds.
+
+    Args:
+        pair: method -> PSNR (dB) and further scores, of this pair.
+        region, source, target: what was scored.
+    """
+    psnr = {method: scores[0] for method, scores in pair.items()}
+    others = [
+        f"{method.replace('-', ' ')} {psnr[method]:.2f} dB ({psnr['aldm'] - psnr[method]:+.2f})"
+        for method in (*TRIVIAL, "unet")
+    ]
+    holds = all(psnr["aldm"] - psnr[method] >= MARGIN_DB for method in TRIVIAL)
+    return (
+        f"{source.upper()} to {target.upper()} inside the {region}: ALDM {psnr['aldm']:.2f} dB, {', '.join(others)}. "
+        f"The margin of {MARGIN_DB:g} dB over identity and training mean {'holds' if holds else 'does NOT hold'}."
+    )
+
+
+def cost_verdict(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Say what time and memory the commands took, and whether that is within the budget."""
+    minutes, budget = (sum(step[name] for step in steps) / 60 for name in ("seconds", "budget_s"))
+    peak_gb = max(step.get("peak_gb", 0.0) for step in steps)  # a step that an older version ran has none
+    within = minutes <= budget and peak_gb <= BUDGET_GB
+    return (
+        f"{minutes:.1f} of {budget:.1f} minutes and at most {peak_gb:.2f} of {BUDGET_GB:g} GB: "
+        f"{'within' if within else 'NOT within'} the budget."
+    )
+
+
+def _headline(pair: Mapping[str, tuple[float, ...]], region: str, source: str, target: str, verdict: str) -> Section:
     """The pair's scores, and how far ALDM is above the rows that keep it honest."""
     psnr = {method: scores[0] for method, scores in pair.items()}
     gains = [
@@ -71,7 +110,7 @@ def _headline(pair: Mapping[str, tuple[float, ...]], region: str, source: str, t
         f"{source} to {target} inside the {region}, mean over the held-out subjects",
     )
     figures = Figures([(f"{psnr['aldm']:.1f} dB", f"PSNR {source} to {target}, {region}"), *gains])
-    return Section(f"{source.upper()} to {target.upper()}", [figures, table])
+    return Section(f"{source.upper()} to {target.upper()}", [Text(verdict), figures, table])
 
 
 def _pictures(out: Path, source: str, target: str) -> Section:
@@ -169,13 +208,24 @@ def _trainings(out: Path) -> Section:
 
 def _commands(steps: Iterable[Mapping[str, Any]]) -> Section:
     steps = list(steps)
-    rows = [[step["title"], f"{step['budget_s']:.0f} s", f"{step['seconds']:.0f} s"] for step in steps]
+    rows = [
+        [step["title"], f"{step['budget_s']:.0f} s", f"{step['seconds']:.0f} s", _peak(step.get("peak_gb"))]
+        for step in steps
+    ]
     total = sum(step["seconds"] for step in steps)
-    rows.append(["all", f"{sum(step['budget_s'] for step in steps):.0f} s", f"{total:.0f} s"])
+    largest = _peak(max(step.get("peak_gb", 0.0) for step in steps))
+    rows.append(["all", f"{sum(step['budget_s'] for step in steps):.0f} s", f"{total:.0f} s", largest])
     return Section(
         "What was run",
-        [Table(["step", "budget", "used"], rows), Code("\n".join(step["command"] for step in steps))],
+        [
+            Table(["step", "budget", "used", "peak memory (GB)"], rows),
+            Code("\n".join(step["command"] for step in steps)),
+        ],
     )
+
+
+def _peak(peak_gb: float | None) -> str:
+    return "-" if peak_gb is None else f"{peak_gb:.2f}"
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

@@ -151,7 +151,10 @@ class DeepSpeedEngine:
         return state
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return the bytes of weights and optimizer states that this rank holds, from DeepSpeed's own tensors."""
+        """Return the bytes of weights and optimizer states that this rank holds, from DeepSpeed's own tensors.
+
+        Gradients and DeepSpeed's buffers are left out.
+        """
         weights = states = 0
         for name, engine in self._engines.items():
             for parameter in self._players[name].module.parameters():

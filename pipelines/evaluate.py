@@ -17,7 +17,7 @@ from aldm.files import atomic_folder, check_folder
 from aldm.progress import progress
 from pipelines.arguments import JobParser, job_parser
 from pipelines.ray_workers import add_worker_arguments, open_workers
-from pipelines.translator_arguments import add_translator_arguments, load_translator, model_config
+from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
 if TYPE_CHECKING:
     from aldm.data.store import SubjectRecord, VolumeStore
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: everything that the user can mend.
     """
     args = _parser().parse_args(argv)
+    check_seed(args.seed)
+    if args.pictures < 0:
+        raise UserError(f"--pictures is {args.pictures}, wanted at least 0")
     check_folder(args.out, args.overwrite, marker=SCORES)
     if args.group is not None:
         from pipelines.tracking_server import check_server, tracking_uri
@@ -353,7 +356,7 @@ def _parser() -> JobParser:
         "--group",
         metavar="NAME",
         help="log tables, card and pictures to MLflow as a run nested in this one, such as that of the model's "
-        "trainings (default: not logged)",
+        "trainings: its name, or the full path of the folder around their run folders (default: not logged)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --out")
     add_worker_arguments(parser, "a subject")

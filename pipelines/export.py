@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, override
 from aldm.config_baselines import METHODS
 from aldm.errors import UserError
+from aldm.presets import load_preset
 from pipelines.arguments import JobParser, job_parser
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+TRAINING = {"training.stage": str, "training.step": int, "training.validation": dict}
+"""What a training leaves in the meta of its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
     from aldm.files import atomic_folder, check_folder
+    from aldm.memory import gigabytes, resident_bytes
 
+    if args.preset is not None:
+        load_preset(args.preset)  # a model's configuration is its own, but a wrong name is said so
     check_folder(args.out, args.overwrite, marker=CONFIG)
     if args.register is not None:
         _check_registry(args)
@@ -56,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"would write {args.out}: a model of kind {model.kind}, {number:,} numbers")
         if args.register is not None:
             print(f"would register it as {args.register}")
+        held, copy = resident_bytes(), sum(tensor.nbytes for tensor in model.weights.values())
+        print(f"memory: program and weights {gigabytes(held)} GB, writing them {gigabytes(copy)} GB more")
         return 0
     with atomic_folder(args.out, args.overwrite, marker=CONFIG) as temporary:
         digest = write_checkpoint(
@@ -84,10 +94,13 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
     from aldm.checkpoint import load_checkpoint
     from aldm.latents import codec_hash
     from aldm.run_folder import checkpoint_folder
+    from aldm.stage_data import LATENTS
     from pipelines.encode import load_codec
 
     stage_3 = load_checkpoint(checkpoint_folder(diffusion), "diffusion")
     stage_2 = load_checkpoint(checkpoint_folder(ms_spade), "ms-spade")
+    stage_2.check_meta({**LATENTS, **TRAINING})
+    stage_3.check_meta({**LATENTS, **TRAINING, **_data("latents.data"), "modalities": list, "ms_spade_hash": str})
     latents = stage_3.meta["latents"]
     module, codec_config = load_codec(codec, stage_3.config)
     own_hash = codec_hash(codec_config, module.state_dict())
@@ -129,6 +142,7 @@ def baseline_model(run: Path) -> Model:
 
     checkpoint = load_checkpoint(checkpoint_folder(run), "unet", *METHODS)
     part = "unet" if checkpoint.kind == "unet" else "network"
+    checkpoint.check_meta({**TRAINING, **_data("data"), "modalities": list})
     return Model(
         kind=checkpoint.kind,
         config=checkpoint.config,
@@ -178,10 +192,22 @@ def used_config(model: Model, assignments: Sequence[str], precision: str | None)
 
 
 def _codec_training(codec: str) -> list[dict[str, Any]]:
-    from aldm.checkpoint import read_checkpoint_record
+    from aldm.checkpoint import CONFIG, WAY_OUT, read_checkpoint_record
+    from aldm.records import check_record
     from aldm.run_folder import checkpoint_folder
 
-    return [] if codec == "haar" else [read_checkpoint_record(checkpoint_folder(codec))["meta"]["training"]]
+    if codec == "haar":
+        return []
+    folder = checkpoint_folder(codec)
+    meta = read_checkpoint_record(folder)["meta"]
+    check_record(meta, TRAINING, f"the meta of {folder / CONFIG}", WAY_OUT)
+    return [meta["training"]]
+
+
+def _data(place: str) -> dict[str, type]:
+    """Return what the model card and the translator read of the record of the data."""
+    kinds = {"layout": str, "fingerprint": str, "num_subjects": dict, "median_percentiles": dict}
+    return {f"{place}.{key}": kind for key, kind in kinds.items()}
 
 
 def _check_registry(args: argparse.Namespace) -> None:

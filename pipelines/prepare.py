@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="subjects worked on at a time on this machine (default: as many as the cores and the free memory allow)",
     )
     parser.add_argument(
-        "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
+        "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, read or resampled"
     )
     parser.add_argument(
         "--overwrite",

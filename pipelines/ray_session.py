@@ -13,10 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from aldm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+START_TRIES = 3
 OBJECT_STORE_BYTES = 2**29
 """Memory of a session's object store started here: results of tasks are small, volumes are read from the store."""
 
@@ -28,7 +31,7 @@ def ray_session() -> Iterator[None]:
     A session that is started here asks for a token of its own (Ray's authentication), which nobody else can read.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
+        UserError: RAY_ADDRESS names a cluster that does not answer, or Ray does not start here.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
@@ -51,8 +54,7 @@ def ray_session() -> Iterator[None]:
                 ) from error
         else:
             logger.info("starting Ray on this machine")
-            ray.init(
-                address="local",
+            start_ray(
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": worker_environment()},
@@ -60,6 +62,43 @@ def ray_session() -> Iterator[None]:
         stack.callback(ray.shutdown)
         with _sigterm_as(handler):
             yield
+
+
+def start_ray(**arguments: Any) -> None:
+    """Start a Ray session on this machine, with the arguments of ray.init.
+
+    Ray gives its node 30 s to start, which cannot be changed and is too little where the machine has much else to do:
+    then it is tried again.
+
+    Raises:
+        UserError: Ray has not started in any try.
+    """
+    import ray
+
+    for left in reversed(range(START_TRIES)):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(address="local", **arguments)
+            return
+        except Exception as error:
+            if type(error) is not Exception and "timed out" not in str(error):
+                raise  # Ray says Exception when a process of its own does not come up
+            _end([child for child in psutil.Process().children(recursive=True) if child not in before])
+            if not left:
+                raise UserError(
+                    f"Ray does not start on this machine, tried {START_TRIES} times ({error}): try again when it has "
+                    "less to do or more memory is free, connect to a cluster with RAY_ADDRESS, or do without Ray (aldm "
+                    "train --engine plain, other jobs without --num-workers)"
+                ) from error
+            logger.warning("Ray did not start (%s): trying again", error)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """End what a start of Ray that failed has left."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 @contextlib.contextmanager
@@ -121,6 +160,15 @@ def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False)
             f"--num-workers {num_workers} is more than the {cpus} CPUs of this Ray cluster: take at most {cpus}, or "
             "say --autoscaling where the cluster adds nodes"
         )
+
+
+def available_gpus() -> int:
+    """Return the GPUs of the Ray session; on this machine alone, those that its torch can use."""
+    import ray
+    import torch
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return gpus if os.environ.get("RAY_ADDRESS") else min(gpus, torch.cuda.device_count())
 
 
 @contextlib.contextmanager

@@ -8,15 +8,17 @@ through ray.train.report into the storage path. A worker that dies takes the gro
 import argparse
 import contextlib
 import logging
+import math
+import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config, TrainingConfig, to_dict
+from aldm.config import Config, to_dict, training_name, training_of
 from aldm.errors import UserError
-from aldm.run_folder import CHECKPOINTS, RunFolder
+from aldm.run_folder import CHECKPOINTS, LAST, RunFolder
 from pipelines.arguments import JobParser
 from pipelines.ray_storage import Storage
 
@@ -37,8 +39,7 @@ class Cluster:
         engine: ddp or deepspeed.
         zero_stage: of DeepSpeed.
         min_workers, max_workers: equal unless the training is elastic.
-        use_gpu: one GPU for every worker.
-        storage_path: folder or URI of the checkpoints; None for the run folder.
+        use_gpu: one GPU for every worker; None takes them where there are enough.
         max_failures: restarts of the workers that are allowed.
         keep_checkpoints: how many of the best checkpoints stay, the last one besides.
         autoscaling: the cluster adds nodes when they are asked for.
@@ -48,11 +49,26 @@ class Cluster:
     zero_stage: int
     min_workers: int
     max_workers: int
-    use_gpu: bool
-    storage_path: str | None
+    use_gpu: bool | None
     max_failures: int
     keep_checkpoints: int
     autoscaling: bool
+
+    def takes_gpus(self, available: int) -> bool:
+        """Whether each worker takes a GPU, of so many that there are."""
+        return available >= self.min_workers if self.use_gpu is None else self.use_gpu
+
+    def describe(self) -> str:
+        """Say for a plan on how many workers of what kind it trains; nothing is started or asked to find out."""
+        workers = str(self.min_workers)
+        if self.max_workers != self.min_workers:
+            workers += f" to {self.max_workers}"
+        workers += " worker" if workers == "1" else " workers"
+        if self.use_gpu is None and os.environ.get("RAY_ADDRESS"):
+            return f"{workers}, with a GPU each if the cluster has as many"
+        import torch
+
+        return f"{workers}{_with_gpus(self.takes_gpus(torch.cuda.device_count()))}"
 
 
 def add_cluster_arguments(parser: JobParser) -> None:
@@ -69,16 +85,20 @@ def add_cluster_arguments(parser: JobParser) -> None:
         "--zero-stage",
         type=int,
         choices=ZERO_STAGES,
-        default=1,
-        help="what --engine deepspeed shards: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing",
+        help="what --engine deepspeed shards: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing "
+        "(default: 1)",
     )
     group.add_argument(
         "--num-workers",
-        default="1",
         metavar="N|MIN:MAX",
-        help="workers that share each batch; MIN:MAX takes what the cluster has and follows it as nodes come and go",
+        help="workers that share each batch evenly; MIN:MAX takes what the cluster has and follows it as nodes come "
+        "and go, so every number in between has to divide the batch size (default: 1)",
     )
-    group.add_argument("--use-gpu", action="store_true", help="give every worker a GPU")
+    group.add_argument(
+        "--use-gpu",
+        action="store_true",
+        help="give every worker a GPU (without it --device auto takes GPUs where there are as many as workers)",
+    )
     group.add_argument(
         "--storage-path",
         metavar="DIR|URI",
@@ -86,10 +106,16 @@ def add_cluster_arguments(parser: JobParser) -> None:
         f"(default: {CHECKPOINTS}/ in the run folder)",
     )
     group.add_argument(
-        "--max-failures", type=int, default=0, metavar="N", help="restarts from the last checkpoint when a worker dies"
+        "--max-failures",
+        type=int,
+        metavar="N",
+        help="restarts from the last checkpoint when a worker dies (default: 0)",
     )
     group.add_argument(
-        "--keep-checkpoints", type=int, default=2, metavar="K", help="best checkpoints to keep, the last one besides"
+        "--keep-checkpoints",
+        type=int,
+        metavar="K",
+        help="best checkpoints to keep, the last one besides (default: 2)",
     )
     group.add_argument(
         "--autoscaling",
@@ -98,46 +124,83 @@ def add_cluster_arguments(parser: JobParser) -> None:
     )
 
 
-def cluster_of(args: argparse.Namespace, training: TrainingConfig, precision: str) -> Cluster:
+def cluster_of(args: argparse.Namespace, config: Config, stage: str) -> Cluster:
     """Return the cluster that the flags ask for.
+
+    Args:
+        args: parsed by a parser with `add_cluster_arguments`.
+        config: resolved.
+        stage: that is trained.
 
     Raises:
         UserError: a number of workers that cannot share the batch, or flags that do not go together.
     """
-    low, high = _worker_range(args.num_workers)
-    for count in range(low, high + 1):
-        if training.batch_size % count:
-            raise UserError(
-                f"--num-workers {args.num_workers}: {count} workers cannot share batches of {training.batch_size} "
-                "evenly; take a number that divides it, or set another batch_size"
-            )
-    if args.engine == "deepspeed" and args.zero_stage == 0 and precision == "bf16":
+    _check_flags_of_engine(args)
+    low, high = _worker_range(args.num_workers or "1")
+    _check_batch(args.num_workers, low, high, training_of(config, stage).batch_size, training_name(stage))
+    if args.engine == "deepspeed" and args.zero_stage == 0 and config.precision == "bf16":
         raise UserError(
             "--engine deepspeed with --zero-stage 0 and bf16 diverges silently: give --zero-stage 1 or --precision fp32"
         )
-    for name in ("max_failures", "keep_checkpoints"):
-        least = 1 if name == "keep_checkpoints" else 0
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted at least {least}")
+    for name, least in (("max_failures", 0), ("keep_checkpoints", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, wanted at least {least}")
     if args.device == "cpu" and args.use_gpu:
         raise UserError("--device cpu and --use-gpu contradict each other: give one of them")
     return Cluster(
         engine=args.engine,
-        zero_stage=args.zero_stage,
+        zero_stage=1 if args.zero_stage is None else args.zero_stage,
         min_workers=low,
         max_workers=high,
-        use_gpu=args.use_gpu or args.device == "cuda",
-        storage_path=args.storage_path,
-        max_failures=args.max_failures,
-        keep_checkpoints=args.keep_checkpoints,
+        use_gpu=None if args.device == "auto" and not args.use_gpu else args.device != "cpu",
+        max_failures=args.max_failures or 0,
+        keep_checkpoints=args.keep_checkpoints or 2,
         autoscaling=args.autoscaling,
     )
+
+
+def _check_flags_of_engine(args: argparse.Namespace) -> None:
+    """Refuse a flag that the engine would not heed."""
+    if args.engine != "deepspeed" and args.zero_stage is not None:
+        raise UserError(
+            f"--zero-stage is for --engine deepspeed, this is --engine {args.engine}: leave one of them out"
+        )
+    of_ray = ("num_workers", "use_gpu", "storage_path", "max_failures", "keep_checkpoints", "autoscaling")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in of_ray
+        if getattr(args, name) is not (False if name in ("use_gpu", "autoscaling") else None)
+    ]
+    if args.engine == "plain" and given:
+        raise UserError(
+            f"--engine plain trains in one process without Ray, where {' and '.join(given)} would do nothing: leave "
+            f"{'it' if len(given) == 1 else 'them'} out, or take --engine ddp or deepspeed"
+        )
+
+
+def _check_batch(flag: str, low: int, high: int, batch_size: int, section: str) -> None:
+    """Refuse numbers of workers that cannot share a batch evenly."""
+    numbers = range(low, high + 1)
+    for count in numbers:
+        if batch_size % count:
+            least = math.lcm(*numbers)
+            every = "every number in it" if low != high else "the number of workers"
+            raise UserError(
+                f"--num-workers {flag}: {count} workers cannot share batches of {batch_size} evenly; {every} has to "
+                f"divide the batch size: say --set {section}.batch_size={math.ceil(batch_size / least) * least}, or "
+                f"take {'another range' if low != high else 'another number'} of workers"
+            )
+
+
+def _with_gpus(use_gpu: bool) -> str:
+    return " with a GPU each" if use_gpu else ", on CPUs"
 
 
 def _worker_range(text: str) -> tuple[int, int]:
     low, separator, high = text.partition(":")
     if not (low.isdigit() and (high.isdigit() or not separator)):
-        raise UserError(f"--num-workers {text!r} is neither a number nor MIN:MAX, such as 4 or 2:8")
+        raise UserError(f"--num-workers {text!r} is neither a number nor MIN:MAX, such as 4 or 1:2")
     numbers = int(low), int(high or low)
     if not 1 <= numbers[0] <= numbers[1]:
         raise UserError(f"--num-workers {text}: wanted at least 1, and MIN not above MAX")
@@ -145,24 +208,35 @@ def _worker_range(text: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def open_cluster(cluster: Cluster, run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[Storage]:
+def open_cluster(
+    cluster: Cluster, storage: Storage, run_dir: Path, *, resume: bool, overwrite: bool
+) -> Iterator[Cluster]:
     """Check the storage, reach the Ray cluster and check what it has; nothing of an earlier run is touched.
+
+    Yields the cluster with `use_gpu` decided.
 
     Args:
         cluster: what is wanted.
+        storage: of the run's checkpoints.
         run_dir: the run's folder, which need not exist.
         resume, overwrite: whether a run in the storage may be there.
 
     Raises:
-        UserError: storage that cannot be reached or that holds another run, or too few CPUs or GPUs.
+        UserError: storage that cannot be reached, that holds another run or lacks the one to resume, or too few CPUs
+            or GPUs.
     """
-    from pipelines.ray_session import check_workers, ray_session
+    from pipelines.ray_session import available_gpus, check_workers, ray_session
 
-    storage = Storage.of(run_dir, cluster.storage_path)
     storage.check(resume=resume, overwrite=overwrite)
+    if resume and (run_dir / LAST).is_dir() and not storage.has_checkpoint():
+        raise UserError(
+            f"{storage.flag} holds no checkpoint of {run_dir}, though that run has written some: give the "
+            "--storage-path that it was trained with, or start anew with --overwrite"
+        )
     with ray_session():
-        check_workers(cluster.min_workers, use_gpu=cluster.use_gpu, autoscaling=cluster.autoscaling)
-        yield storage
+        use_gpu = cluster.takes_gpus(available_gpus())
+        check_workers(cluster.min_workers, use_gpu=use_gpu, autoscaling=cluster.autoscaling)
+        yield replace(cluster, use_gpu=use_gpu)
 
 
 def train_on_ray(
@@ -181,14 +255,14 @@ def train_on_ray(
 
     Args:
         run: locked by this process; rank 0 writes into it, so it lies where that worker reaches it.
-        cluster: how many workers, of what kind.
-        storage: from `open_cluster`.
+        cluster: how many workers, of what kind, from `open_cluster`.
+        storage: of the run's checkpoints.
         stage: vqgan, ms-spade, diffusion or unet.
         config: resolved.
         inputs: the paths that the stage is built from, by flag name.
         record: name -> path or hash of what the stage is built from, for the tracking.
         tracking: from training_logs.tracking_of.
-        args: --overwrite and --log-level.
+        args: --resume, --overwrite and --log-level.
 
     Raises:
         UserError: what a worker refuses, or workers died more often than max_failures allows.
@@ -198,6 +272,7 @@ def train_on_ray(
     if args.overwrite:
         storage.clear()
     settings = {
+        "resumes": args.resume and storage.has_checkpoint(),
         "run_dir": str(run.path.resolve()),
         "stage": stage,
         "config": to_dict(config),
@@ -211,6 +286,9 @@ def train_on_ray(
     outcome = _fit(cluster, storage, settings)
     if "refused" in outcome:
         raise UserError(outcome["refused"])
+    if "failed" in outcome:
+        _mark(settings, "FAILED")
+        raise UserError(outcome["failed"])
     return FitResult(**outcome)
 
 
@@ -221,6 +299,7 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
 
     from pipelines.ray_worker import train_worker
 
+    assert cluster.use_gpu is not None, "open_cluster decides it"
     elastic = cluster.min_workers != cluster.max_workers
     trainer = TorchTrainer(
         train_worker,
@@ -246,17 +325,25 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
     try:
         outcome: dict[str, Any] = trainer.fit().return_value
         return outcome
-    except SystemExit as error:  # Ray's own handler of Ctrl-C ends the process with 0
-        raise KeyboardInterrupt from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        _mark(settings, "KILLED")
+        if isinstance(error, SystemExit):  # Ray's own handler of Ctrl-C ends the process with 0
+            raise KeyboardInterrupt from error
+        raise
     except TrainingFailedError as error:
-        if settings["tracking"] is not None:
-            from pipelines.tracking import mark_failed
-
-            mark_failed(Path(settings["run_dir"]))
+        _mark(settings, "FAILED")
         raise _failure(error, cluster, settings["run_dir"]) from error
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, before)
+
+
+def _mark(settings: dict[str, Any], status: str) -> None:
+    """Say in MLflow how the training ended: a worker may be ended without a word, or live on a little."""
+    if settings["tracking"] is not None:
+        from pipelines.tracking import mark
+
+        mark(Path(settings["run_dir"]), status)
 
 
 def _failure(error: Exception, cluster: Cluster, run_dir: str) -> Exception:

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import json
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, from_dict, training_of
 from aldm.errors import NotFiniteError, UserError
-from aldm.run_folder import LOOP_STATE, RunFolder
+from aldm.run_folder import RunFolder, step_of
 from pipelines.arguments import configure_logging
 from pipelines.training_logs import Logs, open_logs
 
@@ -26,7 +26,12 @@ WORST = -1e30
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as one of the workers; returns {step, values, best}, or {refused: message} where all ranks agree on it."""
+    """Train as one of the workers.
+
+    Returns:
+        {step, values, best}; or, where all ranks agree on it, {refused: message} from before the first step, {failed:
+        message} from a later one.
+    """
     import ray.train
     import torch
 
@@ -34,16 +39,20 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     configure_logging(settings["log_level"] if rank == 0 else "warning")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    if context.get_local_rank() == 0:
+        _clear_scratch(settings["run_dir"])
     built = _agreed(lambda: _built_stage(settings))
     if isinstance(built, str):
         return {"refused": built}
     try:
         with contextlib.ExitStack() as stack:
             checkpoint = ray.train.get_checkpoint()
+            if checkpoint is None and settings["resumes"]:  # the same on all ranks; to start over would wipe the run
+                return {"refused": f"the storage of {settings['run_dir']} lost its checkpoints during this start"}
             resume_from = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
             result = _train(settings, built, rank, resume_from, stack)
     except NotFiniteError as error:  # met by all ranks in the same step
-        return {"refused": str(error)}
+        return {"failed": str(error)}
     return {"step": result.step, "values": result.values, "best": result.best}
 
 
@@ -59,8 +68,9 @@ def _train(
     run = RunFolder(Path(settings["run_dir"]))
     logs: Logs = Logs(run.log)
     if rank == 0:
-        run.rewind(0 if resume_from is None else _step_of(resume_from))
-        logs = stack.enter_context(open_logs(run, settings["stage"], config, settings["record"], settings["tracking"]))
+        run.rewind(0 if resume_from is None else step_of(resume_from))
+        opened = open_logs(run, settings["stage"], config, settings["record"], settings["tracking"], alone=False)
+        logs = stack.enter_context(opened)
     return fit(
         stage,
         engine,
@@ -115,7 +125,7 @@ def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int)
     """Write this rank's share and report it; return when the checkpoint counts."""
     import ray.train
 
-    folder = Path(tempfile.mkdtemp(prefix="aldm-checkpoint-"))
+    folder = Path(tempfile.mkdtemp(prefix=scratch_prefix(run.path)))
     try:
         snapshot.write(folder)
         if rank == 0:
@@ -132,5 +142,12 @@ def _checkpoint(run: RunFolder, snapshot: "Snapshot", stage: "Stage", rank: int)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step_of(folder: Path) -> int:
-    return int(json.loads((folder / LOOP_STATE).read_text())["step"])
+def scratch_prefix(run_dir: str | os.PathLike[str]) -> str:
+    """Return how the names of a run's temporary checkpoint folders begin, on every node."""
+    return f"aldm-checkpoint-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]}-"
+
+
+def _clear_scratch(run_dir: str) -> None:
+    """Remove what killed workers of this run have left in this node's temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(run_dir)}*"):
+        shutil.rmtree(folder, ignore_errors=True)

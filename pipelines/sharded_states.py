@@ -21,7 +21,10 @@ from aldm.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 STEPS_FILE = "deepspeed.json"
-"""Number of optimizer steps of every player."""
+"""Number of ranks that wrote the folder, and of optimizer steps of every player.
+
+The folder may hold files of more ranks: those of an attempt at the same step that died and whose ranks were more.
+"""
 
 
 def write_states(folder: Path, engines: dict[str, Any]) -> None:
@@ -34,10 +37,11 @@ def write_states(folder: Path, engines: dict[str, Any]) -> None:
     rank = dist.get_rank()
     for name, engine in engines.items():
         own = {key: tensor for place, key, tensor in _whole_tensors(engine) if place % dist.get_world_size() == rank}
-        save_file(own, folder / f"states-{name}-{rank:05d}.safetensors")
+        save_file(own, folder / _file_name(name, rank))
     if rank == 0:
         steps = {name: _steps(engine) for name, engine in engines.items()}
-        (folder / STEPS_FILE).write_text(json.dumps(steps) + "\n")
+        record = {"world_size": dist.get_world_size(), "steps": steps}
+        (folder / STEPS_FILE).write_text(json.dumps(record) + "\n")
 
 
 def read_weights(folder: Path, name: str, module: nn.Module) -> None:
@@ -53,7 +57,7 @@ def read_weights(folder: Path, name: str, module: nn.Module) -> None:
 
 def read_moments(folder: Path, engines: dict[str, Any]) -> None:
     """Load the optimizers' states into DeepSpeed's engines, each rank its own part."""
-    steps = json.loads((folder / STEPS_FILE).read_text())
+    steps = json.loads((folder / STEPS_FILE).read_text())["steps"]
     for name, engine in engines.items():
         if steps[name] == 0:
             continue
@@ -73,7 +77,10 @@ class States:
             raise UserError(f"{folder} was not written by --engine deepspeed: resume with the engine that wrote it")
         self.folder, self.name = folder, name
         self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob(f"states-{name}-*.safetensors")):
+        for rank in range(json.loads((folder / STEPS_FILE).read_text())["world_size"]):
+            file = folder / _file_name(name, rank)
+            if not file.is_file():
+                raise UserError(f"{folder} lacks {file.name}: resume from another checkpoint")
             with safe_open(file, "pt") as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
 
@@ -120,6 +127,10 @@ def _whole_tensors(engine: Any) -> Iterator[tuple[int, str, Tensor]]:
     for key, buffer in module.named_buffers():
         yield place, f"{key}|{WEIGHT}", buffer.detach().to("cpu", copy=True).contiguous()
         place += 1
+
+
+def _file_name(player: str, rank: int) -> str:
+    return f"states-{player}-{rank:05d}.safetensors"
 
 
 def _steps(engine: Any) -> int:

@@ -63,12 +63,13 @@ class RunRecord:
 class Tracker:
     """The MLflow run of one training, for the process of rank 0; use it in a `with` block.
 
-    Its end decides the run's status: FINISHED, KILLED after Ctrl-C or SIGTERM, FAILED after any other exception.
+    Its end decides the run's status: FINISHED, KILLED after Ctrl-C or SIGTERM, FAILED after any other exception. One
+    that is not `alone` leaves it as it is after an exception, for the process that started the training to say.
     """
 
-    def __init__(self, run_dir: Path, client: "MlflowClient", record: RunRecord) -> None:
+    def __init__(self, run_dir: Path, client: "MlflowClient", record: RunRecord, alone: bool = True) -> None:
         """Use Tracker.open."""
-        self.run_dir, self.record = run_dir, record
+        self.run_dir, self.record, self.alone = run_dir, record, alone
         self._client = client
         self._last_steps: dict[str, int] | None = None
         """Metric -> last step that the run has; None where the server is to be asked."""
@@ -90,6 +91,7 @@ class Tracker:
         inputs: Mapping[str, str],
         experiment: str = EXPERIMENT,
         group: str | None = None,
+        alone: bool = True,
     ) -> "Tracker":
         """Go on with the run that the folder's mlflow.json names, or start one.
 
@@ -100,6 +102,7 @@ class Tracker:
             inputs: name -> path or hash of what the training reads, the data's fingerprint among them; become tags.
             experiment: MLflow's experiment; made if there is none.
             group: name of the parent run; made if there is none. None starts a run without a parent.
+            alone: whether no other process says how the training ended.
 
         Raises:
             UserError: a new run is to be started and the tracking server does not answer. To go on with a run, it need
@@ -118,7 +121,7 @@ class Tracker:
                 record = RunRecord(run_id, parent, uri, experiment, time.time())
                 with atomic_path(run_dir / RECORD_FILE, overwrite=True) as temporary:
                     temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
-        return cls(run_dir, client, record)
+        return cls(run_dir, client, record, alone)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -128,6 +131,8 @@ class Tracker:
     ) -> None:
         if kind is None:
             self.close("FINISHED")
+        elif not self.alone:
+            self.close(None)
         else:
             self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
@@ -148,11 +153,12 @@ class Tracker:
         save_training_panel(path, volumes, f"{self.run_dir.name}, step {step}")
         self._outbox.put({"panel": path.name})
 
-    def close(self, status: str) -> None:
-        """Set the run's status (FINISHED, FAILED or KILLED) and wait a little until all is delivered."""
+    def close(self, status: str | None) -> None:
+        """Set the run's status (FINISHED, FAILED, KILLED; None leaves it) and wait a little until all is delivered."""
         self._closing.set()
         self._watch.join()
-        self._outbox.put({"status": status, "time": _now_ms()})
+        if status is not None:
+            self._outbox.put({"status": status, "time": _now_ms()})
         left = self._outbox.close(CLOSE_S)
         self._impatience.close()
         if left:
@@ -224,8 +230,13 @@ def discard(run_dir: Path) -> None:
     shutil.rmtree(run_dir / PANELS, ignore_errors=True)
 
 
-def mark_failed(run_dir: Path) -> None:
-    """Set the run of a training whose process died, and so could not say it, to FAILED; only warns where it cannot."""
+def mark(run_dir: Path, status: str) -> None:
+    """Set the run of a training whose process was ended, and so could not say it; only warns where it cannot.
+
+    Args:
+        run_dir: the training's run folder.
+        status: FAILED or KILLED.
+    """
     file = run_dir / RECORD_FILE
     if not file.is_file():
         return
@@ -234,7 +245,7 @@ def mark_failed(run_dir: Path) -> None:
         with impatient(), answering(record.tracking_uri):
             client = connect(record.tracking_uri)
             for run_id in filter(None, (record.run_id, record.parent_run_id)):
-                _set_status(client, run_id, "FAILED", _now_ms())
+                _set_status(client, run_id, status, _now_ms())
     except UserError as error:
         logger.warning("%s", error)
 

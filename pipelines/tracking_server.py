@@ -132,7 +132,8 @@ def new_run(
         client: of the server.
         experiment: id of the experiment.
         name: the run's name.
-        group: name of the parent run, which is made if there is none; None for no parent.
+        group: the parent run's tag, which is made if there is none; the last part of a path is its name. None for no
+            parent.
         tags: None leaves one out.
 
     Returns:
@@ -190,7 +191,8 @@ def _group_run(client: "MlflowClient", experiment: str, group: str) -> str:
     found = find()
     if found is not None:
         return found
-    made = client.create_run(experiment, run_name=group, tags={GROUP_TAG: group}).info.run_id
+    name = Path(group).name if Path(group).is_absolute() else group
+    made = client.create_run(experiment, run_name=name, tags={GROUP_TAG: group}).info.run_id
     first = find() or made
     if first != made:
         client.delete_run(made)

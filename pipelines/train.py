@@ -13,6 +13,7 @@ from aldm.config import Config, TrainingConfig, training_of, with_training
 from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
 from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tracking_of
 
@@ -46,38 +47,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in STAGES:
         return _no_stage(arguments)
     stage, *rest = arguments
-    args = _parser(stage).parse_args(rest)
-    config = _config(stage, args)
+    args, config = parse(stage, rest)
     device = select_device(args)
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
     config = built.config
     training = training_of(config, stage)
-    cluster = cluster_of(args, training, config.precision)
+    cluster = cluster_of(args, config, stage)
     tracking = tracking_of(args)
+    storage = Storage.of(args.run_dir, args.storage_path)
     if args.resume:
         from aldm.run_folder import check_same_run
 
-        check_same_run(args.run_dir, stage, config, args.engine)
+        check_same_run(args.run_dir, stage, config, args.engine, storage.record)
     if args.dry_run:
-        print(_plan(stage, built, training, args, str(device)))
+        place = str(device) if args.engine == "plain" else cluster.describe()
+        print(_plan(stage, built, training, args, place))
         return 0
     with contextlib.ExitStack() as stack:
-        storage = None
         if args.engine != "plain":
-            opened = open_cluster(cluster, args.run_dir, resume=args.resume, overwrite=args.overwrite)
-            storage = stack.enter_context(opened)
-        run = stack.enter_context(_open_run(stage, config, inputs, args))
+            opened = open_cluster(cluster, storage, args.run_dir, resume=args.resume, overwrite=args.overwrite)
+            cluster = stack.enter_context(opened)
+        run = stack.enter_context(_open_run(stage, config, inputs, storage.record, args))
         if not args.resume:
             from pipelines.tracking import discard
 
             discard(run.path)
-        if storage is None:
+        if args.engine == "plain":
             logger.info("training %s in %s on %s", stage, run.path, device)
             logs = stack.enter_context(open_logs(run, stage, config, inputs, tracking))
             result = _train_here(built, training, run, logs, device, args.resume)
         else:
-            logger.info("training %s in %s on Ray, workers: %s", stage, run.path, args.num_workers)
+            workers = f"{args.num_workers or 1}{' with a GPU each' if cluster.use_gpu else ''}"
+            logger.info("training %s in %s on Ray, workers: %s", stage, run.path, workers)
             result = train_on_ray(
                 run,
                 cluster,
@@ -94,7 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse.Namespace) -> "RunFolder":
+def parse(stage: str, words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Return the flags after `aldm train STAGE`, and the configuration with those among them that change it.
+
+    Raises:
+        UserError: as `resolve_config`, or a crop that is none.
+    """
+    args = _parser(stage).parse_args(words)
+    return args, _config(stage, args)
+
+
+def _open_run(
+    stage: str, config: Config, inputs: dict[str, str], storage: str | None, args: argparse.Namespace
+) -> "RunFolder":
     from aldm.run_folder import RunFolder
 
     return RunFolder.open(
@@ -103,6 +117,7 @@ def _open_run(stage: str, config: Config, inputs: dict[str, str], args: argparse
         config=config,
         inputs=inputs,
         engine=args.engine,
+        storage=storage,
         resume=args.resume,
         overwrite=args.overwrite,
     )
@@ -155,6 +170,7 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
             return (VQGANStage if stage == "vqgan" else RegressionStage)(config, store), inputs
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
+        inputs["store_fingerprint"] = latents.data["fingerprint"]
         if stage == "ms-spade":
             return MSSpadeStage(config, latents), inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
@@ -198,8 +214,10 @@ def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
     from aldm.checkpoint import load_checkpoint, load_weights
     from aldm.denoising import build_ms_spade
     from aldm.run_folder import checkpoint_folder
+    from aldm.stage_data import LATENTS
 
     checkpoint = load_checkpoint(checkpoint_folder(folder), "ms-spade")
+    checkpoint.check_meta(LATENTS)
     trained_on = checkpoint.meta["latents"]
     wanted = (latents.codec_hash, latents.data["fingerprint"], latents.mean.tolist(), latents.std.tolist())
     got = (trained_on["codec_hash"], trained_on["data"]["fingerprint"], trained_on["mean"], trained_on["std"])
@@ -302,14 +320,14 @@ def _check_folder(args: argparse.Namespace) -> None:
     check_run_folder(args.run_dir, args.resume, args.overwrite)
 
 
-def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, device: str) -> str:
+def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, place: str) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
     from aldm.planner import plan
 
     train, validation = built.samples("train"), built.samples("validation")
     lines = [
-        f"would train {stage} in {args.run_dir} on {device}",
+        f"would train {stage} in {args.run_dir} on {place}",
         f"  samples: {len(train)} in an epoch of training, {len(validation)} of validation",
         f"  steps: {planned_steps(training, len(train))} of batch {training.batch_size}",
     ]

@@ -31,7 +31,7 @@ def add_tracking_arguments(parser: JobParser) -> None:
     group.add_argument(
         "--group",
         metavar="NAME",
-        help="MLflow run that this one is nested in, such as one for the trainings of a model (default: the name of "
+        help="MLflow run that this one is nested in, such as one for the trainings of a model (default: the path of "
         "the folder around the run folder)",
     )
     group.add_argument(
@@ -54,9 +54,14 @@ def tracking_of(args: argparse.Namespace) -> dict[str, str | None] | None:
     check_server(tracking_uri(args.run_dir))
     return {
         "experiment": args.experiment,
-        "group": args.group or args.run_dir.resolve().parent.name,
+        "group": group_of(args),
         "uri": os.environ.get("MLFLOW_TRACKING_URI"),
     }
+
+
+def group_of(args: argparse.Namespace) -> str:
+    """Return --group, or the whole path of the folder around the run folder: others have a folder of that name too."""
+    return args.group or str(args.run_dir.resolve().parent)
 
 
 @contextlib.contextmanager
@@ -66,6 +71,8 @@ def open_logs(
     config: Config,
     inputs: Mapping[str, str],
     tracking: Mapping[str, str | None] | None,
+    *,
+    alone: bool = True,
 ) -> Iterator[Logs]:
     """Yield what rank 0 logs to; the MLflow run ends with the block.
 
@@ -75,6 +82,7 @@ def open_logs(
         config: resolved.
         inputs: name -> path or hash of what the training reads.
         tracking: from `tracking_of`, of the process that started the training.
+        alone: whether this is that process, which says how the training ended.
     """
     if tracking is None:
         yield Logs(run.log)
@@ -91,6 +99,7 @@ def open_logs(
         inputs=inputs,
         experiment=str(tracking["experiment"]),
         group=tracking["group"],
+        alone=alone,
     ) as tracker:
 
         def log(record: dict[str, Any]) -> None:

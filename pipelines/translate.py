@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from aldm.config import SAMPLERS
 from aldm.data.modalities import MODALITIES, modality_index
@@ -27,10 +27,7 @@ from pipelines.translate_files import (
 )
 from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
-from pipelines.translator_arguments import add_translator_arguments
-
-if TYPE_CHECKING:
-    pass
+from pipelines.translator_arguments import add_translator_arguments, check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"wanted one INPUT and one OUTPUT, got {2 + len(args.surplus)} names: put a glob into quotes, such as "
             "'scans/*_t1.nii.gz', or the shell expands it"
         )
+    check_seed(args.seed)
+    if args.max_voxels < 1:
+        raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
     guessed = args.server is not None and args.source == AUTO
     targets: tuple[str, ...] = (args.target,)

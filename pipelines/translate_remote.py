@@ -5,10 +5,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
@@ -29,6 +32,10 @@ TIMEOUT_S = 60.0
 """Longest silence of a service that answers."""
 PATIENCE_S = 120.0
 """So long a service may be away in the middle of a translation: it may be restarting."""
+BUSY_S = 3600.0
+"""So long a service may have no place for a volume."""
+LONGEST_PAUSE_S = 120.0
+"""Retry-After may say more, but places become free when they do."""
 POLL_S = 0.3
 FINISHED = ("done", "failed", "cancelled")
 _LOCAL_FLAGS: dict[str, Any] = {
@@ -97,7 +104,10 @@ class RemoteService:
         return [f"{self._args.server}: {self._model['description']}, hash {self._model['hash'][:12]}"]
 
     def make(self, task: Task) -> None:
-        """Have one input translated into every target; all results appear, or none. The service forgets it then.
+        """Have one input translated into every target; all results appear, or none.
+
+        The service forgets it then, also when something goes wrong; it is asked to keep a translation only when it goes
+        away before all results are here.
 
         Raises:
             UserError: what the service refuses, or it went away for good.
@@ -109,9 +119,16 @@ class RemoteService:
                 self._follow(job, task.path.name)
                 for output in task.outputs:
                     writer.put(output, self._files(job, output, task.path.name))
-            finally:
-                with contextlib.suppress(UserError):
-                    self._answer("DELETE", job["links"]["self"])
+            except _Away:
+                raise
+            except BaseException:
+                self._forget(job)
+                raise
+            self._forget(job)
+
+    def _forget(self, job: dict[str, Any]) -> None:
+        with contextlib.suppress(UserError):
+            self._answer("DELETE", job["links"]["self"])
 
     def _submit(self, task: Task) -> dict[str, Any]:
         """Send a volume, as often as it takes until the service has room for it, and return the job."""
@@ -126,13 +143,19 @@ class RemoteService:
             "format": "dicom" if args.format == DICOM else "nii.gz",
         }
         fields = {name: value for name, value in fields.items() if value is not None}
+        until = time.monotonic() + BUSY_S
         with _upload(task) as (name, stream):
             while True:
                 stream.seek(0)
                 answer = self._send("POST", "/v1/translations", files={"volume": (name, stream)}, data=fields)
                 if answer.status_code != 503:
                     break
-                seconds = int(answer.headers.get("Retry-After", "5"))
+                seconds = _pause(answer)
+                if time.monotonic() + seconds > until:
+                    raise UserError(
+                        f"--server {args.server} has had no place for {task.path.name} for {BUSY_S:g} s "
+                        f"({_detail(answer)}): try again later"
+                    )
                 logger.info("the service is busy (%s)", _detail(answer))
                 time.sleep(seconds)
         job: dict[str, Any] = self._checked(answer)
@@ -152,7 +175,7 @@ class RemoteService:
         with progress(total=total, description=name, unit="step") as bar:
             while job["state"] not in FINISHED:
                 time.sleep(POLL_S)
-                job = self._patiently(job["links"]["self"])
+                job = self._checked(self._patiently(job["links"]["self"]))
                 if job["queue_position"] is not None:
                     bar.note(f"place {job['queue_position'] + 1} in the queue")
                 now = max(done, int(job["progress"] * total))
@@ -162,25 +185,31 @@ class RemoteService:
             why = job["error"]["detail"] if job["error"] else "it was cancelled"
             raise UserError(f"{name}: the service did not translate it: {why}")
 
-    def _patiently(self, path: str) -> dict[str, Any]:
-        """Ask again while the service is away."""
+    def _patiently(self, path: str, **more: Any) -> "httpx.Response":
+        """Return an answer that is no server's error; ask again while the service is away.
+
+        Raises:
+            _Away: it stays away.
+        """
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
-                answer = self._send("GET", path)
+                answer = self._send("GET", path, **more)
                 if answer.status_code < 500:
-                    view: dict[str, Any] = self._checked(answer)
-                    return view
-                message = _detail(answer)
+                    return answer
+                message, seconds = _detail(answer), _pause(answer)
             except _Unreachable as error:
-                message = str(error)
-            if time.monotonic() > until:
-                raise UserError(f"--server {self._args.server} went away in the middle of a translation: {message}")
-            time.sleep(1)
+                message, seconds = str(error), 1.0
+            if time.monotonic() + seconds > until:
+                raise _Away(
+                    f"--server {self._args.server} went away in the middle of a translation: {message}; what it has "
+                    f"made is kept there for a while, at {path.partition('?')[0]}"
+                )
+            time.sleep(seconds)
 
     def _files(self, job: dict[str, Any], output: Output, name: str) -> Files:
         links = job["links"]["results"][output.target]
-        made = self._answer("GET", f"{job['links']['self']}/provenance", params={"target": output.target})
+        made = self._checked(self._patiently(f"{job['links']['self']}/provenance", params={"target": output.target}))
         spread = None
         if output.uncertainty is not None:
             spread = self._whole(links["uncertainty"])
@@ -188,7 +217,7 @@ class RemoteService:
         return Files(result=self._whole(links["result"]), uncertainty=spread, provenance=provenance)
 
     def _whole(self, path: str) -> bytes:
-        answer = self._send("GET", path)
+        answer = self._patiently(path)
         if answer.is_error:
             raise UserError(f"--server {self._args.server}: {_detail(answer)}")
         return answer.content
@@ -225,6 +254,10 @@ class _Unreachable(UserError):
     """Nobody answers."""
 
 
+class _Away(UserError):
+    """Nobody has answered for long, in the middle of a translation."""
+
+
 def _token(file: Path | None) -> str:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -235,6 +268,19 @@ def _token(file: Path | None) -> str:
     if len(words) != 1:
         raise UserError(f"--token-file {file} holds {len(words)} words, wanted the token alone")
     return words[0]
+
+
+def _pause(answer: "httpx.Response") -> float:
+    """Return the seconds that Retry-After asks for (RFC 9110: a number of them, or a date), within reason."""
+    said = answer.headers.get("Retry-After", "")
+    seconds = 5.0 if answer.status_code == 503 else 1.0
+    if re.fullmatch(r"[0-9]{1,9}", said.strip()):
+        seconds = float(said)
+    else:
+        with contextlib.suppress(ValueError, TypeError):
+            when = parsedate_to_datetime(said)
+            seconds = when.replace(tzinfo=when.tzinfo or UTC).timestamp() - time.time()
+    return min(max(seconds, 0.5), LONGEST_PAUSE_S)
 
 
 def _detail(answer: "httpx.Response") -> str:

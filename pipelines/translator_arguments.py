@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing")
 """What may differ from a trained model's own configuration; trainings (train_*) have no say either."""
 
+MAX_SEED = 2**63 - 2**33
+"""Largest --seed: a sample's own is that plus its number and, in an evaluation, a 32-bit hash of its pair."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a --seed that no generator takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"--seed is {seed}, wanted 0 to {MAX_SEED}")
+
 
 def add_translator_arguments(parser: JobParser, *, needs_model: bool = True) -> None:
     """Add the flags that choose a translator and its limits."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.models import find_model
-from serve.security import read_tokens
+from serve.security import check_no_proxy, read_tokens
 from serve.settings import Settings
 from serve.store import start_store
 from serve.worker import Worker
@@ -38,8 +38,10 @@ def build_app(args: Settings) -> "Application":
     def build() -> Any:  # in the replica
         from serve.api import build_api
 
+        if not tokens:
+            check_no_proxy()
         store = start_store(args)
-        store.call("configure", settings)
+        store.call("configure", settings, {"name": model.name, "hash": model.hash})
         return build_api(args, model, tokens, store)
 
     worker = serve.deployment(Worker).options(

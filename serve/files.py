@@ -1,6 +1,6 @@
 """The files of a job, `WORK_DIR/jobs/ID/`: the accepted upload and what was made of it. Every name is ours.
 
-`volume.nii` is the upload as a NIfTI file that names nobody; of a DICOM series `series.json` keeps the grid as well.
+`volume.nii.gz` is the upload as a NIfTI file that names nobody; of a DICOM series `series.json` keeps the grid as well.
 """
 
 import json
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aldm.errors import UserError
 from aldm.files import atomic_path
 
 if TYPE_CHECKING:
@@ -22,7 +21,13 @@ if TYPE_CHECKING:
     from aldm.translate import Translation
 
 NIFTI, DICOM = "nii.gz", "dicom"
-_VOLUME, _SERIES = "volume.nii", "series.json"
+_VOLUME, _SERIES = "volume.nii.gz", "series.json"
+_GEOMETRY = (
+    *("sizeof_hdr", "magic", "dim", "pixdim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter"),
+    *("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+"""The fields of a NIfTI header that are kept of an upload; every other may name a patient."""
 
 
 def result_file(folder: Path, target: str, format: str) -> Path:
@@ -51,13 +56,13 @@ def provenance_file(folder: Path, target: str) -> Path:
 
 
 def keep_nifti(folder: Path, volume: "Volume", source: "NiftiSource") -> None:
-    """Keep an upload on its own grid, without the words of its header, which may name a patient."""
+    """Keep an upload on its own grid, with nothing of its header but that grid."""
     from aldm.data.volume import save_nifti, to_source_orientation
 
     header = source.parsed_header()
-    for name in ("aux_file", "db_name", "intent_name", "data_type"):
-        if name in header:
-            header[name] = b""
+    for name in header:
+        if name not in _GEOMETRY:
+            header[name] = np.zeros_like(header[name])
     nameless = replace(source, header=bytes(header.binaryblock))
     save_nifti(folder / _VOLUME, to_source_orientation(volume.data, nameless), nameless)
 
@@ -176,14 +181,3 @@ def _write_preview(path: Path, translation: "Translation", volume: "Volume") -> 
 
 def _unit(data: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((data - low) / max(high - low, 1e-6), 0, 1)
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse work that the disk has no room for.
-
-    Raises:
-        UserError: too little space.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise UserError(f"the disk of --work-dir has {free / 1e9:.1f} GB left, wanted {needed_bytes / 1e9:.1f}")

@@ -13,10 +13,10 @@ from pydantic_core import PydanticUndefined
 
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
-from serve.jobs import locked
 from serve.models import Model, find_model
-from serve.security import is_loopback, new_token, read_tokens
+from serve.security import check_no_proxy, is_loopback, new_token, read_tokens
 from serve.settings import Settings
+from serve.work_folder import check_free, locked
 
 if TYPE_CHECKING:
     from serve.store import StoreHandle
@@ -40,14 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--preset and --set: a served model carries its own configuration; leave them out")
     if args.new_token is not None:
         return _new_token(args)
+    if not args.drain_seconds >= 0:  # NaN is neither
+        raise UserError(f"--drain-seconds is {args.drain_seconds:g}, wanted 0 or more")
     settings = _settings(args)
     tokens = _check_open(args, settings)
     _check_port(args.host, args.port)
     model = find_model(settings.model, settings.folder)
     print(f"model: {model.name}: {model.description}")
-    locked(settings.folder).close()
     if args.dry_run:
+        check_free(settings.folder)
         return _dry_run(args, settings, model, tokens)
+    locked(settings.folder).close()
     return _serve(args, settings)
 
 
@@ -56,11 +59,10 @@ def _serve(args: argparse.Namespace, settings: Settings) -> int:
     from pipelines.ray_session import check_workers, ray_session
 
     with ray_session():
-        import ray
         from ray import serve
 
         from serve.app import build_app
-        from serve.store import start_store
+        from serve.store import end_store, start_store
 
         check_workers(settings.num_replicas, use_gpu=settings.use_gpu)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -79,12 +81,12 @@ def _serve(args: argparse.Namespace, settings: Settings) -> int:
         finally:
             serve.shutdown()
             if store is not None:
-                ray.kill(store.actor)
+                end_store()
     return 0
 
 
 def _drain(store: "StoreHandle", seconds: float) -> None:
-    """Wait until no job is running; a second signal ends the wait."""
+    """Wait until no job is running; a second signal ends the wait, and what is running then."""
     until = time.monotonic() + seconds
     said = False
     try:
@@ -95,6 +97,7 @@ def _drain(store: "StoreHandle", seconds: float) -> None:
             time.sleep(0.5)
     except KeyboardInterrupt:
         print("stopping at once: what was running is made after the next start", flush=True)
+    store.call("halt")
 
 
 def _new_token(args: argparse.Namespace) -> int:
@@ -119,10 +122,17 @@ def _settings(args: argparse.Namespace) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        wrong = (
-            f"--{item['loc'][0]}".replace("_", "-") + f" is {item['input']}: {item['msg']}" for item in error.errors()
-        )
-        raise UserError("; ".join(wrong)) from error
+        raise UserError("; ".join(map(_wrong, error.errors()))) from error
+
+
+def _wrong(item: Any) -> str:
+    """Say what is wrong with a setting, or with several together, in the words of the flags."""
+    if item["loc"]:
+        return f"--{item['loc'][0]}".replace("_", "-") + f" is {item['input']}: {item['msg']}"
+    words = item["msg"].removeprefix("Value error, ")
+    for name in Settings.model_fields:
+        words = words.replace(name, f"--{name}".replace("_", "-"))
+    return str(words)
 
 
 def _check_open(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
@@ -134,6 +144,7 @@ def _check_open(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
             f"--host {args.host} is more than this machine, so tokens are needed: make one with aldm serve --new-token "
             "NAME --token-file FILE, then give --token-file FILE"
         )
+    check_no_proxy()
     return {}
 
 

@@ -1,6 +1,10 @@
-"""The service's numbers in Prometheus' text format."""
+"""The service's numbers: counted by the job store, told in Prometheus' text format."""
 
+from collections import Counter
 from typing import Any
+
+SECONDS_EDGES = (1, 2, 5, 10, 30, 60, 120, 300, 900)
+"""Upper edges of the histogram of a job's seconds."""
 
 _HELP = {
     "jobs_queued": "Jobs that wait for a worker.",
@@ -10,6 +14,31 @@ _HELP = {
     "jobs_total": "Jobs by what became of them, since the job store started.",
     "job_seconds": "Seconds from a job's last start to its result.",
 }
+
+
+class Tally:
+    """What became of jobs, and how long they took, since the job store started."""
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self._last: list[float] = []
+        self._histogram: Counter[float] = Counter()
+        self._seconds = 0.0
+
+    def took(self, seconds: float) -> None:
+        """Note how long a finished job took."""
+        self._seconds += seconds
+        self._histogram[next((edge for edge in SECONDS_EDGES if seconds <= edge), float("inf"))] += 1
+        self._last = [*self._last[-19:], seconds]
+
+    def expected_wait(self) -> int:
+        """Return in how many seconds a place may be free: the mean of the last jobs."""
+        return max(1, min(120, round(sum(self._last) / len(self._last)))) if self._last else 5
+
+    def counts(self) -> dict[str, Any]:
+        """Return the numbers for `prometheus_text`."""
+        histogram = [(edge, self._histogram[edge]) for edge in (*SECONDS_EDGES, float("inf"))]
+        return {"totals": dict(self.totals), "histogram": histogram, "seconds": self._seconds}
 
 
 def prometheus_text(counts: dict[str, Any]) -> str:

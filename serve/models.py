@@ -7,6 +7,7 @@ from typing import Any
 
 from aldm.config import Config, from_dict
 from aldm.errors import UserError
+from serve.work_folder import MODELS
 
 CARD = "card.json"
 REGISTRY = "models:/"
@@ -84,12 +85,16 @@ def _download(uri: str, work_dir: Path) -> Path:
     from pipelines.tracking_server import answering, default_server, impatient, tracking_uri
 
     server = tracking_uri(Path.cwd() / "service")
-    target = work_dir / "models"
-    target.mkdir(parents=True, exist_ok=True)
+    target = work_dir / MODELS
+    work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.mkdir(exist_ok=True)
     with answering(server), impatient(), default_server(server):
         place = Path(download_artifacts(artifact_uri=uri, dst_path=str(target)))
+    code = place / "code"  # this package's own, the built-in model in it
     found = sorted(
-        path.parent for path in place.rglob("config.json") if (path.parent / "weights.safetensors").is_file()
+        path.parent
+        for path in place.rglob("config.json")
+        if (path.parent / "weights.safetensors").is_file() and code not in path.parents
     )
     if len(found) != 1:
         raise UserError(f"{uri} holds no translator folder: register one with aldm export --register NAME")

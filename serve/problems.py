@@ -1,6 +1,8 @@
 """Errors of the service as problem details (RFC 9457): what, wanted, got, and the way out."""
 
+import re
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 MEDIA_TYPE = "application/problem+json"
@@ -25,6 +27,18 @@ class Problem(Exception):
 def busy(detail: str, seconds: int) -> Problem:
     """Return the answer of a service that takes no more just now."""
     return Problem(503, f"{detail}; try again in {seconds} s", headers={"Retry-After": str(seconds)})
+
+
+def without_paths(text: str, jobs: Path) -> str:
+    """Return an error's words without paths of the service: what lies in a job's folder is the client's volume.
+
+    Args:
+        text: of an error.
+        jobs: the folder of all jobs.
+    """
+    inside = r"(/[^\s/:,;'\"]+)"
+    text = re.sub(re.escape(str(jobs)) + inside + "+", "volume", text)
+    return re.sub(re.escape(str(jobs.parent)) + inside + "*", "the service's folder", text)
 
 
 def _rebuild(status: int, detail: str, headers: dict[str, str]) -> Problem:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from aldm.translate import NOTICE
-from serve.jobs import Job
+from serve.problems import MEDIA_TYPE
+from serve.records import Job
 
 
 class ProblemDetail(BaseModel):
@@ -16,6 +17,25 @@ class ProblemDetail(BaseModel):
     title: str
     status: int
     detail: str = Field(description="what is wrong, what was wanted, and the way out")
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDetail, "description": words, "content": {MEDIA_TYPE: {}}}
+    for status, words in {
+        400: "A request that cannot be read.",
+        401: "No token, or a wrong one.",
+        403: "Not from this machine, which alone is answered without tokens.",
+        404: "No such translation.",
+        409: "Not finished yet.",
+        408: "The body took too long to arrive.",
+        411: "The length of the body is not said.",
+        413: "Too large.",
+        415: "Another kind of file.",
+        422: "Cannot be translated; the detail says why.",
+        503: "Busy; Retry-After says for how long.",
+    }.items()
+}
+"""What any request may be answered with."""
 
 
 class ModelName(BaseModel):

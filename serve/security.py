@@ -3,6 +3,7 @@
 A token is 256 random bits, so its plain SHA-256 can lie in a file: there is nothing to guess.
 """
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -10,17 +11,19 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from aldm.errors import UserError
-from serve.problems import MEDIA_TYPE, Problem
+from serve.problems import MEDIA_TYPE, Problem, busy
 from serve.settings import Settings
 from serve.store import StoreHandle
 
-Scope, Message = dict[str, Any], dict[str, Any]
+Scope = dict[str, Any]
+Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -31,6 +34,9 @@ SMALL_BODY = 2**16
 """Largest body of every other request, bytes."""
 FORM_BYTES = 2**16
 """What the fields beside the volume may take, bytes."""
+PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+"""What proxies add to the requests that they pass on."""
+PROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -102,7 +108,7 @@ def read_tokens(path: Path) -> dict[str, str]:
 
 
 def owner_of(header: str, tokens: dict[str, str]) -> str | None:
-    """Return whose token an Authorization header carries; every hash is compared, in constant time."""
+    """Return the name of the token that an Authorization header carries; every hash is compared, in constant time."""
     scheme, _, token = header.partition(" ")
     digest = _digest(token.strip())
     found = None
@@ -112,11 +118,25 @@ def owner_of(header: str, tokens: dict[str, str]) -> str | None:
     return found
 
 
+def check_no_proxy() -> None:
+    """Refuse to answer this machine alone where every request comes from it, whoever sent it.
+
+    Raises:
+        UserError: Ray Serve is told to put HAProxy in front.
+    """
+    if os.environ.get(PROXY_VARIABLE, "0") not in ("", "0"):
+        raise UserError(
+            f"{PROXY_VARIABLE} puts a proxy in front of the service, so that everybody seems to be on this machine: "
+            "give --token-file FILE, or unset it"
+        )
+
+
 class Guard:
     """ASGI middleware around the whole application: host, token, size and room are checked before a body is read."""
 
     def __init__(self, app: Any, *, settings: Settings, tokens: dict[str, str], store: StoreHandle) -> None:
         self.app, self.settings, self.tokens, self.store = app, settings, tokens, store
+        self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or say why not."""
@@ -124,35 +144,98 @@ class Guard:
             await self.app(scope, receive, send)
             return
         answer = _Answer(scope, send)
-        ticket = None
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            state = scope.setdefault("state", {})
-            state["owner"] = self._owner(scope, headers)
-            upload = scope["method"] == "POST" and scope["path"] in UPLOADS
-            limit = self.settings.max_upload_bytes + FORM_BYTES if upload else SMALL_BODY
-            _check_length(headers, limit)
-            if upload:
-                ticket = state["ticket"] = await self.store.acall("reserve")
-            await self.app(scope, _counted(receive, limit), answer)
+            scope.setdefault("state", {})["owner"] = self._owner(scope, headers)
+            if scope["method"] == "POST" and scope["path"] in UPLOADS:
+                await self._upload(scope, headers, receive, answer)
+            else:
+                _checked_length(headers, SMALL_BODY)
+                await self.app(scope, Body(receive, SMALL_BODY, self.settings.max_upload_seconds), answer)
         except Problem as problem:
             await answer.problem(problem)
+
+    async def _upload(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: "_Answer") -> None:
+        """Let an upload in when there is a place for it, and memory for its body.
+
+        Ray Serve has no back-pressure on a request's body: what has arrived and is not yet on the disk lies in memory.
+        So its length has to be said, and bodies that arrive at the same time may be as large together as one may be.
+        """
+        limit = self.settings.max_upload_bytes + FORM_BYTES
+        size = _checked_length(headers, limit)
+        if size is None:
+            raise Problem(411, "the length of the request is not said: send Content-Length, not chunks")
+        _check_form(headers)
+        if self._arriving and self._arriving + size > limit:
+            raise busy("other large volumes are arriving", 2)
+        ticket = scope["state"]["ticket"] = secrets.token_hex(8)
+        self._arriving += size
+        body = Body(receive, size, self.settings.max_upload_seconds, at_end=lambda: self._arrived(size))
+        try:
+            await self.store.acall("reserve", ticket, size)
+            await self.app(scope, body, answer)
         finally:
-            if ticket is not None:
-                await self.store.acall("release", ticket)
+            body.end()
+            self.store.tell("release", ticket)
+
+    def _arrived(self, size: int) -> None:
+        self._arriving -= size
 
     def _owner(self, scope: Scope, headers: dict[str, str]) -> str:
+        """Return who asks: a token's name and part of its hash, so that a new token of an old name is somebody else."""
         if not self.tokens:
             _check_local(scope, headers)
             return LOCAL_OWNER
-        owner = owner_of(headers.get("authorization", ""), self.tokens)
-        if owner is None and not OPEN_PATHS.fullmatch(scope["path"]):
+        name = owner_of(headers.get("authorization", ""), self.tokens)
+        if name is None and not OPEN_PATHS.fullmatch(scope["path"]):
             raise Problem(
                 401,
                 "this service wants a token: send the header Authorization: Bearer TOKEN",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return owner or ""
+        return "" if name is None else f"{name}:{self.tokens[name][:16]}"
+
+
+class Body:
+    """A request's body as it arrives: counted, since it may say no length, and not waited for without end."""
+
+    def __init__(
+        self, receive: Receive, limit: int, seconds: float, *, at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wrap what ASGI gives.
+
+        Args:
+            receive: returns the next message.
+            limit: bytes of the body at most.
+            seconds: from the first message asked for to its end at most.
+            at_end: called once, when no more of it comes.
+        """
+        self._receive, self._limit, self._at_end = receive, limit, at_end
+        self._seconds, self._until = seconds, 0.0
+        self._done, self._ended = 0, False
+
+    async def __call__(self) -> Message:
+        """Return the next message; raises Problem 413 for too much, 408 for too slow."""
+        if self._ended:
+            return await self._receive()
+        self._until = self._until or time.monotonic() + self._seconds
+        try:
+            async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise Problem(408, f"the request did not arrive within {self._seconds:g} s; send it again") from error
+        self._done += len(message.get("body", b""))
+        if self._done > self._limit:
+            raise Problem(413, f"the request is larger than the limit of {self._limit:,} bytes")
+        if not message.get("more_body"):
+            self.end()
+        return message
+
+    def end(self) -> None:
+        """No more of it comes, or is wanted."""
+        if not self._ended:
+            self._ended = True
+            self._at_end()
 
 
 class _Answer:
@@ -185,12 +268,23 @@ def _check_local(scope: Scope, headers: dict[str, str]) -> None:
     client = (scope.get("client") or ("",))[0]
     if not _is_loopback(client):
         raise Problem(403, "without tokens this service answers this machine alone: start it with --token-file")
+    if any(name in headers for name in PROXY_HEADERS):
+        raise Problem(
+            403, "the request comes through a proxy: a service behind one has to be started with --token-file"
+        )
     host = headers.get("host", "")
-    if not _is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if not _is_loopback(_parts(f"//{host}").hostname or ""):
         raise Problem(403, "the Host header names another machine, wanted localhost or 127.0.0.1")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _parts(origin).netloc != host:
         raise Problem(403, "the request comes from a page of another origin")
+
+
+def _parts(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise Problem(403, "the Host or Origin header is no address") from error
 
 
 def _is_loopback(host: str) -> bool:
@@ -207,29 +301,22 @@ def is_loopback(host: str) -> bool:
     return _is_loopback(host)
 
 
-def _check_length(headers: dict[str, str], limit: int) -> None:
+def _checked_length(headers: dict[str, str], limit: int) -> int | None:
+    """Return how long the body is, None where that is not said."""
     length = headers.get("content-length")
     if length is None:
-        return
-    if not length.isdigit():
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", length):
         raise Problem(400, f"Content-Length is {length[:20]!r}, wanted a number")
     if int(length) > limit:
         raise Problem(413, f"the request has {int(length):,} bytes, the limit is {limit:,}")
+    return int(length)
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    """Count what arrives: a chunked body says no length."""
-    done = 0
-
-    async def counted() -> Message:
-        nonlocal done
-        message = await receive()
-        done += len(message.get("body", b""))
-        if done > limit:
-            raise Problem(413, f"the request is larger than the limit of {limit:,} bytes")
-        return message
-
-    return counted
+def _check_form(headers: dict[str, str]) -> None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise Problem(415, "wanted a form of type multipart/form-data with the file in its field volume")
 
 
 def _digest(token: str) -> str:

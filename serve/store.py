@@ -1,6 +1,8 @@
 """The job store as a named actor, and how ingress and workers talk to it across its restarts."""
 
 import asyncio
+import contextlib
+import threading
 import time
 from typing import Any
 
@@ -12,26 +14,56 @@ CALL_S = 5.0
 """A call without an answer for so long is made again."""
 PATIENCE_S = 60.0
 """So long the store may be away (it is started again within seconds) before callers give up."""
+IDLE_S = 30.0
+"""A store that nobody calls for so long ends: workers call it many times in it, so there are none any more."""
 
 
 class StoreActor:
     """`JobStore` in an actor: problems are returned, because Ray would wrap them."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._store = JobStore(Settings(**settings))
+        import ray
+
+        again = ray.get_runtime_context().was_current_actor_reconstructed  # its settings are those of the first time
+        self._store = JobStore(Settings(**settings), as_configured=again)
+        self._heard = time.monotonic()
+        threading.Thread(target=self._end_with_the_service, daemon=True).start()
 
     def call(self, method: str, *args: Any) -> tuple[Any, Problem | None]:
         """Call a method of the store."""
+        self._heard = time.monotonic()
         try:
             return getattr(self._store, method)(*args), None
         except Problem as problem:
             return None, problem
         except OSError as error:
             return None, busy(f"the service's folder cannot be used: {error.strerror}", 30)
+        finally:
+            self._heard = time.monotonic()
+
+    def _end_with_the_service(self) -> None:
+        """End when nobody calls any more: Ray would keep a detached actor for as long as the cluster runs."""
+        import ray
+
+        while time.monotonic() - self._heard < IDLE_S:
+            time.sleep(1)
+        ray.kill(ray.get_actor(JOB_STORE, namespace=NAMESPACE))
 
 
 def start_store(settings: Settings) -> "StoreHandle":
     """Return the store; the first caller starts it. Ray starts it again when its process dies."""
+    return StoreHandle(settings)
+
+
+def end_store() -> None:
+    """End the store, where there is one; what it knows is in the work folder."""
+    import ray
+
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(JOB_STORE, namespace=NAMESPACE))
+
+
+def _actor(settings: Settings) -> Any:
     import ray
 
     actor = ray.remote(StoreActor).options(
@@ -43,14 +75,15 @@ def start_store(settings: Settings) -> "StoreHandle":
         max_restarts=-1,
         max_task_retries=-1,
     )
-    return StoreHandle(actor.remote(settings.model_dump()))
+    return actor.remote(settings.model_dump())
 
 
 class StoreHandle:
     """Calls the store, and again while it is being restarted; every method of the store can be called twice."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.actor = _actor(settings)
 
     def call(self, method: str, *args: Any, patience_s: float = PATIENCE_S) -> Any:
         """Call a method of `JobStore` and wait for its result.
@@ -69,6 +102,7 @@ class StoreHandle:
                 if time.monotonic() > until:
                     raise _gone() from error
                 time.sleep(0.3)
+                self._find_again(error)
 
     def tell(self, method: str, *args: Any) -> None:
         """Call a method of `JobStore` without waiting."""
@@ -86,6 +120,14 @@ class StoreHandle:
                 if time.monotonic() > until:
                     raise _gone() from error
                 await asyncio.sleep(0.3)
+                self._find_again(error)
+
+    def _find_again(self, error: Exception) -> None:
+        """Start the store anew where it has ended for good."""
+        from ray.exceptions import ActorDiedError
+
+        if isinstance(error, ActorDiedError):
+            self.actor = _actor(self._settings)
 
 
 def _result(answer: tuple[Any, Problem | None]) -> Any:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from aldm.errors import UserError
 from serve.files import keep_nifti, keep_series
-from serve.problems import Problem
+from serve.problems import Problem, without_paths
 from serve.settings import Settings
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -20,7 +20,11 @@ MAX_ENTRIES = 4096
 MAX_RATIO = 100
 """A file of a zip that grows more than this when it is unpacked is no image."""
 MAX_NAME = 255
+MAX_DIRECTORY = 2**21
+"""Bytes of a zip's directory: 500 for each of the files it may have."""
 _BLOCK = 2**20
+_HEADER = 2**16
+"""Bytes beside its voxels that a file of a series may have."""
 _ALIASES = {
     "t1ce": {"t1ce", "t1c", "t1gd", "t1post", "t1wce", "t1contrast"},
     "flair": {"flair", "t2flair", "t2f", "tirm"},
@@ -31,8 +35,10 @@ _ALIASES = {
 _CONTRAST_WORDS = {"ce", "gd", "gad", "post", "contrast", "gadolinium"}
 
 
-def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> str:
-    """Check an upload and keep it in the folder of its job; return the words of its header, for `guess_source`.
+def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tuple[str, int]:
+    """Check an upload and keep it in the folder of its job.
+
+    Returns the words of its header, for `guess_source`, and its voxels.
 
     Args:
         stream: the upload, at its beginning.
@@ -54,8 +60,13 @@ def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> str
             else _accept_nifti(stream, suffix, folder, settings)
         )
     except UserError as error:
-        text = re.sub(re.escape(str(folder)) + r"/(series/\w+\.dcm|series|upload[.\w]*)", "volume", str(error))
-        raise Problem(422, text.replace(str(folder), "volume")) from error
+        text = re.sub(rf"({re.escape(str(folder))}/series/)?\b(\d{{5}})\.dcm", _entry, str(error))
+        raise Problem(422, without_paths(text, folder.parent)) from error
+
+
+def _entry(match: re.Match[str]) -> str:
+    """Name a file of a zip as the client can find it: files have names of our own here."""
+    return f"{'volume, ' if match[1] else ''}file {int(match[2]) + 1} of the zip"
 
 
 def guess_source(words: str, modalities: Iterable[str]) -> str | None:
@@ -70,7 +81,7 @@ def guess_source(words: str, modalities: Iterable[str]) -> str | None:
     return found[0] if len(set(found)) == 1 and found[0] in known else None
 
 
-def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Settings) -> str:
+def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Settings) -> tuple[str, int]:
     from aldm.data.volume import load_nifti
 
     upload = folder / f"upload{suffix}"
@@ -81,23 +92,23 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
         header = source.parsed_header()
         words = " ".join(bytes(header[name].tobytes()).decode("latin-1") for name in ("descrip", "intent_name"))
         keep_nifti(folder, volume, source)
-        return words.replace("\0", " ")
+        return words.replace("\0", " "), volume.data.size
     finally:
         upload.unlink(missing_ok=True)
 
 
-def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> str:
+def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> tuple[str, int]:
     from aldm.data.dicom import read_series
-    from aldm.data.dicom_header import read_headers
+    from aldm.data.dicom_header import series_description
 
     series = folder / "series"
     series.mkdir()
     try:
         _unpack(stream, series, settings)
-        volume, source = read_series(series, max_voxels=settings.max_voxels)
-        words = str(read_headers(series)[0][1].get("SeriesDescription", ""))
+        volume, source = read_series(series, max_voxels=settings.max_voxels, patient=False)
+        words = series_description(series)
         keep_series(folder, volume, source)
-        return words
+        return words, volume.data.size
     finally:
         shutil.rmtree(series, ignore_errors=True)
 
@@ -110,7 +121,7 @@ def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
             raise Problem(422, "volume: the zip is empty, wanted the files of one DICOM series")
         if len(entries) > MAX_ENTRIES:
             raise Problem(413, f"volume: the zip holds {len(entries):,} files, the limit is {MAX_ENTRIES:,}")
-        left = 8 * settings.max_voxels + len(entries) * _BLOCK  # 64-bit voxels and a generous header each
+        left = 8 * settings.max_voxels + len(entries) * _HEADER  # 64-bit voxels and a generous header each
         for index, entry in enumerate(entries):
             _check_entry(entry)
             left -= _unpack_entry(archive, entry, folder / f"{index:05d}.dcm", left)
@@ -125,7 +136,7 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         raise Problem(422, "volume: the zip is encrypted; send it without a password")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise Problem(422, "volume: the zip holds a link, wanted files only")
-    if entry.file_size > _BLOCK and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
+    if entry.file_size > _HEADER and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
         raise Problem(413, f"volume: a file of the zip grows more than {MAX_RATIO} times when unpacked; not unpacked")
 
 
@@ -136,7 +147,7 @@ def _unpack_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, 
         with archive.open(entry) as source, path.open("wb") as target:
             while block := source.read(_BLOCK):
                 done += len(block)
-                if done > limit or (done > _BLOCK and done > MAX_RATIO * max(entry.compress_size, 1)):
+                if done > limit or (done > _HEADER and done > MAX_RATIO * max(entry.compress_size, 1)):
                     raise Problem(413, "volume: the zip unpacks to more than the largest volume; not unpacked further")
                 target.write(block)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
@@ -150,10 +161,27 @@ def _unpack_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, 
     return done
 
 
+class _InSmallParts:
+    """A stream that is never read in one large part: `ZipFile` reads a zip's directory, of whatever size, at once."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+
+    def read(self, count: int = -1) -> bytes:
+        """Return at most `count` bytes; raises Problem 413 for more than a directory may have."""
+        content = self._stream.read(min(count, MAX_DIRECTORY + 1) if count >= 0 else MAX_DIRECTORY + 1)
+        if len(content) > MAX_DIRECTORY:
+            raise Problem(
+                413, f"volume: the zip holds far more than {MAX_ENTRIES:,} files, the limit; not read further"
+            )
+        return content
+
+
 @contextlib.contextmanager
 def _opened(stream: BinaryIO) -> Iterator[zipfile.ZipFile]:
     try:
-        archive = zipfile.ZipFile(stream)
+        archive = zipfile.ZipFile(_InSmallParts(stream))
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
         raise Problem(422, "volume: not a zip file, or cut off") from error
     with archive:

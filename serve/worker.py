@@ -4,17 +4,19 @@ Workers ask for work; nobody sends it to them. So neither the death of an ingres
 the death of a worker costs its job one more attempt.
 """
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
-from serve.jobs import Job
-from serve.problems import Problem
+from serve.problems import Problem, without_paths
+from serve.records import Job
 from serve.settings import Settings
 from serve.store import start_store
 
@@ -51,6 +53,7 @@ class Worker:
         self._store = start_store(self.settings)
         self._progress: dict[str, float] = {}
         self._stop_jobs: set[str] = set()
+        self._claims = 0
         self._leaving = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._work, self._beat)]
         for thread in self._threads:
@@ -76,7 +79,9 @@ class Worker:
     def _work(self) -> None:
         while not self._leaving.is_set():
             try:
-                jobs = self._store.call("claim", self.name, self.settings.max_batch_size)
+                self._claims += 1  # asked again, the same request gets the same jobs
+                claim, model = f"{self.name}-{self._claims}", self._translator.model_hash
+                jobs = self._store.call("claim", self.name, self.settings.max_batch_size, claim, model)
             except Problem:
                 logger.warning("the job store does not answer")
                 jobs = []
@@ -103,12 +108,14 @@ class Worker:
         self._progress = {job.id: 0.0 for job in jobs}
         self._stop_jobs = set()
         problems: dict[str, Problem] = {}
+        folder = self.settings.folder / "jobs"
         try:
-            translate(self._translator, self.settings.folder / "jobs", jobs, problems, self._on_step)
+            translate(self._translator, folder, jobs, problems, self._stop_jobs, self._on_step)
         except Cancelled:
             pass
         except UserError as error:
-            problems |= {job.id: Problem(422, str(error)) for job in jobs if job.id not in problems}
+            words = without_paths(str(error), folder)
+            problems |= {job.id: Problem(422, words) for job in jobs if job.id not in problems}
         except Exception as error:  # one job must not end the service; the log keeps the traceback
             logger.exception("a translation failed")
             inside = f"internal error: {type(error).__name__}"
@@ -157,15 +164,21 @@ def load(folder: Path, settings: Settings) -> "Translator":
 
 
 def translate(
-    translator: "Translator", folder: Path, jobs: list[Job], problems: dict[str, Problem], on_step: Any
+    translator: "Translator",
+    folder: Path,
+    jobs: list[Job],
+    problems: dict[str, Problem],
+    stopped: set[str],
+    on_step: Any,
 ) -> None:
-    """Translate jobs of one batch key and write their results.
+    """Translate jobs of one batch key and write their results; what goes wrong with one does not touch the others.
 
     Args:
         translator: a loaded model.
         folder: of all jobs.
         jobs: to make; their volumes lie in folder/ID.
         problems: what went wrong is noted here, by job.
+        stopped: ids that nobody wants any more, looked at before each pass; may grow meanwhile.
         on_step: called as on_step(jobs, share done).
     """
     from aldm.translate import Request
@@ -173,13 +186,10 @@ def translate(
 
     prepared: list[tuple[Job, Tensor, Volume, PreprocessRecord, Any]] = []
     for job in jobs:
-        try:
+        with _noted(job, folder, problems):
             volume, source = load_source(folder / job.id)
             code, record = translator.prepare(volume)
-        except UserError as error:
-            problems[job.id] = Problem(422, str(error).replace(str(folder / job.id), "volume"))
-            continue
-        prepared.append((job, code, volume, record, source))
+            prepared.append((job, code, volume, record, source))
     if not prepared:
         return
     first = prepared[0][0]
@@ -187,15 +197,33 @@ def translate(
         first.sampler, first.num_inference_steps if first.sampler else None, first.num_samples, first.eta
     )
     passes = max(len(job.targets) for job, *_ in prepared)
-    alive = [job for job, *_ in prepared]
     for index in range(passes):
-        members = [item for item in prepared if index < len(item[0].targets)]
+        alive = [item for item in prepared if item[0].id not in stopped and item[0].id not in problems]
+        members = [item for item in alive if index < len(item[0].targets)]
+        if not members:
+            continue
         requests = [Request(code, job.source, job.targets[index], job.seed) for job, code, *_ in members]
+        wanted = [job for job, *_ in alive]
 
-        def report(done: int, total: int, index: int = index) -> None:
-            on_step(alive, (index + done / total) / passes * 0.95)
+        def report(done: int, total: int, index: int = index, wanted: list[Job] = wanted) -> None:
+            on_step(wanted, (index + done / total) / passes * 0.95)
 
         results = translator.translate_batch(requests, sampling=sampling, on_step=report)
         for (job, _, volume, record, source), request, result in zip(members, requests, results, strict=True):
-            made = translator.finished(result, request, volume, record, sampling)
-            write_results(folder / job.id, made, volume, source, job.format)
+            if job.id in stopped:
+                continue
+            with _noted(job, folder, problems):
+                made = translator.finished(result, request, volume, record, sampling)
+                write_results(folder / job.id, made, volume, source, job.format)
+
+
+@contextlib.contextmanager
+def _noted(job: Job, folder: Path, problems: dict[str, Problem]) -> Iterator[None]:
+    """Note what goes wrong with one job, without paths of the server or ids of other jobs."""
+    try:
+        yield
+    except UserError as error:
+        problems[job.id] = Problem(422, without_paths(str(error), folder))
+    except Exception as error:
+        logger.exception("a translation failed")
+        problems[job.id] = Problem(500, f"internal error: {type(error).__name__}")

@@ -1,5 +1,6 @@
 """Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,9 @@ from aldm.data.preparing import prepare_store
 from aldm.data.store import VolumeStore
 from aldm.presets import tiny
 
+CARD_ROW = {"method": "aldm", "sampler": "ddim", "num_inference_steps": 4, "region": "brain", "psnr_db": 21.5}
+CARD_ROW |= {"nmse": 0.125, "ssim": 0.75, "seconds": 0.25}
+"""What the session's service says of its model's quality."""
 NUM_SUBJECTS = 9
 """The fewest simulated subjects whose names put one in each split, in both layouts."""
 SPACING_MM = 8.0
@@ -62,13 +66,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
     import ray
 
-    from pipelines.ray_session import worker_environment
+    from pipelines.ray_session import start_ray, worker_environment
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
+        start_ray(
             num_cpus=4,
             object_store_memory=2**28,
             logging_level="warning",
@@ -85,7 +88,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     folder = tmp_path_factory.mktemp("service")
     diffusion = replace(tiny().diffusion, num_train_timesteps=1000)  # so that a job can be made to last
     model = save_untrained(folder / "model", diffusion=diffusion)
-    with RunningService(model, folder / "work") as running:
+    (model / "card.json").write_text(json.dumps([CARD_ROW]))
+    with RunningService(model, folder / "work", "--max-upload-mb", "64") as running:
         yield running
 
 

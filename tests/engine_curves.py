@@ -21,6 +21,7 @@ def curve(
     folder: str,
     resume: str | None = None,
     poisoned_rank: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Train a stage with an engine; its checkpoints go to folder/step.
 
@@ -32,9 +33,11 @@ def curve(
         folder: for the checkpoints, shared by all ranks.
         resume: checkpoint to go on from.
         poisoned_rank: the rank whose loss of the third step is not a number.
+        precision: fp32 or bf16.
 
     Returns:
-        log and exported weights of rank 0; codebooks: a digest of every rank's; refused: every rank's message.
+        log and exported weights of rank 0; codebooks: a digest of every rank's; refused: every rank's message;
+        poisoned: the subjects of the loss that was not a number, of every rank.
     """
     from safetensors.numpy import load_file
 
@@ -43,7 +46,7 @@ def curve(
 
     built, section = make_stage(stage, inputs, training)
     resume_from = None if resume is None else Path(resume)
-    made = make_engine(engine, section.batch_size, resume_from)
+    made = make_engine(engine, section.batch_size, resume_from, precision)
     logged: list[dict[str, Any]] = []
 
     def save(snapshot: Any) -> None:
@@ -51,8 +54,7 @@ def curve(
         path.mkdir(exist_ok=True, parents=True)
         snapshot.write(path)
 
-    if poisoned_rank == made.rank:
-        poison(built, step=2)
+    poisoned = poison(built, step=2) if poisoned_rank == made.rank else []
     message = None
     try:
         fit(built, made, section, seed=0, on_log=logged.append, on_checkpoint=save, resume_from=resume_from)
@@ -65,19 +67,25 @@ def curve(
         "weights": weights,
         "codebooks": of_all_ranks(made, codebook_digest(built)),
         "refused": of_all_ranks(made, message),
+        "poisoned": of_all_ranks(made, poisoned),
     }
 
 
-def poison(stage: Any, step: int) -> None:
-    """Make the first player's loss of a step not a number."""
+def poison(stage: Any, step: int) -> list[str]:
+    """Make the first player's loss of a step not a number; its subjects are put into the list that is returned."""
     player = stage.players[0]
     whole = player.loss
+    subjects: list[str] = []
 
     def loss(model: Any, batch: Any, info: Any) -> Any:
         value, values = whole(model, batch, info)
-        return (value * float("nan") if info.step == step else value), values
+        if info.step != step:
+            return value, values
+        subjects.extend(batch["subject_id"])
+        return value * float("nan"), values
 
     player.loss = loss
+    return subjects
 
 
 def codebook_digest(stage: Any) -> str | None:
@@ -116,13 +124,15 @@ def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> 
     return built, getattr(built.config, section)
 
 
-def make_engine(name: str, batch_size: int, resume_from: Path | None) -> Any:
+def make_engine(name: str, batch_size: int, resume_from: Path | None, precision: str) -> Any:
     """Return plain, ddp or zero-N."""
     from aldm.engine import PlainEngine
     from pipelines.engines import DDPEngine, DeepSpeedEngine
 
     if name == "plain":
-        return PlainEngine()
+        return PlainEngine(precision=precision)
     if name == "ddp":
-        return DDPEngine()
-    return DeepSpeedEngine(zero_stage=int(name[-1]), batch_size=batch_size, resume_from=resume_from)
+        return DDPEngine(precision=precision)
+    return DeepSpeedEngine(
+        precision=precision, zero_stage=int(name[-1]), batch_size=batch_size, resume_from=resume_from
+    )

@@ -20,8 +20,10 @@ import psutil
 
 from pipelines.ray_session import worker_environment
 
-START_S, END_S = 180.0, 60.0
+START_S, END_S = 180.0, 180.0
 """The longest waits for the head node, on a machine that is busy with other things."""
+START_TRIES = 3
+"""Ray gives its node 30 s to come up; a busy machine may need another try."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PORT_FLAGS = (
     "port",
@@ -34,6 +36,10 @@ PORT_FLAGS = (
     "node-manager-port",
     "runtime-env-agent-port",
 )
+
+
+class TooSlowError(RuntimeError):
+    """The node did not come up in the time that Ray gives it."""
 
 
 class RayHead:
@@ -65,13 +71,21 @@ class RayHead:
             "RAY_API_SERVER_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no traffic to wait for: SIGTERM ends it at once
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # 3 s are little on a busy machine
             "OMP_NUM_THREADS": "1",
         }
-        try:
-            self._start(token.read_text())
-        except BaseException:
-            self.end()
-            raise
+        for left in reversed(range(START_TRIES)):
+            try:
+                self._start(token.read_text())
+                break
+            except TooSlowError:
+                self._end_processes()
+                if not left:
+                    self._stack.close()
+                    raise
+            except BaseException:
+                self.end()
+                raise
         return self
 
     def __exit__(
@@ -96,6 +110,8 @@ class RayHead:
         request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         deadline = time.monotonic() + START_S
         while "Ray runtime started" not in log.read_text() or not _answers(request):
+            if self._process.poll() is not None and "timed out during startup" in log.read_text():
+                raise TooSlowError(log.read_text())
             assert self._process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -128,6 +144,7 @@ class RayHead:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             check=False,
+            timeout=240,
         )
 
     def submit(self, name: str, working_dir: Path, *words: object) -> "Submission":
@@ -140,6 +157,11 @@ class RayHead:
 
         Asks nothing of processes that it did not start.
         """
+        left = self._end_processes()
+        self._stack.close()
+        return left
+
+    def _end_processes(self) -> list[psutil.Process]:
         if self._process is None:
             return []
         started = self.processes()
@@ -151,7 +173,6 @@ class RayHead:
                 process.kill()
         self._process.wait()
         self._process = None
-        self._stack.close()
         return left
 
 

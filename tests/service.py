@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -80,7 +81,9 @@ class RunningService:
         self.processes()
         if self._process.poll() is None:
             self._process.send_signal(number)
-        return self._process.wait(END_S)
+        code = self._process.wait(END_S)
+        psutil.wait_procs(list(self._seen), timeout=20)  # Ray's own end a moment later
+        return code
 
     def signal(self, number: signal.Signals) -> None:
         """Send the service a signal."""
@@ -125,6 +128,16 @@ class RunningService:
                 total += process.memory_info().rss
         return total
 
+    def logs(self) -> list[Path]:
+        """Return the logs of the Ray session that the service started for itself."""
+        folders = set()
+        for process in self.processes():
+            found = re.search(r"--session[-_]dir=(\S+)", _title(process))
+            if found is not None:
+                folders.add(Path(found[1]))
+        assert len(folders) == 1, folders
+        return [path for path in (folders.pop() / "logs").rglob("*") if path.is_file()]
+
     def submit(self, volume: Path, **fields: Any) -> dict[str, Any]:
         """Queue a translation and return the job."""
         answer = self.post("/v1/translations", volume, **fields)
@@ -164,6 +177,18 @@ class RunningService:
         answer = self.client.get(job["links"]["results"][target][kind])
         assert answer.status_code == 200, answer.text
         return answer.content
+
+
+def forget_peak(process: psutil.Process) -> int:
+    """Let the peak of a process's memory begin anew, and return what it is now, bytes."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # proc(5)
+    return peak_bytes(process)
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """Return the most memory that a process has had since `forget_peak`, bytes."""
+    (line,) = (line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line)
+    return 1024 * int(line.split()[1])
 
 
 def free_port() -> int:

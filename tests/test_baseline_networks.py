@@ -18,7 +18,6 @@ from aldm.baselines.networks import (
     pad_sides,
     patch_discriminator,
 )
-from aldm.errors import UserError
 
 
 @pytest.fixture(autouse=True)

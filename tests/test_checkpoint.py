@@ -97,7 +97,17 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[]", "format version None"), ('{"format_version": 1}', "lacks kind")]
+    ("text", "message"),
+    [
+        ("{", r"config\.json is damaged, it is not JSON"),
+        ("[]", "is damaged, it holds no JSON object"),
+        ("{}", "format version None"),
+        ('{"format_version": 1}', "it lacks kind; it lacks hash; it lacks config; it lacks meta; write the checkpoint"),
+        (
+            '{"format_version": 1, "kind": 3, "hash": "", "config": {}, "meta": []}',
+            r"kind is 3, wanted text; meta is \[\]",
+        ),
+    ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (saved(tmp_path / "c") / CONFIG).write_text(text)
@@ -110,6 +120,31 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"), [(CONFIG, "pathlib.Path.read_text"), (WEIGHTS, "aldm.checkpoint.load_file")]
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reader: str
+) -> None:
+    saved(tmp_path / "c")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reader, refuse)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_what_a_reader_needs_of_the_meta_is_named(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(saved(tmp_path / "c"))
+    checkpoint.check_meta({"modalities": list})
+    with pytest.raises(
+        UserError, match=r"meta of .*config\.json is damaged: it lacks latents\.mean; modalities is \['t1"
+    ):
+        checkpoint.check_meta({"latents.mean": list, "modalities": dict})
 
 
 def test_the_weights_of_another_checkpoint_are_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def job(argv):
     with atomic_path(argv[0]) as temporary:
         temporary.write_text("half")
         print("writing", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 sys.modules["pipelines.info"] = types.SimpleNamespace(main=job)
 sys.exit(cli.main(["info", *sys.argv[1:]]))
@@ -156,7 +156,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Sig
         assert job.stdout.readline() == "writing\n"
         assert len(list(tmp_path.iterdir())) == 1
         job.send_signal(number)
-        _, errors = job.communicate(timeout=30)
+        _, errors = job.communicate(timeout=180)
     assert (job.returncode, errors) == (code, message)
     assert list(tmp_path.iterdir()) == []
 

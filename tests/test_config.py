@@ -38,7 +38,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"codec": {"kind": "vae"}}, "codec.kind is 'vae', wanted one of: vqgan, haar-vqgan, haar"),
         ({"codec": {"channels": 8}}, r"codec\.channels is 8, wanted a list"),
         ({"codec": {"channels": [8, "a"]}}, r"codec\.channels is 'a' \(str\), wanted int"),
-        ({"codec": {"channels": [8, -8]}}, r"CodecConfig\.channels is \(8, -8\), wanted a value above 0"),
+        ({"codec": {"channels": [8, -8]}}, r"CodecConfig\.channels is \(8, -8\), wanted a finite value above 0"),
         ({"preprocess": {"spatial_shape": [8, 8]}}, r"preprocess\.spatial_shape is \[8, 8\], wanted 3 values, got 2"),
         ({"preprocess": {"spatial_shape": [10**5] * 3}}, r"1,000,000,000,000,000 voxels, wanted at most 2,147,483,647"),
         ({"preprocess": {"lower_percentile": 90.0, "upper_percentile": 10.0}}, "wanted 0 <= lower < upper <= 100"),
@@ -48,15 +48,16 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"train_unet": {"learning_rate": float("nan")}}, "learning_rate is nan .*wanted a finite number"),
         ({"train_unet": {"learning_rate": True}}, "learning_rate is True .*wanted a finite number"),
         ({"train_unet": {"adaptive_weight": "yes"}}, "adaptive_weight is 'yes' .*wanted bool"),
-        ({"train_unet": {"crop": [0, 8, 8]}}, r"crop is \(0, 8, 8\), wanted a value above 0"),
+        ({"train_unet": {"crop": [0, 8, 8]}}, r"crop is \(0, 8, 8\), wanted a finite value above 0"),
         ({"ms_spade": {"spade_channels": []}}, r"MSSpadeConfig\.spade_channels is empty, wanted at least one value"),
         ({"ms_spade": {"kernel_size": 4}}, r"ms_spade\.kernel_size is 4, wanted an odd number"),
         ({"codec": {"codebook_decay": 1.5}}, r"CodecConfig\.codebook_decay is 1\.5, wanted 0 to 1"),
         ({"sampling": {"eta": -1}}, r"SamplingConfig\.eta is -1\.0, wanted 0 to 1"),
         ({"train_unet": {"same_modality_fraction": 2}}, r"same_modality_fraction is 2\.0, wanted 0 to 1"),
-        ({"train_unet": {"betas": [0.9, 1.5]}}, r"betas is \(0\.9, 1\.5\), wanted 0 to 1"),
+        ({"train_unet": {"betas": [0.9, 1.5]}}, r"betas is \(0\.9, 1\.5\), wanted 0 or more and below 1"),
+        ({"train_unet": {"betas": [1.0, 1.0]}}, r"betas is \(1\.0, 1\.0\), wanted 0 or more and below 1"),
         ({"train_unet": {"warmup_steps": -1}}, r"warmup_steps is -1, wanted 0 or more"),
-        ({"train_vqgan": {"discriminator_layers": 0}}, r"discriminator_layers is 0, wanted a value above 0"),
+        ({"train_vqgan": {"discriminator_layers": 0}}, r"discriminator_layers is 0, wanted a finite value above 0"),
         ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, bf16"),
         ({"modalities": ["t2", "t1"]}, "wanted distinct and in the vocabulary's order"),
         ({"modalities": ["t1", "t7"]}, "unknown modality 't7': known are t1, t1ce, t2, flair, pd"),
@@ -66,6 +67,17 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_dict(Config, values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_flag_that_is_not_finite_is_refused(value: float) -> None:
+    """Flags come in by `replace`, past the conversion of a dictionary's numbers."""
+    with pytest.raises(UserError, match=r"spacing_mm is .*, wanted a finite value above 0"):
+        replace(small().preprocess, spacing_mm=(1.0, value, 1.0))
+    with pytest.raises(UserError, match=r"max_minutes is .*, wanted a finite value above 0"):
+        replace(small().train_unet, max_minutes=value)
+    with pytest.raises(UserError, match=r"weight_decay is .*, wanted 0 or more"):
+        replace(small().train_unet, weight_decay=value)
 
 
 @pytest.mark.parametrize(

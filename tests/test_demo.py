@@ -1,13 +1,16 @@
 """The demo: every job of the tiny preset in order, then nothing left to do."""
 
+import csv
 import json
 import re
 
+import numpy as np
 import pytest
 
 from aldm.errors import UserError
 from pipelines import demo
 from pipelines.demo import main
+from pipelines.demo_report import cost_verdict, scores_verdict
 
 
 @pytest.mark.slow
@@ -29,7 +32,8 @@ def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys,
     before = json.loads((out / "demo.json").read_text())["steps"]
 
     assert main(arguments) == 0
-    assert capsys.readouterr().out.count("done before") == len(before) > 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == len(before) > 0
     after = json.loads((out / "demo.json").read_text())["steps"]
     assert after[: len(before)] == before
     page = (out / "report.html").read_text()
@@ -37,8 +41,47 @@ def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys,
     assert page.count("data:image/png;base64,") >= 3
     for step in after:
         assert step["title"] in page
+        assert 0.1 < step["peak_gb"] < 4
+    verdict = printed.splitlines()[-1]
+    assert verdict in page
+    assert verdict == verdict_by_hand(out / "scores" / "scores.csv", after)
     for name in ("held_out", "icbm152"):
         assert (out / "translated" / f"{name}_t2.nii.gz").is_file()
+
+
+def verdict_by_hand(scores, steps):
+    """The line from scores.csv: means of the first sampler over the test subjects, T1 to T2 inside the mask."""
+    rows = [row for row in csv.DictReader(scores.open()) if (row["source"], row["target"]) == ("t1", "t2")]
+    (region,) = {row["region"] for row in rows} - {"volume"}
+    rows = [row for row in rows if row["region"] == region]
+    db = {
+        method: np.mean([float(row["psnr_db"]) for row in rows if row["method"] == method])
+        for method in ("aldm", "identity", "training-mean", "unet")
+    }
+    gains = {method: db["aldm"] - value for method, value in db.items()}
+    others = [f"{name.replace('-', ' ')} {db[name]:.2f} dB ({gains[name]:+.2f})" for name in list(db)[1:]]
+    holds = "holds" if min(gains["identity"], gains["training-mean"]) >= 3 else "does NOT hold"
+    minutes, peak = sum(step["seconds"] for step in steps) / 60, max(step["peak_gb"] for step in steps)
+    within = "within" if minutes <= sum(step["budget_s"] for step in steps) / 60 else "NOT within"
+    return (
+        f"T1 to T2 inside the {region}: ALDM {db['aldm']:.2f} dB, {', '.join(others)}. "
+        f"The margin of 3 dB over identity and training mean {holds}. "
+        f"{minutes:.1f} of {sum(step['budget_s'] for step in steps) / 60:.1f} minutes and at most {peak:.2f} of 4 GB: "
+        f"{within} the budget."
+    )
+
+
+def test_the_verdict_says_whether_the_margin_and_the_budget_hold():
+    pair = {"aldm": (20.0,), "unet": (21.0,), "training-mean": (17.0,), "identity": (15.5,)}
+    assert scores_verdict(pair, "brain", "t1", "t2") == (
+        "T1 to T2 inside the brain: ALDM 20.00 dB, identity 15.50 dB (+4.50), training mean 17.00 dB (+3.00), "
+        "unet 21.00 dB (-1.00). The margin of 3 dB over identity and training mean holds."
+    )
+    assert "does NOT hold" in scores_verdict(pair | {"training-mean": (17.01,)}, "brain", "t1", "t2")
+    steps = [{"seconds": 90, "budget_s": 60, "peak_gb": 1.25}, {"seconds": 30, "budget_s": 60, "peak_gb": 0.5}]
+    assert cost_verdict(steps) == "2.0 of 2.0 minutes and at most 1.25 of 4 GB: within the budget."
+    assert "NOT within" in cost_verdict([*steps, {"seconds": 60, "budget_s": 30, "peak_gb": 0.1}])
+    assert "NOT within" in cost_verdict([*steps, {"seconds": 0, "budget_s": 30, "peak_gb": 4.1}])
 
 
 def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):

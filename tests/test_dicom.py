@@ -31,7 +31,7 @@ def make_series(
     series, study, frame = generate_uid(), generate_uid(), generate_uid()
     for k in range(SHAPE[2]):
         made = Dataset()
-        made.PatientName, made.PatientID, made.PatientBirthDate = "Doe^Jane", "4711", "19700101"
+        made.PatientName, made.PatientID, made.PatientBirthDate = "Doe^Jane", "ID-4711", "19700101"
         made.StudyDate, made.AccessionNumber, made.InstitutionName = "20200202", "A1", "St. Elsewhere"
         made.Modality, made.SOPClassUID, made.SOPInstanceUID = "MR", MR_IMAGE_STORAGE, generate_uid()
         made.SeriesInstanceUID, made.StudyInstanceUID, made.FrameOfReferenceUID = series, study, frame
@@ -153,6 +153,15 @@ def test_nothing_of_the_patient_is_copied_by_default(tmp_path: Path) -> None:
     assert read_series(tmp_path / "in")[1].anonymous_study_uid != first.StudyInstanceUID
 
 
+def test_codes_are_copied_and_free_text_is_not(tmp_path: Path) -> None:
+    for name, text, wanted in (("code", "BRAIN", "BRAIN"), ("text", "DOE JANE HEAD", "")):
+        make_series(tmp_path / name, edit=lambda k, header, text=text: setattr(header, "BodyPartExamined", text))
+        volume, source = read_series(tmp_path / name, patient=False)
+        assert (source.body_part, source.patient_position, source.patient) == (wanted, "HFS", ())
+        (first, *_) = write_series(tmp_path / f"{name}-out", volume.data, source, description="t2 from t1")
+        assert pydicom.dcmread(first).BodyPartExamined == wanted
+
+
 def test_the_patient_is_kept_when_asked_for(tmp_path: Path) -> None:
     def too_long(k: int, header: Dataset) -> None:
         with pydicom.config.disable_value_validation():
@@ -224,27 +233,95 @@ def _on(slice_number: int, **values: object) -> Edit:
     return edit
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (_on(2, SeriesInstanceUID=generate_uid()), "2 series in one folder"),
-        (_on(3, Modality="CT"), "modality is CT, wanted MR"),
-        (_on(1, NumberOfFrames=4), "multi-frame"),
-        (_on(1, SamplesPerPixel=3), "colour"),
-        (_on(1, PixelSpacing=[2, 2]), "differ in PixelSpacing"),
-        (_on(1, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "differ in ImageOrientationPatient"),
-        (_on(2, ImagePositionPatient=[-31.4, 22.25, 14.0]), "wanted even spacing"),
-        (_on(2, ImagePositionPatient=[-31.4, 22.25, 12.625]), "lie at the same place"),
-        (_on(2, ImagePositionPatient=[-29.4, 22.25, 15.125]), "shifted against each other"),
-        (_on(2, ImagePositionPatient=None), "ImagePositionPatient is None, wanted 3 numbers"),
-        (_on(2, PixelData=b"\0\0"), "truncated, 84 bytes of voxels wanted, 2 there"),
-        (_on(2, Rows=None), "without an image|differ in Rows"),
-    ],
-)
+UNUSABLE: list[tuple[Edit, str]] = [
+    (_on(2, SeriesInstanceUID=generate_uid()), "2 series in one folder"),
+    (_on(3, Modality="CT"), "modality is CT, wanted MR"),
+    (_on(1, NumberOfFrames=4), "multi-frame"),
+    (_on(1, SamplesPerPixel=3), "colour"),
+    (_on(1, PixelSpacing=[2, 2]), "differ in PixelSpacing"),
+    (_on(1, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "differ in ImageOrientationPatient"),
+    (_on(2, ImagePositionPatient=[-31.4, 22.25, 14.0]), "wanted even spacing"),
+    (_on(2, ImagePositionPatient=[-31.4, 22.25, 12.625]), "lie at the same place"),
+    (_on(2, ImagePositionPatient=[-29.4, 22.25, 15.125]), "shifted against each other"),
+    (_on(2, ImagePositionPatient=None), "ImagePositionPatient is missing, wanted 3 numbers"),
+    (_on(2, PixelData=b"\0\0"), "truncated, 84 bytes of voxels wanted, 2 there"),
+    (_on(2, Rows=None), "without an image|differ in Rows"),
+    (_on(1, Rows=[6, 6]), "differ in Rows|Rows is not one whole number"),
+    (_on(1, SamplesPerPixel=[1, 1]), "SamplesPerPixel is not one whole number"),
+    (_on(0, SliceThickness=["1", "2"]), "SliceThickness is 2 values, wanted 1"),
+]
+"""What makes a series unusable, and words of the error."""
+
+
+@pytest.mark.parametrize(("edit", "message"), UNUSABLE)
 def test_unusable_series(edit: Edit, message: str, tmp_path: Path) -> None:
     make_series(tmp_path / "in", edit=edit)
     with pytest.raises(UserError, match=message):
         read_series(tmp_path / "in")
+
+
+SYNTAX = b"\x02\x00\x10\x00UI"  # TransferSyntaxUID
+POSITION = b"\x20\x00\x32\x00DS"  # ImagePositionPatient
+NAME = b"\x10\x00\x10\x00PN"  # PatientName
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "no transfer syntax": lambda whole: whole.replace(SYNTAX, b"\x02\x00\x11\x00UI"),
+    "an invalid transfer syntax": lambda whole: whole.replace(b"1.2.840.10008.1.2.1\0", b"Doe^Jane".ljust(20, b"\0")),
+    "a position that is a word": lambda whole: whole.replace(b"-31.4\\22.25", b"Doe^J\\22.25"),
+    "an unknown kind of value": lambda whole: whole.replace(POSITION, POSITION[:4] + b"Q?"),
+    "a number of another length": lambda whole: whole.replace(
+        b"\x28\x00\x10\x00US\x02\x00", b"\x28\x00\x10\x00US\x01\x00"
+    ),
+    "a length beyond the file": lambda whole: whole.replace(NAME + b"\x08\x00", NAME + b"\xf0\xff"),
+}
+"""What may happen to the bytes of a file."""
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_headers_are_refused_and_nothing_in_them_is_told(
+    name: str, tmp_path: Path, capfd, caplog, recwarn
+) -> None:
+    make_series(tmp_path / "in")
+    path = tmp_path / "in" / "IM2.dcm"
+    whole = path.read_bytes()
+    damaged = DAMAGE[name](whole)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="IM2") as caught:
+        read_series(tmp_path / "in")
+    said = (
+        str(caught.value) + "".join(capfd.readouterr()) + caplog.text + "".join(str(each.message) for each in recwarn)
+    )
+    assert "Doe" not in said
+
+
+def test_whatever_is_done_to_the_bytes_only_users_errors_come_of_it(tmp_path: Path, capfd) -> None:
+    random = np.random.default_rng(20_261)
+    make_series(tmp_path / "in")
+    files = sorted((tmp_path / "in").iterdir())
+    refused = 0
+    for _ in range(250):
+        path = files[random.integers(len(files))]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            place = int(random.integers(132, len(damaged)))
+            kind = random.integers(4)
+            if kind == 0:
+                damaged[place] = random.integers(256)
+            elif kind == 1:
+                del damaged[place : place + int(random.integers(1, 6))]
+            elif kind == 2:
+                damaged[place:place] = random.bytes(int(random.integers(1, 6)))
+            else:
+                damaged[place] = damaged[place] ^ (1 << int(random.integers(8)))
+        path.write_bytes(damaged)
+        try:
+            read_series(tmp_path / "in", max_voxels=10_000)
+        except UserError:
+            refused += 1
+        path.write_bytes(whole)
+    assert 50 < refused < 250
+    assert "Doe" not in "".join(capfd.readouterr())
 
 
 def test_a_missing_slice_is_named(tmp_path: Path) -> None:

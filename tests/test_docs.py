@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +12,8 @@ import pytest
 from aldm.cli import JOBS
 from aldm.config import Config
 from pipelines.arguments import COMMON_FLAGS, job_parser
+from pipelines.ray_training import cluster_of
+from pipelines.train import parse
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -64,3 +68,27 @@ def test_docstrings_become_lists(generate: ModuleType) -> None:
 
 def test_tables_survive_bars(generate: ModuleType) -> None:
     assert generate._table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
+
+
+def documented_trainings() -> list[str]:
+    """Return what follows `aldm train` in each command of README.md and the written pages."""
+    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
+    commands = re.findall(r"^(?:ray job submit .*-- +)?aldm train (.+)$", text, re.MULTILINE)
+    return [command for command in commands if "--run-dir" in command and "[flags]" not in command]
+
+
+@pytest.mark.parametrize("command", documented_trainings())
+def test_every_documented_training_is_one_that_the_job_takes(command: str) -> None:
+    """Its flags are known, its workers share its batch, and its preset has a codec to train where it trains one."""
+    stage, *words = shlex.split(command, comments=True)
+    args, config = parse(stage, words)
+    cluster = cluster_of(args, config, stage)
+    assert cluster.max_workers > 1 or args.num_workers is None
+    assert stage != "vqgan" or config.codec.kind != "haar"
+
+
+def test_trainings_on_several_workers_are_documented() -> None:
+    workers = [command for command in documented_trainings() if "--num-workers" in command]
+    assert len(workers) >= 5
+    assert any(":" in command.partition("--num-workers ")[2][:3] for command in workers)

@@ -314,6 +314,8 @@ def test_a_baseline_may_be_named_and_dry_run_writes_nothing(models, ixi_store, t
         ({"--samplers": "ddim:many"}, "SAMPLER:STEPS"),
         ({"--samplers": "bridge"}, "dpm-solver"),
         ({"--max-subjects": "0"}, "max-subjects"),
+        ({"--pictures": "-1"}, "--pictures is -1, wanted at least 0"),
+        ({"--seed": str(2**63)}, "--seed is 9223372036854775808, wanted 0 to"),
         ({"--out": "taken"}, "exists"),
         ({"--set": "unet.channels=[4]"}, "unet.*carries"),
         ({"--preset": "small"}, "carries"),

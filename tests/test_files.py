@@ -255,7 +255,7 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom aldm.files import atomic_path\n"
         "with atomic_path(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half')\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "    temporary.write_text('half')\n    print('writing', flush=True)\n    time.sleep(600)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.txt")]
     with subprocess.Popen(
@@ -265,5 +265,5 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path: Path) -> None:
         assert job.stdout.readline() == b"writing\n"
         assert len(listing(tmp_path)) == 1
         job.send_signal(signal.SIGINT)
-        assert job.wait(timeout=30) != 0
+        assert job.wait(timeout=180) != 0
     assert listing(tmp_path) == []

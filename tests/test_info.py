@@ -20,7 +20,9 @@ def test_tiny_is_described_whole(capsys):
 
 def test_dry_run_computes_nothing(capsys):
     assert main(["--preset", "tiny", "--device", "cpu", "--dry-run"]) == 0
-    assert capsys.readouterr().out.startswith("would describe preset tiny")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("would describe preset tiny")
+    assert re.match(r"memory: about 0\.\d\d GB", second)
 
 
 def test_supplement_stands_beside_its_own_networks_only():

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from mlflow import MlflowClient
 from ray_head import RayHead, Submission
+from ray_runs import committed, losses
+from untrained import save_untrained
 
 from aldm import cli
 from aldm.data.store import VolumeStore
@@ -90,29 +93,12 @@ def metrics(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Return the loss of every step; a step that is logged twice is a mistake."""
-    records = [record for record in map(json.loads, metrics(folder)) if "ms-spade/loss" in record]
-    found = {record["step"]: record["ms-spade/loss"] for record in records}
-    assert len(found) == len(records)
-    return found
-
-
-def committed(folder: Path) -> int:
-    """Return the step of the last checkpoint that Ray Train has committed; 0 before the first."""
-    snapshot = folder / "checkpoints" / "checkpoint_manager_snapshot.json"
-    try:
-        return int(json.loads(snapshot.read_text())["latest_checkpoint_result"]["metrics"]["step"])
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-        return 0
-
-
 def test_a_submitted_training_is_stopped_and_resumed(
     head: RayHead, latents: Path, edited: Path, tmp_path: Path
 ) -> None:
     """Its logs stream, the uploaded code is what runs, and what it goes on with is its last checkpoint."""
     folder = tmp_path / "run"
-    words = ("aldm", "train", "ms-spade", "--latents", latents, "--run-dir", folder, "--no-tracking", *TINY, *STEADY)
+    words = ("aldm", "train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, *STEADY)
     endless = ("--max-steps", 10_000, "--set", "train_ms_spade.checkpoint_every=1", "--num-workers", 2)
     submission = head.submit("first", edited, *words, *endless)
     step = re.compile(r"RayTrainWorker pid=\d+.* ms-spade: \d+/10000 step,")
@@ -124,10 +110,14 @@ def test_a_submitted_training_is_stopped_and_resumed(
     assert stopped.returncode == 0, stopped.stdout
     assert submission.wait() == 0, submission.output
     assert "Job 'first' was stopped" in submission.output
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while job_processes(head):
         assert time.monotonic() < deadline, job_processes(head)
         time.sleep(0.1)
+
+    run_of = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=run_of["tracking_uri"])
+    assert client.get_run(run_of["run_id"]).info.status == "KILLED", submission.output
 
     last = committed(folder)
     assert last
@@ -155,6 +145,42 @@ def test_a_submitted_encoding_writes_the_same_bytes(
     files = sorted(path.relative_to(latents) for path in latents.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     assert [name for name in files if (out / name).read_bytes() != (latents / name).read_bytes()] == []
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_submitted_preparation_writes_the_same_bytes(
+    head: RayHead, brats_tree: Path, brats_store: VolumeStore, tmp_path: Path
+) -> None:
+    words = ("aldm", "prepare", brats_tree, tmp_path / "store", "--layout", "brats", *TINY, "--num-workers", 2)
+    submission = head.submit("prepare", ROOT, *words)
+    assert submission.wait() == 0, submission.output
+    assert f"{tmp_path / 'store'}: 9 subjects" in submission.output
+    assert files(tmp_path / "store") == files(brats_store.path)
+
+
+def test_a_submitted_evaluation_writes_the_same_scores(head: RayHead, ixi_store: VolumeStore, tmp_path: Path) -> None:
+    model = save_untrained(tmp_path / "model", preprocess=ixi_store.preprocess)
+    words = ("evaluate", "--store", ixi_store.path, "--model", model, "--max-subjects", 1, "--device", "cpu")
+    submission = head.submit("evaluate", ROOT, "aldm", *words, "--out", tmp_path / "there", "--num-workers", 1)
+    assert run(*words, "--out", tmp_path / "here") == 0
+    assert submission.wait() == 0, submission.output
+    assert files(tmp_path / "there").keys() == files(tmp_path / "here").keys()
+    assert (tmp_path / "there" / "scores.csv").read_bytes() == (tmp_path / "here" / "scores.csv").read_bytes()
+
+
+def test_a_submitted_sweep_leaves_its_results(head: RayHead, latents: Path, tmp_path: Path) -> None:
+    stage_2, out = tmp_path / "ms-spade", tmp_path / "sweep"
+    plain = ("--engine", "plain", "--no-tracking")
+    assert run("train", "ms-spade", "--latents", latents, "--run-dir", stage_2, *TINY, *plain) == 0
+    words = ("aldm", "tune", "--latents", latents, "--ms-spade", stage_2, "--out", out, *TINY, "--num-trials", 1)
+    flags = ("--objectives", "regression", "--scheduler", "none", "--max-steps", 2)
+    submission = head.submit("tune", ROOT, *words, *flags)
+    assert submission.wait() == 0, submission.output
+    assert "tune: 1 trials (1 measured)" in submission.output
+    assert {"best.yaml", "pareto.png", "trials.csv", "trials.md"} <= {path.name for path in out.iterdir()}
 
 
 def test_a_refusal_is_in_the_logs_of_a_job_that_failed(head: RayHead, latents: Path, tmp_path: Path) -> None:

@@ -87,11 +87,35 @@ def test_the_codecs_hash_follows_its_weights() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "is not a store of latents"), ("{", "is damaged"), ('{"format_version": 0}', "format version 0")],
+    [
+        (None, "is not a store of latents"),
+        ("{", "is damaged"),
+        ('{"format_version": 0}', "format version 0"),
+        ('{"format_version": 1}', "it lacks codec_hash; it lacks codec.kind; .*encode again with --overwrite"),
+    ],
 )
 def test_what_is_not_a_cache_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / LATENTS_FILE).write_text(text)
+    with pytest.raises(UserError, match=message):
+        LatentStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [0.0]}, r"mean of the latents is \[0\.0\], wanted 8 numbers"),
+        ({"std": [1.0] * 7 + ["a"]}, "std of the latents is .*, wanted 8 numbers"),
+        ({"subjects": [{"subject_id": "A"}]}, r"it lacks subject\.split; it lacks subject\.modalities"),
+        ({"data": {}}, r"it lacks data\.fingerprint"),
+        ({"num_flips": True}, "num_flips is True, wanted a whole number"),
+    ],
+)
+def test_a_damaged_header_is_refused(
+    latents: LatentStore, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    header = json.loads((latents.path / LATENTS_FILE).read_text())
+    (tmp_path / LATENTS_FILE).write_text(json.dumps(header | change))
     with pytest.raises(UserError, match=message):
         LatentStore.open(tmp_path)
 

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 from collections import Counter
 
 import pytest
@@ -225,3 +227,21 @@ def test_a_source_of_the_wrong_kind_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=reason):
             discover(source, layout)
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
+    names = [f"IXI-{role}/IXI002-Guys-0828-{role}.nii.gz" for role in ("T1", "T2")]
+    tree(tmp_path, *names)
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("IXI-T2"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    subjects, problems = discover(tmp_path, "ixi")
+    assert [list(subject.volumes) for subject in subjects] == [["t1"]]
+    assert [(problem.path, problem.message) for problem in problems] == [
+        (tmp_path / "IXI-T2", "the folder cannot be read: Permission denied")
+    ]

@@ -70,7 +70,7 @@ def test_layers_add_up_to_the_networks():
     assert shapes["decoder"] == (1, 192, 192, 144)
 
 
-@pytest.mark.parametrize(("preset", "stage"), [*((brats, stage) for stage in TRAININGS), (ixi, "ms-spade")])
+@pytest.mark.parametrize(("preset", "stage"), [(preset, stage) for preset in (brats, ixi) for stage in TRAININGS])
 def test_recomputing_costs_operations_and_saves_memory_at_the_papers_size(preset, stage):
     plain, recomputing = (plan(replace(preset(), activation_checkpointing=on), stage) for on in (False, True))
     assert recomputing.peak_bytes < 0.9 * plain.peak_bytes

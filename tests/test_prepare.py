@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import shutil
@@ -6,13 +7,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
 from aldm.config import PreprocessConfig
-from aldm.data.preparing import prepare_store
+from aldm.data.prepare_plan import Request
+from aldm.data.preparing import plan_store, prepare_store
 from aldm.data.store import ShardReader, VolumeStore, shard_path
 from aldm.errors import UserError
 from pipelines.prepare import main
@@ -144,6 +147,16 @@ def test_a_store_that_lost_files_is_completed_to_the_same_bytes(source, tmp_path
     assert shard_path(store, "S02").stat().st_mtime_ns == untouched
 
 
+def test_a_damaged_manifest_is_written_anew(source, tmp_path):
+    store = prepare(source, tmp_path / "store").path
+    whole = content(store)
+    (store / "manifest.parquet").write_bytes(whole["manifest.parquet"][:100])
+    with pytest.raises(UserError, match=r"is damaged .*: run the same aldm prepare again"):
+        VolumeStore.open(store)
+    prepare(source, store)
+    assert content(store) == whole
+
+
 def test_two_processes_write_the_same_bytes_as_one(source, tmp_path):
     one = prepare(source, tmp_path / "one", num_processes=1)
     two = prepare(source, tmp_path / "two", num_processes=2)
@@ -167,7 +180,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, signa
     while process.poll() is None and not list(store.glob("shards/S*.arrow")):
         time.sleep(0.002)
     process.send_signal(signal_number)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=180) != 0
     done = {path.name: path.stat().st_mtime_ns for path in store.glob("shards/S*.arrow")}
     assert 0 < len(done) < 30
     assert not (store / "manifest.parquet").exists()
@@ -314,6 +327,20 @@ def test_a_folder_that_is_not_a_store_is_never_touched(source, tmp_path):
     assert content(tmp_path) == {"mine/thesis.txt": b"all of it"}
 
 
+@pytest.mark.parametrize("name", ["store", "shards"])
+def test_a_folder_that_cannot_be_made_is_named(source, tmp_path, monkeypatch, name):
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=rf"cannot make the folder .*{name}: Permission denied"):
+        prepare(source, tmp_path / "store")
+
+
 def test_two_runs_on_one_store_at_once_are_refused(source, tmp_path):
     store = tmp_path / "store"
     store.mkdir()
@@ -350,11 +377,24 @@ def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys
         main([str(bad), str(tmp_path / "store"), *flags])
 
 
+def test_the_expected_memory_grows_with_the_target_grid(source, tmp_path):
+    def expected_gib(spacing_mm):
+        config = replace(CONFIG, spacing_mm=(spacing_mm,) * 3)
+        request = Request(source=source, store=tmp_path / "store", layout="brats", config=config)
+        return plan_store(request, num_processes=1).memory_per_process_gib
+
+    voxels = np.prod(SHAPE)  # two volumes of 8 mm a subject
+    assert expected_gib(2.0) - expected_gib(8.0) == pytest.approx(8 * 2 * (4**3 - 1) * voxels / 2**30)
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--spacing-mm", "1", "2"], "one or three"),
         (["--spacing-mm", "-1"], "above 0"),
+        (["--spacing-mm", "nan"], r"spacing_mm is \(nan, nan, nan\), wanted a finite value above 0"),
+        (["--spacing-mm", "8", "8", "inf"], "wanted a finite value above 0"),
+        (["--spacing-mm", "0.01"], r"S00_t1.*a grid of 16000 x 17600 x 12800 = .*, wanted at most 134,217,728: take"),
         (["--spatial-shape", "16", "16", "0"], "above 0"),
         (["--num-processes", "0"], "at least 1"),
         (["--max-voxels", "100"], "limit is"),

@@ -82,6 +82,16 @@ def test_the_grid_is_ras_aligned_and_covers_the_field_of_view(turn, spacing, tar
     assert (index.max(axis=1) - index.min(axis=1) > np.array(size) - 1.02).all(), "no larger than it has to be"
 
 
+def test_a_grid_beyond_the_limit_is_refused_before_it_is_made():
+    with pytest.raises(
+        UserError, match=r"240 x 240 x 176 mm at a spacing of 0\.01 x 0\.01 x 0\.01 mm is a grid of 24000"
+    ):
+        prepare_volume(STRIPPED, replace(CONFIG, spacing_mm=(0.01, 0.01, 0.01)))
+    far = Volume(STRIPPED.data, np.diag([1e200, 1e200, 1e200, 1]))
+    with pytest.raises(UserError, match="wanted at most 134,217,728: take a larger spacing, or cut the volume down"):
+        model_grid([far], CONFIG)
+
+
 # ---------------------------------------------------------------------------------------------------------- intensities
 
 

@@ -102,16 +102,34 @@ def test_a_file_without_a_preset_starts_from_the_defaults(tmp_path: Path) -> Non
     ("text", "message"),
     [
         ("a: [1", "is not YAML"),
+        ("seed: 2026-13-01", "is not YAML"),
         ("- 1\n", "holds list, wanted a mapping"),
         ("", "holds NoneType, wanted a mapping"),
         ("codec: {kindd: haar}", r"unknown key codec\.kindd"),
         ("codec: 3", "codec is 3, wanted a mapping"),
+        ("preset: [1]", r"preset is \[1\] \(list\), wanted str"),
+        ("1: 2", "unknown key 1: known are preset"),
+        ("codec: {null: 1, 2026-01-01: 2}", r"unknown key codec\.2026-01-01, codec\.None: known are codec\.kind"),
     ],
 )
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_preset(str(tmp_path / "a.yaml"))
+
+
+def test_a_file_that_cannot_be_read_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes("preset: small # größer".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.yaml cannot be read as text in UTF-8: .*invalid start byte"):
+        load_preset(str(path))
+
+    def refuse(*arguments: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"cannot be read .*Permission denied"):
+        load_preset(str(path))
 
 
 @pytest.mark.parametrize("name", ["smal", "missing.yaml", "/", ""])

@@ -191,7 +191,7 @@ def run_ranks(ranks: list[Quantizer], batches: list[Tensor]) -> None:
     """One step of every rank, each in a thread; `reduce` meets at a barrier as an all-reduce does."""
     import threading
 
-    barrier = threading.Barrier(len(ranks), timeout=30)
+    barrier = threading.Barrier(len(ranks), timeout=180)
     values: list[Tensor | None] = [None] * len(ranks)
 
     def work(rank: int) -> None:

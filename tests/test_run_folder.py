@@ -102,6 +102,34 @@ def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "run", other, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "seed: [1", r"config\.yaml is damaged"),
+        ("config.yaml", "- 1", r"config\.yaml is damaged .*wanted a mapping"),
+        ("config.yaml", "seeds: 1", r"config\.yaml is damaged .*unknown key seeds"),
+        ("run.json", "{", r"run\.json is damaged, it is not JSON"),
+        ("run.json", "{}", r"run\.json is damaged: it lacks stage; it lacks starts"),
+        ("run.json", '{"stage": "ms-spade", "starts": [1]}', r"run\.json is damaged: its starts are not mappings"),
+        ("last/training.json", "", r"training\.json is damaged"),
+        ("last/training.json", '{"step": "a"}', r"training\.json is damaged: step is 'a', wanted a whole number"),
+        ("metrics.jsonl", "nothing\n", r"metrics\.jsonl is damaged"),
+    ],
+)
+def test_resuming_a_damaged_run_is_explained(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with opened(tmp_path / "run") as run:
+        run.log({"step": 1})
+        run.save(write_step(1), is_best=False)
+    (tmp_path / "run" / name).write_text(text)
+
+    def resume() -> None:
+        with opened(tmp_path / "run", resume=True) as run:
+            run.resume_from()
+
+    with pytest.raises(UserError, match=f"(?s){message}.*mend it from a copy, or delete the folder"):
+        resume()
+
+
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
 def test_the_run_of_another_stage_is_neither_resumed_nor_deleted(tmp_path: Path, flag: str) -> None:
     with opened(tmp_path / "run") as run:

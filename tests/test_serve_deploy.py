@@ -1,9 +1,12 @@
-"""serve/deploy.yaml on a running Ray cluster: `serve deploy`, a translation, and a second deploy, other settings."""
+"""The service on a running Ray cluster: `serve deploy`, deployed again, `serve run`, and that nothing of it stays."""
 
+import contextlib
 import json
+import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import httpx
 import nibabel
 import numpy as np
+import psutil
 import pytest
 import yaml
 from ray_head import RayHead
@@ -23,6 +27,7 @@ from aldm.cli import main
 from aldm.presets import tiny
 from serve.security import new_token
 from serve.settings import Settings
+from serve.store import IDLE_S
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve" / "deploy.yaml"
 
@@ -70,8 +75,31 @@ def test_its_arguments_are_those_of_the_settings() -> None:
     Settings(**application["args"])
 
 
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with RayHead(num_cpus=4) as head:
+        yield head
+
+
+def titles(head: RayHead) -> list[str]:
+    """What of a service runs on the cluster: its store, copies of the model, the ingress."""
+    found = []
+    for process in head.processes():
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return [title for title in found if "StoreActor" in title or "ServeReplica" in title]
+
+
+def nothing_stays(head: RayHead) -> None:
+    """Wait until the service has gone, its job store a while after all else."""
+    until = time.monotonic() + IDLE_S + 60
+    while left := titles(head):
+        assert time.monotonic() < until, left
+        time.sleep(0.5)
+
+
 @pytest.mark.slow
-def test_deployed_used_and_deployed_again(tmp_path: Path) -> None:
+def test_deployed_used_and_deployed_again(head: RayHead, tmp_path: Path) -> None:
     diffusion = replace(tiny().diffusion, num_train_timesteps=1000)
     model, port = save_untrained(tmp_path / "model", diffusion=diffusion), free_port()
     tokens = tmp_path / "tokens"
@@ -82,33 +110,72 @@ def test_deployed_used_and_deployed_again(tmp_path: Path) -> None:
     words = ["translate", scan, out, "--model", model, "--source", "t1", "--target", "t2"]
     assert main([str(word) for word in words]) == 0
     work = str(tmp_path / "work")
-    with RayHead(num_cpus=4) as head:
-        deploy(head, tmp_path / "a.yaml", config_with(port, model=str(model), work_dir=work, token_file=None))
-        wait_for(f"{url}/v1/health/ready", 200)
-        assert httpx.get(f"{away}/v1/models").status_code == 403  # open to this machine alone, whatever it listens on
-        fields = {"source": "t1", "target": "t2"}
-        files = {"volume": (scan.name, scan.read_bytes())}
-        answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, timeout=120)
-        assert answer.status_code == 200, answer.text
-        same_image(image_of(answer.content), nibabel.load(out))
+    deploy(head, tmp_path / "a.yaml", config_with(port, model=str(model), work_dir=work, token_file=None))
+    wait_for(f"{url}/v1/health/ready", 200)
+    assert httpx.get(f"{away}/v1/models").status_code == 403  # open to this machine alone, whatever it listens on
+    fields = {"source": "t1", "target": "t2"}
+    files = {"volume": (scan.name, scan.read_bytes())}
+    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, timeout=120)
+    assert answer.status_code == 200, answer.text
+    same_image(image_of(answer.content), nibabel.load(out))
 
-        long = fields | {"sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "2"}
-        job = httpx.post(f"{url}/v1/translations", files=files, data=long, timeout=120).json()
-        again = config_with(port, model=str(model), work_dir=work, token_file=str(tokens), max_queue=3)
-        deploy(head, tmp_path / "b.yaml", again)
-        wait_for(f"{url}/v1/models", 401)
-        headers = {"Authorization": f"Bearer {token}"}
-        limits = wait_for(f"{away}/v1/models", 200, headers=headers).json()["limits"]
-        assert limits["max_queue"] == 3
-        wait_for(f"{away}/v1/health/ready", 200)
+    long = fields | {"sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "2"}
+    job = httpx.post(f"{url}/v1/translations", files=files, data=long, timeout=120).json()
+    again = config_with(port, model=str(model), work_dir=work, token_file=str(tokens), max_queue=3)
+    deploy(head, tmp_path / "b.yaml", again)
+    wait_for(f"{url}/v1/models", 401)
+    headers = {"Authorization": f"Bearer {token}"}
+    limits = wait_for(f"{away}/v1/models", 200, headers=headers).json()["limits"]
+    assert limits["max_queue"] == 3
+    wait_for(f"{away}/v1/health/ready", 200)
+    record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
+    assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
+    answer = httpx.post(f"{away}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    same_image(image_of(answer.content), nibabel.load(out))
+    until = time.monotonic() + 120
+    while record["state"] == "running":
+        assert time.monotonic() < until
+        time.sleep(0.5)
         record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
-        assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
-        answer = httpx.post(f"{away}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
+    assert (record["state"], record["attempt"]) == ("done", 1)
+    assert any("StoreActor" in title for title in titles(head))
+    words = ["serve", "shutdown", "--yes", "--address", head.address]
+    subprocess.run(words, env=head.environment, check=True, capture_output=True)
+    nothing_stays(head)
+
+
+@pytest.mark.slow
+def test_run_until_ctrl_c(head: RayHead, tmp_path: Path) -> None:
+    model, port = save_untrained(tmp_path / "model"), free_port()
+    token = new_token(tmp_path / "tokens", "ward")
+    environment = head.environment | {"RAY_ADDRESS": f"127.0.0.1:{head.ports['port']}"}
+    words = ["serve", "start", "--http-host", "127.0.0.1", "--http-port", str(port)]  # where serve run listens
+    subprocess.run(words, env=environment, check=True, capture_output=True)
+    words = ["serve", "run", "serve.app:build_app", f"model={model}", f"token_file={tmp_path / 'tokens'}"]
+    with (tmp_path / "run.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*words, f"work_dir={tmp_path / 'work'}"],
+            env=environment,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/v1/health/ready", 200)
+        scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
+        files, fields = {"volume": (scan.name, scan.read_bytes())}, {"source": "t1", "target": "t2"}
+        url = f"http://127.0.0.1:{port}/v1/translate"
+        assert httpx.post(url, files=files, data=fields, timeout=120).status_code == 401
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = httpx.post(url, files=files, data=fields, headers=headers, timeout=120)
         assert answer.status_code == 200, answer.text
-        same_image(image_of(answer.content), nibabel.load(out))
-        until = time.monotonic() + 120
-        while record["state"] == "running":
-            assert time.monotonic() < until
-            time.sleep(0.5)
-            record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
-        assert (record["state"], record["attempt"]) == ("done", 1)
+        assert image_of(answer.content).shape == nibabel.load(scan).shape
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    finally:
+        process.kill()
+        process.wait()
+    nothing_stays(head)

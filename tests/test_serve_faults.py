@@ -96,10 +96,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 def closed(
     service: RunningService, tokens: tuple[Path, str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningService]:
-    """A service that wants tokens, on all addresses; `service` comes first so that both do not start at once."""
+    """A service that wants tokens and makes batches, on all addresses.
+
+    `service` comes first so that both do not start at once.
+    """
     path, token, _ = tokens
     work = tmp_path_factory.mktemp("closed")
-    flags = ("--token-file", str(path), "--host", "0.0.0.0")
+    flags = ("--token-file", str(path), "--host", "0.0.0.0", "--max-batch-size", "3")
     with RunningService(service.folder, work, *flags, token=token) as running:
         yield running
 
@@ -148,8 +151,29 @@ def test_the_client_sends_its_token(
 
 
 @pytest.mark.slow
+def test_a_batch_gives_what_single_jobs_give(closed: RunningService, service: RunningService, scan: Path) -> None:
+    busy = closed.submit(scan, **MEDIUM)
+    closed.wait(busy, "running")
+    fields = {"sampler": "ddpm", "num_inference_steps": 400, "source": "t1"}
+    targets = ("t2", "pd", "t2", "pd")
+    jobs = [closed.submit(scan, target=target, seed=seed, **fields) for seed, target in enumerate(targets)]
+    closed.wait(jobs[1], "running")
+    assert closed.client.delete(jobs[1]["links"]["self"]).status_code == 204  # the others of its batch go on
+    single = [service.submit(scan, target=target, seed=seed, **fields) for seed, target in enumerate(targets)]
+    done = [closed.wait(job) for job in jobs]
+    assert [job["state"] for job in done] == ["done", "cancelled", "done", "done"]
+    started = [job["started_at"] for job in done]
+    assert started[0] == started[1] == started[2] < started[3]
+    for number in (0, 2, 3):
+        assert service.wait(single[number])["state"] == "done"
+        target = targets[number]
+        same_image(image_of(closed.result(jobs[number], target)), image_of(service.result(single[number], target)))
+    assert closed.wait(busy)["state"] == "done"
+
+
+@pytest.mark.slow
 def test_sigterm_lets_running_jobs_finish_and_a_new_start_makes_the_rest(
-    closed: RunningService, scan: Path, wanted: Any
+    closed: RunningService, tokens: tuple[Path, str, str], scan: Path, wanted: Any
 ) -> None:
     first = closed.submit(scan, **MEDIUM)
     closed.wait(first, "running")
@@ -158,7 +182,12 @@ def test_sigterm_lets_running_jobs_finish_and_a_new_start_makes_the_rest(
     assert closed.processes() == []
     record = (closed.work_dir / "jobs" / first["id"] / "job.json").read_text()
     assert '"state": "done"' in record
+    path, _, old = tokens
+    kept = [line for line in path.read_text().splitlines() if not line.startswith("ward-2 ")]
+    path.write_text("\n".join(kept) + "\n")  # as docs/serving.md says that a token is taken back
     with closed:
+        revoked = {"Authorization": f"Bearer {old}"}
+        assert httpx.get(f"{closed.url}/v1/models", headers=revoked, timeout=60).status_code == 401
         assert closed.job(first)["state"] == "done"
         assert closed.wait(second)["state"] == "done"
         for job in (first, second):
@@ -167,7 +196,9 @@ def test_sigterm_lets_running_jobs_finish_and_a_new_start_makes_the_rest(
         closed.wait(third, "running")
         closed.signal(signal.SIGTERM)
         closed.await_log("once more to stop at once")
+        began = time.monotonic()
         assert closed.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 30
     assert closed.processes() == []
     record = (closed.work_dir / "jobs" / third["id"] / "job.json").read_text()
     assert '"state": "running"' in record  # what a new start goes on with, see test_serve_jobs.py

@@ -1,5 +1,8 @@
 """The job store by itself: order, leases, limits, expiry, and what a new start finds."""
 
+import os
+import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import serve.jobs
 from aldm.errors import UserError
-from serve.jobs import FINISHED, LEASE_S, MAX_ATTEMPTS, QUEUED, RUNNING, Job, JobStore, new_id
+from serve.jobs import CHECK_S, LEASE_S, MAX_ATTEMPTS, JobStore
 from serve.problems import Problem
+from serve.records import FINISHED, QUEUED, RUNNING, Job, new_id
 from serve.settings import Settings
+from serve.work_folder import SWEEP_S
 
 
 class Clock:
@@ -36,7 +41,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def settings_of(folder: Path, **limits: Any) -> Settings:
-    return Settings(model="unused", work_dir=str(folder), **{"max_upload_mb": 0.001, "max_queue": 3} | limits)
+    usual = {"max_upload_mb": 0.001, "max_queue": 3, "max_voxels": 1000}
+    return Settings(model="unused", work_dir=str(folder), **usual | limits)
+
+
+def claim(store: JobStore, worker: str, count: int, name: str | None = None, model: str = "h") -> list[Job]:
+    """A worker's request for jobs, under a new name unless it is asked again."""
+    return store.claim(worker, count, name or new_id(), model)
+
+
+def reserve(store: JobStore, ticket: str | None = None, size: int = 1000) -> str:
+    """Reserve a place under a new name unless it is asked again; return the name."""
+    ticket = ticket or new_id()
+    store.reserve(ticket, size)
+    return ticket
 
 
 def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
@@ -57,10 +75,10 @@ def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
         "created": serve.jobs.time.time(),
     }
     job = Job(**values | fields)
-    ticket = store.reserve()
+    ticket = reserve(store)
     folder = store.folder / job.id
     folder.mkdir()
-    (folder / "volume.nii").write_bytes(bytes(size))
+    (folder / "volume.nii.gz").write_bytes(bytes(size))
     store.submit(ticket, job)
     return job
 
@@ -75,38 +93,38 @@ def test_first_come_first_served_and_equal_jobs_in_one_batch(tmp_path: Path, clo
     store = JobStore(settings_of(tmp_path, max_queue=5))
     first, other, like_first = add(store), add(store, num_samples=2), add(store, targets=["pd"], seed=7)
     assert store.get(like_first.id, "me")["queue_position"] == 2
-    assert store.claim("w", 4) == [first, like_first]
-    assert store.claim("v", 4) == [other]
-    assert store.claim("w", 4) == []
+    assert claim(store, "w", 4) == [first, like_first]
+    assert claim(store, "v", 4) == [other]
+    assert claim(store, "w", 4) == []
     assert {store.get(job.id, "me")["state"] for job in (first, other, like_first)} == {RUNNING}
 
 
 def test_a_full_queue_is_busy_and_uploads_count(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     add(store)
-    tickets = [store.reserve(), store.reserve()]
+    tickets = [reserve(store), reserve(store)]
     with pytest.raises(Problem, match="queue is full") as caught:
-        store.reserve()
+        reserve(store)
     assert caught.value.status == 503
     assert int(caught.value.headers["Retry-After"]) >= 1
     store.release(tickets[0])
-    store.release(store.reserve())
-    store.reserve()
+    store.release(reserve(store))
+    reserve(store)
     with pytest.raises(Problem):
-        store.reserve()
-    clock.now += serve.jobs.TICKET_S + 1  # uploads that never came
-    assert store.reserve()
+        reserve(store)
+    clock.now += 300 + CHECK_S + 1  # uploads that never came
+    assert reserve(store)
 
 
 def test_a_silent_worker_s_jobs_go_to_another_before_all_others(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     first, second = add(store), add(store)
-    assert store.claim("w", 1) == [first]
+    assert claim(store, "w", 1) == [first]
     for _ in range(5):
         clock.now += LEASE_S - 1
         assert store.beat("w", {first.id: 0.5}) == []
     clock.now += LEASE_S + 1
-    assert store.claim("v", 1) == [first]
+    assert claim(store, "v", 1) == [first]
     assert store.get(first.id, "me")["attempt"] == 2
     assert store.beat("w", {first.id: 0.9}) == [first.id]  # the old one comes back and is told to stop
     store.finish("w", first.id)
@@ -114,35 +132,38 @@ def test_a_silent_worker_s_jobs_go_to_another_before_all_others(tmp_path: Path, 
     store.finish("v", first.id)
     assert store.get(first.id, "me")["state"] == "done"
     assert store.counts()["totals"]["retried"] == 1
-    assert store.claim("v", 1) == [second]
+    assert claim(store, "v", 1) == [second]
 
 
 def test_a_job_that_kills_its_workers_is_given_up(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     job = add(store)
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        assert [one.attempt for one in store.claim("w", 1)] == [attempt]
+        assert [one.attempt for one in claim(store, "w", 1)] == [attempt]
         clock.now += LEASE_S + 1
     view = store.get(job.id, "me")
     assert (view["state"], view["error"]["status"]) == ("failed", 500)
     assert "died 3 times" in view["error"]["detail"]
-    assert store.claim("w", 1) == []
+    assert claim(store, "w", 1) == []
 
 
 def test_cancelling(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     running, waiting = add(store), add(store)
-    store.claim("w", 1)
+    claim(store, "w", 1)
     for job in (running, waiting):
         store.cancel(job.id, "me")
         assert store.get(job.id, "me")["state"] == "cancelled"
-        assert not (store.folder / job.id / "volume.nii").exists()
+        assert not (store.folder / job.id / "volume.nii.gz").exists()
     assert store.beat("w", {running.id: 0.4}) == [running.id]
     (store.folder / running.id / "result_t2.nii.gz").write_bytes(b"late")
     store.finish("w", running.id)
     assert [file.name for file in (store.folder / running.id).iterdir()] == ["job.json"]
     assert store.get(running.id, "me")["state"] == "cancelled"
-    store.cancel(running.id, "me")  # a second time: forget it
+    store.cancel(running.id, "me")  # a second time: nothing more
+    assert store.get(running.id, "me")["state"] == "cancelled"
+    store.forget(running.id, "me")
+    store.forget(running.id, "me")
     with pytest.raises(Problem, match="no such translation"):
         store.get(running.id, "me")
 
@@ -150,7 +171,7 @@ def test_cancelling(tmp_path: Path, clock: Clock) -> None:
 def test_only_the_owner_sees_a_job(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     job = add(store)
-    for call in (store.get, store.cancel):
+    for call in (store.get, store.cancel, store.forget):
         with pytest.raises(Problem) as caught:
             call(job.id, "another")
         assert caught.value.status == 404
@@ -160,7 +181,7 @@ def test_only_the_owner_sees_a_job(tmp_path: Path, clock: Clock) -> None:
 def test_results_expire(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path, keep_hours=2))
     job, waiting = add(store), add(store)
-    store.claim("w", 1)
+    claim(store, "w", 1)
     store.finish("w", job.id)
     clock.now += 2 * 3600 - 1
     assert store.get(job.id, "me")["state"] == "done"
@@ -172,23 +193,115 @@ def test_results_expire(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_the_folder_stays_below_its_size(tmp_path: Path, clock: Clock) -> None:
-    store = JobStore(settings_of(tmp_path, max_folder_gb=20e-6, max_queue=10))  # 20 kB, 3 kB for an upload
-    old, new = add(store, size=6000), add(store, size=6000)
+    store = JobStore(settings_of(tmp_path, max_folder_gb=0.04, max_queue=10))  # 40 MB, 1 MB for an upload
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "weights").write_bytes(bytes(4_000_000))
+    old, new = add(store, size=10_000_000), add(store, size=10_000_000)  # and 2.1 MB for the results of each
     for job in (old, new):
-        store.claim("w", 1)
+        claim(store, "w", 1)
         store.finish("w", job.id)
-        clock.now += 1
-    waiting = add(store, size=6000)
-    assert store.get(old.id, "me")["state"] == "done"  # all three fit
-    add(store, size=6000)  # and this one does not: the oldest finished one goes
+        clock.now += SWEEP_S
+    waiting, _ = add(store, size=8_000_000), add(store, size=8_000_000)
+    assert store.get(old.id, "me")["state"] == "done"
+    add(store, size=8_000_000)  # 44 MB are there: the oldest finished one goes
     with pytest.raises(Problem, match="no such"):
         store.get(old.id, "me")
-    add(store, size=6000)
+    add(store, size=8_000_000)
     with pytest.raises(Problem, match="no such"):
         store.get(new.id, "me")
     with pytest.raises(Problem, match="is full of unfinished jobs"):
-        store.reserve()
+        reserve(store)
     assert store.get(waiting.id, "me")["state"] == QUEUED
+    assert store.counts()["folder_bytes"] > 36_000_000
+
+
+def taken(store: JobStore) -> int:
+    """How many uploads at once the folder has room for."""
+    for number in range(100):
+        try:
+            reserve(store, f"{number}")
+        except Problem:
+            break
+    return store.counts()["uploading"]
+
+
+def test_what_arrives_and_what_will_be_written_count(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path, max_folder_gb=0.04, max_queue=100))  # 40 MB, 1.015 MB for an upload
+    job = add(store, voxels=1_000_000, targets=["t2", "pd", "t1"], num_samples=2)  # 3 x (2 x 4.2 + 2.1) MB
+    assert taken(store) == 8
+    store.cancel(job.id, "me")
+    assert taken(store) == 39
+
+
+def test_a_cap_below_one_upload_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="raise the first or lower the others"):
+        settings_of(tmp_path, max_folder_gb=0.001)
+
+
+def test_a_full_disk_takes_no_uploads(tmp_path: Path, clock: Clock, monkeypatch) -> None:
+    store = JobStore(settings_of(tmp_path))
+    full = shutil.disk_usage(tmp_path)._replace(free=10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(Problem, match="the disk of the service's folder is full"):
+        reserve(store)
+
+
+def test_every_call_can_be_made_twice(tmp_path: Path, clock: Clock) -> None:
+    """Callers do that when an answer is late; the first call may have come through."""
+    store = JobStore(settings_of(tmp_path, max_queue=3))
+    jobs = [add(store), add(store)]
+    ticket = reserve(store)
+    assert reserve(store, ticket) == ticket  # a full queue by now, and still the same place
+    assert store.counts()["uploading"] == 1
+    store.release(ticket)
+    store.release(ticket)
+    assert store.counts()["uploading"] == 0
+    assert claim(store, "w", 1, "first") == claim(store, "w", 1, "first") == [jobs[0]]
+    assert store.get(jobs[0].id, "me")["attempt"] == 1
+    assert store.counts()["queued"] == 1
+    again = restarted(store)  # between the two
+    assert [job.id for job in claim(again, "w", 1, "first")] == [jobs[0].id]
+    assert claim(again, "w", 1, "second")[0].id == jobs[1].id
+    for job, error in zip(jobs, (None, Problem(422, "bad").as_dict()), strict=True):
+        again.finish("w", job.id, error)
+        again.finish("w", job.id, error)
+    assert again.counts()["totals"] == {"done": 1, "failed": 1}
+    for _ in range(2):
+        again.cancel(jobs[0].id, "me")
+        assert again.get(jobs[0].id, "me")["state"] == "done"
+    for _ in range(2):
+        again.forget(jobs[0].id, "me")
+    assert not (store.folder / jobs[0].id).exists()
+
+
+def test_a_job_is_made_by_the_model_that_it_was_meant_for(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    old, new = {"name": "old", "hash": "h"}, {"name": "new", "hash": "g"}
+    store.configure(store.settings.model_dump(), old)
+    running, waiting = add(store, model=old), add(store, model=old)
+    claim(store, "w", 1)
+    assert claim(store, "v", 1, model="g") == []  # a copy of the new model that is ready early
+    assert store.get(waiting.id, "me")["state"] == QUEUED
+    again = restarted(store)
+    again.configure(store.settings.model_dump(), new)
+    view = again.get(waiting.id, "me")
+    assert (view["state"], view["error"]["status"]) == ("failed", 409)
+    assert "another model (new, it was old)" in view["error"]["detail"]
+    assert again.beat("w", {running.id: 0.5}) == []  # an old copy that still runs may finish
+    clock.now += LEASE_S + 1
+    assert again.get(running.id, "me")["state"] == "failed"  # and nobody makes it when that copy dies
+    with pytest.raises(Problem, match="being started again with another model"):
+        add(again, model=old)
+    (left,) = (job for job in (add(again, model=new),) if claim(again, "v", 1, model="g"))
+    assert again.get(left.id, "me")["state"] == RUNNING
+
+
+def test_a_restarted_store_knows_the_last_limits(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    store.configure(settings_of(tmp_path, max_queue=7).model_dump(), {"name": "m", "hash": "h"})
+    store._lock.close()
+    first = settings_of(tmp_path)  # what Ray starts it again with
+    assert JobStore(first, as_configured=True).settings.max_queue == 7
 
 
 def test_a_new_start_finds_every_job(tmp_path: Path, clock: Clock) -> None:
@@ -196,46 +309,95 @@ def test_a_new_start_finds_every_job(tmp_path: Path, clock: Clock) -> None:
     done, running, silent, second = add(store), add(store), add(store), add(store)
     for _ in range(3):
         clock.now += 0.1
-        store.claim("w", 1)
+        claim(store, "w", 1)
     store.finish("w", done.id)
     again = restarted(store)
     assert again.get(done.id, "me")["state"] == "done"
-    assert again.claim("v", 1)[0].id == second.id
+    assert claim(again, "v", 1)[0].id == second.id
     again.finish("v", second.id)
     assert again.beat("w", {running.id: 0.7}) == []  # its worker is alive and goes on
     clock.now += LEASE_S - 1
     again.beat("w", {running.id: 0.8})
     clock.now += 2
-    assert [job.id for job in again.claim("v", 1)] == [silent.id]
+    assert [job.id for job in claim(again, "v", 1)] == [silent.id]
     again.finish("w", running.id)
     assert again.get(running.id, "me")["state"] == "done"
     assert again.get(running.id, "me")["attempt"] == 1
 
 
-def test_what_is_half_written_is_not_a_job(tmp_path: Path, clock: Clock) -> None:
+def test_uploads_of_an_ingress_that_died_are_removed_and_nothing_else(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     job = add(store)
-    (store.folder / "halfway").mkdir()
-    (store.folder / "damaged").mkdir()
-    (store.folder / "damaged" / "job.json").write_text('{"id": ')
+    half, damaged, users = store.folder / new_id(), store.folder / new_id(), store.folder / "my-results"
+    for folder in (half, damaged, users):
+        folder.mkdir()
+    (half / "upload.nii").write_bytes(b"Doe^Jane")
+    (damaged / "job.json").write_text('{"id": ')
     again = restarted(store)
-    assert [one.id for one in again.claim("w", 9)] == [job.id]
-    clock.now += serve.jobs.TICKET_S + 1
-    last = restarted(again)
-    assert [folder.name for folder in last.folder.iterdir()] == [job.id]
+    assert [one.id for one in claim(again, "w", 9)] == [job.id]
+    assert half.exists()  # its ingress may be alive
+    clock.now += 300 + CHECK_S + 60
+    again.beat("w", {job.id: 0.5})
+    again.counts()
+    assert {folder.name for folder in again.folder.iterdir()} == {job.id, "my-results"}
+
+
+def test_another_s_folder_is_left_alone(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    kept = project / "jobs" / "my-results" / "table.csv"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("1")
+    os.utime(kept.parent, (0, 0))
+    project.chmod(0o755)
+    with pytest.raises(UserError, match="holds jobs that no translation service made"):
+        JobStore(settings_of(project))
+    assert kept.read_text() == "1"
+    kept.parent.parent.rename(project / "results")
+    store = JobStore(settings_of(project))
+    assert stat.S_IMODE(project.stat().st_mode) == 0o755
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    store._lock.close()
+    JobStore(settings_of(tmp_path / "new"))
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+
+
+def test_a_service_that_is_started_again_and_again_does_not_use_up_a_job_s_attempts(
+    tmp_path: Path, clock: Clock
+) -> None:
+    store = JobStore(settings_of(tmp_path))
+    job = add(store)
+    for attempt in range(1, MAX_ATTEMPTS + 3):
+        assert [one.attempt for one in claim(store, f"w{attempt}", 1)] == [attempt]
+        store = restarted(store)
+        clock.now += LEASE_S + 1
+    assert store.get(job.id, "me")["state"] == QUEUED
+    assert store.get(job.id, "me")["deaths"] == 0
 
 
 def test_draining_starts_nothing_and_keeps_what_waits(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     running, waiting = add(store), add(store)
-    store.claim("w", 1)
+    claim(store, "w", 1)
     assert store.drain() == 1
-    assert store.claim("w", 1) == []
+    assert claim(store, "w", 1) == []
     with pytest.raises(Problem, match="about to stop"):
-        store.reserve()
+        reserve(store)
     store.finish("w", running.id)
     assert store.drain() == 0
-    assert [job.id for job in restarted(store).claim("w", 1)] == [waiting.id]
+    assert [job.id for job in claim(restarted(store), "w", 1)] == [waiting.id]
+
+
+def test_halting_stops_what_is_running_for_the_next_start(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    job = add(store)
+    claim(store, "w", 1)
+    store.halt()
+    assert store.beat("w", {job.id: 0.5}) == [job.id]
+    store.finish("w", job.id)  # what the worker says when it has stopped
+    again = restarted(store)
+    assert again.get(job.id, "me")["state"] == RUNNING
+    clock.now += LEASE_S + 1
+    assert [one.id for one in claim(again, "v", 1)] == [job.id]
 
 
 def test_two_services_cannot_share_a_folder(tmp_path: Path) -> None:
@@ -263,14 +425,14 @@ class AnyOrder(RuleBasedStateMachine):
     def submit(self, samples: int) -> None:
         if self.store.counts()["queued"] >= 4:
             with pytest.raises(Problem, match="queue is full"):
-                self.store.reserve()
+                reserve(self.store)
             return
         self.number += 1
         self.known.add(add(self.store, id=f"{self.number:03d}", num_samples=samples).id)
 
     @rule(worker=st.sampled_from(["v", "w"]), count=st.integers(1, 3))
     def claim(self, worker: str, count: int) -> None:
-        self.held[worker] |= {job.id for job in self.store.claim(worker, count)}
+        self.held[worker] |= {job.id for job in claim(self.store, worker, count)}
 
     @rule(worker=st.sampled_from(["v", "w"]), done=st.floats(0, 1))
     def beat(self, worker: str, done: float) -> None:
@@ -289,7 +451,9 @@ class AnyOrder(RuleBasedStateMachine):
         job_id = sorted(self.known)[index % len(self.known)]
         if self.store.get(job_id, "me")["state"] in FINISHED:
             self.known.remove(job_id)
-        self.store.cancel(job_id, "me")
+            self.store.forget(job_id, "me")
+        else:
+            self.store.cancel(job_id, "me")
 
     @rule(seconds=st.floats(0.1, 1.5 * LEASE_S))
     def wait(self, seconds: float) -> None:
@@ -307,7 +471,7 @@ class AnyOrder(RuleBasedStateMachine):
         for job_id, view in views.items():
             assert (view["queue_position"] is not None) == (view["state"] == QUEUED)
             assert 0 <= view["progress"] <= 1
-            assert (self.store.folder / job_id / "volume.nii").exists() == (
+            assert (self.store.folder / job_id / "volume.nii.gz").exists() == (
                 view["state"] not in ("failed", "cancelled")
             )
         positions = sorted(view["queue_position"] for view in views.values() if view["state"] == QUEUED)

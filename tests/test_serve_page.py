@@ -1,8 +1,10 @@
 """The service's page in headless Chromium: upload, progress, both views drawn, comparison, download, keys, errors."""
 
+import base64
 import gzip
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +104,30 @@ def test_a_file_goes_up_and_its_translation_is_seen_and_fetched(
     assert gzip.decompress((tmp_path / "synthetic-t2.nii.gz").read_bytes()) == gzip.decompress(content)
 
 
+DROP = """async ([name, base64]) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name));
+    for (const kind of ["dragenter", "dragover"]) {
+        document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+    }
+    const over = document.getElementById("drop").classList.contains("over");
+    const event = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+    document.body.dispatchEvent(event);
+    return [over, event.defaultPrevented];
+}"""
+"""Drop a file on the page as a browser does; returns whether the place was marked, and whether the page took it."""
+
+
+def test_a_file_is_dropped_on_the_page(page: Page, service: RunningService) -> None:
+    content = base64.b64encode(service.client.get("/v1/example").content).decode()
+    assert page.evaluate(DROP, ["dropped_T1w.nii.gz", content]) == [True, True]
+    expect(page.locator("#file-name")).to_contain_text("dropped_T1w.nii.gz")
+    expect(page.locator("#drop")).not_to_have_class(re.compile("over"))
+    translate(page)
+    assert is_drawn(picture(page, "#result-view"))
+
+
 @pytest.mark.slow
 def test_targets_uncertainty_and_the_three_comparisons(page: Page) -> None:
     page.get_by_role("button", name="Take the example").click()
@@ -178,6 +204,13 @@ def test_by_keyboard_alone(page: Page) -> None:
         page.locator("[data-file=provenance]").focus()
         page.keyboard.press("Enter")
     assert '"synthetic": true' in Path(download.value.path()).read_text()
+
+
+def test_the_model_s_measured_quality_is_shown(page: Page) -> None:
+    page.locator("#card-area summary").click()
+    expect(page.locator("#card tr")).to_have_count(2)
+    cells = page.locator("#card td").all_inner_texts()
+    assert cells == ["aldm (ddim, 4 steps)", "brain", "21.50", "0.125", "0.750", "0.25"]
 
 
 def test_cancelling_by_escape(page: Page, service: RunningService) -> None:

@@ -11,9 +11,11 @@ from untrained import save_untrained
 from aldm.cli import main
 from aldm.data.modalities import MODALITIES
 from aldm.errors import UserError
-from serve.jobs import locked
+from pipelines.registry import register
+from serve.models import find_model
 from serve.security import new_token, owner_of, read_tokens
 from serve.uploads import guess_source
+from serve.work_folder import locked
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,9 @@ def test_a_dry_run_says_what_would_be_served(model, tmp_path, capsys):
         (["--port", "0"], "--port is 0, wanted 1 to 65535"),
         (["--max-queue", "0"], "--max-queue is 0"),
         (["--max-upload-mb", "-1"], "--max-upload-mb is -1"),
+        (["--max-folder-gb", "inf"], "--max-folder-gb is inf"),
+        (["--drain-seconds", "nan"], "--drain-seconds is nan, wanted"),
+        (["--max-folder-gb", "1"], "--max-folder-gb is 1, one upload of --max-upload-mb 512 and --max-voxels 67108864"),
         (["--precision", "fp16"], "fp16"),
         (["--token-file", "missing"], "--token-file"),
         (["--preset", "tiny"], "a served model carries its own configuration"),
@@ -61,6 +66,31 @@ def test_what_cannot_be_served_is_refused(model, tmp_path, capsys, flags, words)
     assert words in capsys.readouterr().err
 
 
+def test_a_proxy_in_front_needs_tokens(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert start(model, tmp_path / "work") == 2
+    assert "puts a proxy in front of the service" in capsys.readouterr().err
+    new_token(tmp_path / "tokens", "someone")
+    assert start(model, tmp_path / "work", "--port", 21876, "--token-file", tmp_path / "tokens") == 0
+
+
+def test_a_registered_model_is_served_with_its_card(tmp_path, capsys, monkeypatch):
+    folder = save_untrained(tmp_path / "model")
+    (folder / "card.json").write_text('[{"sampler": "ddim", "psnr_db": 21.5}]')
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    register(folder, "brats", "champion", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    found = find_model("models:/brats@champion", tmp_path / "work")
+    wanted = find_model(str(folder), tmp_path / "work")
+    assert (found.name, found.hash, found.card) == ("models:/brats@champion", wanted.hash, wanted.card)
+    assert found.folder.is_relative_to(tmp_path / "work" / "models")
+    assert stat.S_IMODE((tmp_path / "work").stat().st_mode) == 0o700
+    assert start("models:/brats@champion", tmp_path / "work", "--port", 21875) == 0
+    assert "model: models:/brats@champion: aldm, preset tiny" in capsys.readouterr().out
+    assert start("models:/brats@nobody", tmp_path / "work", "--port", 21875) == 2
+
+
 def test_a_model_that_is_none_is_refused(tmp_path, capsys):
     assert start(tmp_path / "missing", tmp_path / "work") == 2
     assert "is not a checkpoint folder" in capsys.readouterr().err
@@ -74,6 +104,7 @@ def test_a_port_or_folder_in_use_is_refused(model, tmp_path, capsys):
         port = taken.getsockname()[1]
         assert start(model, tmp_path / "work", "--port", port) == 2
         assert f"--port {port}: cannot listen there" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
     with locked(tmp_path / "work"):
         assert start(model, tmp_path / "work", "--port", 21878) == 2
         assert "in use by another service" in capsys.readouterr().err

@@ -3,6 +3,8 @@ import pickle
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aldm.config import PreprocessConfig, to_dict
@@ -214,10 +216,19 @@ def test_what_is_not_a_finished_store_is_refused(tmp_path):
     (path / "manifest.parquet").write_bytes(manifest[:50])
     with pytest.raises(UserError, match="damaged"):
         VolumeStore.open(path)
+    pq.write_table(pa.table({"subject_id": ["A"]}), path / "manifest.parquet")
+    with pytest.raises(UserError, match=r"damaged .*'split'"):
+        VolumeStore.open(path)
     (path / "manifest.parquet").write_bytes(manifest)
     header = json.loads((path / "store.json").read_text())
     (path / "store.json").write_text(json.dumps({**header, "format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
+        VolumeStore.open(path)
+    (path / "store.json").write_text(json.dumps({**header, "preprocess": None, "layout": 3}))
+    with pytest.raises(UserError, match="layout is 3, wanted text; preprocess is None, wanted a mapping; prepare"):
+        VolumeStore.open(path)
+    (path / "store.json").write_text('{"format_version": 1}')
+    with pytest.raises(UserError, match="it lacks layout; it lacks preprocess; it lacks modalities; it lacks finger"):
         VolumeStore.open(path)
     (path / "store.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

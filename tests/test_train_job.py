@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,15 @@ def test_the_lossless_codec_needs_no_run(stage_2: Path, stage_3: Path, tmp_path:
     config = load_checkpoint(tmp_path / "model", "aldm").config
     assert config.codec.kind == "haar"
     assert config.sampling.sampler == "ddim"
+
+
+def test_a_dry_run_of_export_says_how_much_memory_it_takes(
+    stage_2: Path, stage_3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", "--codec", "haar", "--ms-spade", stage_2, "--diffusion", stage_3, "--out", tmp_path / "model")
+    assert run(*words, *TINY, "--dry-run") == 0
+    assert re.search(r"memory: program and weights \d\.\d\d GB, writing them 0\.\d\d GB more", capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_regression_unet_is_a_model_of_its_own(brats_store: VolumeStore, tmp_path: Path) -> None:
@@ -190,6 +200,7 @@ def test_stages_that_do_not_belong_together_are_not_exported(
     assert "was trained on latents of codec haar-1" in refused(capsys, *words, *TINY)
     words = ("export", "--codec", "haar", "--ms-spade", stage_2, "--diffusion", stage_3, "--out", model)
     assert "only sampling.* can be set here" in refused(capsys, *words, *TINY, "--set", "seed=3")
+    assert "no preset 'nope': wanted one of" in refused(capsys, *words, "--preset", "nope")
     assert not model.exists()
 
 
@@ -202,6 +213,7 @@ def test_stages_that_do_not_belong_together_are_not_exported(
         (("train", "vqgan", "--store", "nowhere"), "is not a store of prepared volumes"),
         (("train", "ms-spade", "--latents", "nowhere"), "is not a store of latents"),
         (("train", "ms-spade", "--latents", "LATENTS", "--resume"), "holds no run to resume"),
+        (("train", "ms-spade", "--latents", "LATENTS", "--max-minutes", "nan"), "wanted a finite value above 0"),
         (("train", "diffusion", "--latents", "LATENTS", "--ms-spade", "nowhere"), "holds no checkpoint"),
         (("train", "ms-spade", "--latents", "LATENTS", "--set", "modalities=[pd]"), "the data have t1, t1ce"),
     ],
@@ -278,7 +290,7 @@ def test_sigterm_leaves_a_run_that_can_be_resumed(
     words = ("train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, "--resume")
     assert f"another training runs in {folder}" in refused(capsys, *words, "--max-steps", 100000)
     training.send_signal(signal.SIGTERM)
-    assert training.wait(timeout=60) == cli.EXIT_TERMINATED
+    assert training.wait(timeout=180) == cli.EXIT_TERMINATED
     step = json.loads((folder / "last" / "training.json").read_text())["step"]
     assert metrics(folder)[-1]["step"] == step
     load_checkpoint(folder / "last", "ms-spade")

@@ -238,7 +238,7 @@ class Thread(PlainEngine):
 
 
 def train_in_threads(stages: list[LineStage], config: TrainingConfig) -> list[Run]:
-    barrier, shared = threading.Barrier(len(stages), timeout=30), [torch.zeros(()) for _ in stages]
+    barrier, shared = threading.Barrier(len(stages), timeout=180), [torch.zeros(()) for _ in stages]
     runs = [Run() for _ in stages]
     with ThreadPoolExecutor(len(stages)) as pool:
         jobs = [
@@ -492,6 +492,31 @@ def test_resuming_computes_what_never_stopping_computes(
     assert {**states[0], "pace": 0} == {**states[1], "pace": 0}
     weights = [(tmp_path / which / "6/weights.safetensors").read_bytes() for which in ("whole", "rest")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nonsense", "half", {"line": {}}, [1]])
+def test_resuming_from_a_damaged_engine_is_explained(content: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    train(LineStage(BASE), BASE, run)
+    folder = max(tmp_path.iterdir())
+    file = folder / "engine.pt"
+    if content is None:
+        file.unlink()
+    elif isinstance(content, dict | list):
+        torch.save(content, file)
+    else:
+        file.write_bytes(file.read_bytes()[:300] if content == "half" else content)
+    with pytest.raises(
+        UserError, match=r"engine\.pt (cannot be read|is damaged).*resume from another checkpoint"
+    ) as refused:
+        train(LineStage(BASE), BASE, resume_from=folder)
+    assert "weights_only" not in str(refused.value)
+    state = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**state, "pace": {}, "step": None}))
+    with pytest.raises(
+        UserError, match=r"training\.json is damaged: step is None, wanted a whole number; it lacks pace"
+    ):
+        train(LineStage(BASE), BASE, resume_from=folder)
 
 
 def test_resuming_without_state_is_refused(tmp_path: Path) -> None:

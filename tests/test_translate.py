@@ -269,6 +269,24 @@ def test_a_folder_is_all_that_a_translator_needs(kind, tmp_path):
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latents": {}}, r"config\.json is damaged: it lacks latents\.mean; it lacks latents\.std"),
+        ({"latents": {"mean": [0.0], "std": [1.0]}}, r"mean of the latents is \[0\.0\], wanted 4 numbers"),
+        ({"data": {"median_percentiles": {"t1": [0, 1], "t2": [0]}}}, r"median_percentiles\.t2 is \[0\], wanted two"),
+        ({"data": {"median_percentiles": {"t1": [0, 1]}}}, r"it lacks data\.median_percentiles\.t2"),
+        ({"data": 3}, "data is 3, wanted a mapping"),
+    ],
+)
+def test_a_folder_that_lacks_what_a_translator_needs_is_refused(tmp_path, change, words):
+    folder = save_untrained(tmp_path / "model")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"meta": record["meta"] | change}))
+    with pytest.raises(UserError, match=words):
+        Translator.load(folder)
+
+
 def test_the_haar_codec_loses_nothing_even_in_bf16(tmp_path):
     config = replace(tiny(), codec=replace(tiny().codec, kind="haar"))
     model = Translator.load(save_untrained(tmp_path / "model", config=config, precision="bf16"))

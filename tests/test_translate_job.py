@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -330,22 +331,34 @@ def spoiled(value: float) -> Callable[[Path], None]:
 
 
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "not a NIfTI": (".nii", lambda path: path.write_bytes(os.urandom(2000)), "not a NIfTI"),
-    "truncated": (".nii", truncated, "truncated|fewer|ends"),
-    "truncated gzip": (".nii.gz", truncated, "truncated|damaged|ends"),
-    "empty": (".nii", lambda path: path.write_bytes(b""), "empty"),
-    "gzip bomb": (".nii.gz", gzip_bomb, "more"),
-    "too many voxels": (".nii", huge_claim, "30000"),
-    "2D": (".nii", lambda path: write(path, blob()[:, :, 0].astype(np.float32)), "3D|dimension"),
-    "4D": (".nii", lambda path: write(path, np.stack([blob()] * 2, axis=3).astype(np.float32)), "3D|dimension|4"),
-    "complex": (".nii", lambda path: write(path, blob().astype(np.complex64)), "complex"),
-    "RGB": (".nii", colours, "RGB|colour"),
-    "all zero": (".nii", lambda path: write(path, np.zeros((8, 8, 8), np.float32)), "zero"),
-    "constant": (".nii", lambda path: write(path, np.full((8, 8, 8), 7, np.float32)), "constant"),
-    "NaN": (".nii", spoiled(np.nan), "NaN"),
-    "infinite": (".nii", spoiled(np.inf), "infinite"),
-    "singular affine": (".nii", singular, "singular|affine"),
-    "wrong suffix": (".img", lambda path: path.write_bytes(b"x"), r"\.nii"),
+    "not a NIfTI": (".nii", lambda path: path.write_bytes(os.urandom(2000)), r"in\.nii: not a NIfTI file"),
+    "truncated": (".nii", truncated, r"in\.nii: truncated, 6,720 bytes of voxels wanted"),
+    "truncated gzip": (".nii.gz", truncated, r"in\.nii\.gz: truncated, 6,720 bytes of voxels wanted"),
+    "empty": (".nii", lambda path: path.write_bytes(b""), r"in\.nii: the file is empty"),
+    "gzip bomb": (".nii.gz", gzip_bomb, "far more than the 64,000 bytes"),
+    "too many voxels": (".nii", huge_claim, "claims 30000x30000x30000"),
+    "2D": (
+        ".nii",
+        lambda path: write(path, blob()[:, :, 0].astype(np.float32)),
+        "2D data of shape 14x12, wanted one 3D volume",
+    ),
+    "4D": (
+        ".nii",
+        lambda path: write(path, np.stack([blob()] * 2, axis=3).astype(np.float32)),
+        "4D data of shape 14x12x10x2, wanted one 3D volume",
+    ),
+    "complex": (".nii", lambda path: write(path, blob().astype(np.complex64)), r"in\.nii: complex voxels"),
+    "RGB": (".nii", colours, r"in\.nii: RGB voxels"),
+    "all zero": (".nii", lambda path: write(path, np.zeros((8, 8, 8), np.float32)), "every voxel is zero"),
+    "constant": (".nii", lambda path: write(path, np.full((8, 8, 8), 7, np.float32)), r"every voxel is 7 \(constant\)"),
+    "NaN": (".nii", spoiled(np.nan), "1 of 1680 voxels are NaN or infinite"),
+    "infinite": (".nii", spoiled(np.inf), "1 of 1680 voxels are NaN or infinite"),
+    "singular affine": (".nii", singular, r"in\.nii: singular affine"),
+    "wrong suffix": (
+        ".img",
+        lambda path: path.write_bytes(b"x"),
+        r"in\.img: not a NIfTI file by its name, wanted \.nii or \.nii\.gz",
+    ),
 }
 
 
@@ -368,29 +381,48 @@ def refused(code: int, capsys: pytest.CaptureFixture[str], words: str, folder: P
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
-    "unknown modality": ({"source": "t3"}, (), "t3"),
-    "modality of another model": ({"target": "flair"}, (), "t1, t2, pd"),
-    "missing input": ({"input": "absent.nii"}, (), "absent.nii"),
-    "nothing matches": ({"input": "absent*.nii"}, (), "absent"),
-    "empty folder": ({"input": "empty"}, (), "empty"),
-    "missing output folder": ({"output": "absent/out.nii"}, (), "absent"),
-    "missing parent of an output folder": ({"output": "absent/out", "target": "all"}, (), "absent"),
-    "existing output": ({"output": "taken.nii"}, (), "--overwrite"),
-    "existing sidecar": ({"output": "side.nii"}, (), "--overwrite"),
+    "unknown modality": ({"source": "t3"}, (), "modality 't3' is not one that this model knows"),
+    "modality of another model": ({"target": "flair"}, (), "'flair' is not one that this model knows: t1, t2, pd"),
+    "missing input": ({"input": "absent.nii"}, (), r"absent\.nii does not exist"),
+    "nothing matches": ({"input": "absent*.nii"}, (), r"nothing matches absent\*\.nii"),
+    "empty folder": ({"input": "empty"}, (), "empty holds no NIfTI file"),
+    "missing output folder": (
+        {"output": "absent/out.nii"},
+        (),
+        r"cannot write absent/out\.nii: there is no folder absent",
+    ),
+    "missing parent of an output folder": (
+        {"output": "absent/out", "target": "all"},
+        (),
+        "cannot write absent/out: there is no folder absent",
+    ),
+    "existing output": ({"output": "taken.nii"}, (), r"taken\.nii exists: .*--overwrite"),
+    "existing sidecar": ({"output": "side.nii"}, (), r"side\.json exists: .*--overwrite"),
     "output is the input": ({"output": "in.nii"}, ("--overwrite",), "is an input"),
-    "output is a folder": ({"output": "empty.nii"}, (), "folder"),
-    "not a NIfTI name": ({"output": "out.png"}, (), r"\.nii"),
-    "dicom from nifti": ({"output": "out"}, ("--format", "dicom"), "DICOM series"),
-    "spread of one sample": ({}, ("--uncertainty", "u.nii"), "--num-samples"),
-    "sampler of another objective": ({}, ("--sampler", "bridge"), "dpm-solver"),
-    "too many steps": ({}, ("--num-inference-steps", "51"), "1 to 50"),
+    "output is a folder": ({"output": "empty.nii"}, (), r"empty\.nii is a folder, wanted the name of a file"),
+    "not a NIfTI name": ({"output": "out.png"}, (), r"out\.png: wanted a name that ends in \.nii or \.nii\.gz"),
+    "dicom from nifti": ({"output": "out"}, ("--format", "dicom"), "--format dicom needs a DICOM series folder"),
+    "spread of one sample": ({}, ("--uncertainty", "u.nii"), "give --num-samples of at least 2"),
+    "sampler of another objective": (
+        {},
+        ("--sampler", "bridge"),
+        "'bridge' cannot be used with a model of objective 'v'",
+    ),
+    "too many steps": ({}, ("--num-inference-steps", "51"), "num_inference_steps is 51 .*, wanted 1 to 50"),
     "a glob without quotes": ({}, ("b.nii", "c.nii", "out"), "got 5 names: put a glob into quotes"),
-    "too little memory": ({}, ("--max-memory-gb", "0.05"), "at least"),
+    "too little memory": (
+        {},
+        ("--max-memory-gb", "0.05"),
+        r"--max-memory-gb 0\.05 is too little for a volume of 16 x 24 x 16 voxels",
+    ),
     "no scratch folder": ({}, ("--scratch-dir", "absent"), "--scratch-dir absent is not a folder"),
-    "no memory": ({}, ("--max-memory-gb", "nan"), "is nan, wanted a number above 0"),
-    "networks changed": ({}, ("--set", "unet.channels=[8]"), "carries"),
-    "unknown setting": ({}, ("--set", "sampling.speed=1"), "unknown key"),
-    "too many voxels for the user": ({}, ("--max-voxels", "1000"), "1,?000"),
+    "no memory": ({}, ("--max-memory-gb", "nan"), "--max-memory-gb is nan, wanted a number above 0"),
+    "networks changed": ({}, ("--set", "unet.channels=[8]"), "changes unet, which the trained model .* carries"),
+    "unknown setting": ({}, ("--set", "sampling.speed=1"), r"unknown key 'sampling\.speed'"),
+    "too many voxels for the user": ({}, ("--max-voxels", "1000"), "voxels, the limit is 1,000: resample it"),
+    "fewer voxels than one": ({}, ("--max-voxels", "-1"), "--max-voxels is -1, wanted at least 1"),
+    "a seed beyond 64 bits": ({}, ("--seed", str(2**64)), "--seed is 18446744073709551616, wanted 0 to"),
+    "a negative seed": ({}, ("--seed", "-1"), "--seed is -1, wanted 0 to"),
 }
 
 
@@ -414,7 +446,10 @@ def test_bad_arguments_are_one_message_and_nothing_is_written(name, model, tmp_p
 def test_a_model_of_another_format_version_or_kind_is_refused(model, tmp_path, capsys):
     write(tmp_path / "in.nii")
     record = json.loads((model / "config.json").read_text())
-    for change, words in (({"format_version": 99}, "99"), ({"kind": "vqgan"}, "vqgan")):
+    for change, words in (
+        ({"format_version": 99}, "of format version 99, wanted 1"),
+        ({"kind": "vqgan"}, "checkpoint of kind 'vqgan'"),
+    ):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "weights.safetensors").write_bytes((model / "weights.safetensors").read_bytes())
         (tmp_path / "model" / "config.json").write_text(json.dumps(record | change))
@@ -427,15 +462,19 @@ def test_weights_that_do_not_fit_are_refused(model, tmp_path, capsys):
     folder = save_untrained(tmp_path / "other", modalities=("t1", "t2"))
     (folder / "weights.safetensors").write_bytes((model / "weights.safetensors").read_bytes())
     code = run(tmp_path / "in.nii", tmp_path / "out.nii", model=folder)
-    refused(code, capsys, "does not belong", tmp_path, ["in.nii", "other"])
+    refused(code, capsys, r"weights\.safetensors does not belong to its config", tmp_path, ["in.nii", "other"])
 
 
-@pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
+@pytest.mark.parametrize("failing", ["open", "write_text"])
 def test_a_full_disk_is_one_message_and_leaves_nothing(failing, model, tmp_path, capsys, monkeypatch):
     """The volume, or the sidecar after it, finds the disk full."""
     write(tmp_path / "in.nii", affine=np.diag([8.0, 8, 8, 1]))
 
-    def full(self: Path, *_: object, **__: object) -> int:
+    real = Path.open
+
+    def full(self: Path, *words: Any, **more: Any) -> Any:
+        if failing == "open" and words != ("wb",):
+            return real(self, *words, **more)
         self.touch()  # the name is there, the content does not fit
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 

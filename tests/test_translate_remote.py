@@ -4,19 +4,26 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import nibabel
 import numpy as np
 import pydicom
 import pytest
 from service import RunningService, free_port
 from test_dicom import make_series
-from test_serve import eight_times, same_image
+from test_serve import LONG, eight_times, same_image
 from test_translate_job import write
 
+import pipelines.translate_remote
 from aldm.cli import main
+from pipelines.translate_remote import _pause
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +139,152 @@ def test_a_bad_file_is_told_as_the_service_tells_it(service: RunningService, tmp
     assert run(tmp_path / "scan.nii", tmp_path / "o.nii", *flags) == 2
     assert "not a NIfTI" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii"]
+
+
+# --------------------------------------------------------------------------------------------- a service that is away
+
+
+class Unreliable(ThreadingHTTPServer):
+    """Passes requests on to a service, but for those that `fault` says something of: a status, or 0 to hang up."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Pass)
+        self.url, self.seen, self.headers = url, [], {}
+        self.fault: Callable[[str, str], int | None] = lambda method, path: None
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Pass(BaseHTTPRequestHandler):
+    def _pass(self) -> None:
+        server: Unreliable = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server.seen.append((self.command, self.path))
+        fault = server.fault(self.command, self.path)
+        if fault == 0:
+            self.close_connection = True
+            return
+        if fault is not None:
+            self.send_response(fault)
+            for name, value in server.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        answer = httpx.request(self.command, server.url + self.path, content=body, headers=headers, timeout=60)
+        self.send_response(answer.status_code)
+        for name in ("content-type", "retry-after", "location"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        if answer.status_code != 204:
+            self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_GET = do_POST = do_DELETE = _pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def unreliable(service: RunningService) -> Iterator[Unreliable]:
+    """A way to the service that can be made to fail."""
+    with Unreliable(service.url) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def first(count: int, method: str, words: str, *faults: int) -> Callable[[str, str], int | None]:
+    """Let the first requests of a kind fail."""
+    met = []
+
+    def fault(got: str, path: str) -> int | None:
+        if got == method and words in path and len(met) < count:
+            met.append(path)
+            return faults[(len(met) - 1) % len(faults)]
+        return None
+
+    return fault
+
+
+def test_a_busy_service_is_waited_for(service: RunningService, scan: Path, tmp_path: Path) -> None:
+    jobs = []
+    while (answer := service.post("/v1/translations", scan, target="t2", **LONG)).status_code == 202:
+        jobs.append(answer.json())
+    assert answer.status_code == 503
+
+    def make_room() -> None:
+        for job in jobs:
+            service.client.delete(job["links"]["self"])
+
+    timer = threading.Timer(2, make_room)
+    timer.start()
+    assert run(scan, tmp_path / "o.nii", "--server", service.url, "--source", "t1", "--target", "t2") == 0
+    timer.join()
+
+
+def test_what_is_done_is_fetched_with_patience(
+    unreliable: Unreliable, service: RunningService, scan: Path, tmp_path: Path
+) -> None:
+    flags = ("--source", "t1", "--target", "t2", "--num-samples", 2, "--seed", 4)
+    assert run(scan, tmp_path / "wanted.nii", "--server", service.url, *flags) == 0
+    before = set((service.work_dir / "jobs").iterdir())
+    faults = [
+        first(2, "POST", "/v1/translations", 503),
+        first(1, "GET", "/provenance", 0),
+        first(2, "GET", "/uncertainty", 503, 502),
+        first(3, "GET", "/result", 0, 503, 500),
+    ]
+    unreliable.headers = {"Retry-After": formatdate(time.time() + 1, usegmt=True)}  # a date, which is allowed
+    unreliable.fault = lambda *request: next((code for one in faults if (code := one(*request)) is not None), None)
+    std = tmp_path / "std.nii.gz"
+    assert run(scan, tmp_path / "got.nii", "--server", unreliable.address, *flags, "--uncertainty", std) == 0
+    same_image(nibabel.load(tmp_path / "got.nii"), nibabel.load(tmp_path / "wanted.nii"))
+    assert [sum(words in path for _, path in unreliable.seen) for words in ("/provenance", "/uncertainty")] == [2, 3]
+    assert set((service.work_dir / "jobs").iterdir()) == before
+
+
+def test_a_service_that_goes_away_keeps_what_it_made(
+    unreliable: Unreliable, service: RunningService, scan: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(pipelines.translate_remote, "PATIENCE_S", 2.0)
+    unreliable.fault = lambda method, path: 503 if "/result" in path else None
+    flags = ("--server", unreliable.address, "--source", "t1", "--target", "t2")
+    assert run(scan, tmp_path / "o.nii", *flags) == 2
+    said = capsys.readouterr().err
+    assert "what it has made is kept there for a while, at /v1/translations/" in said
+    (job,) = {path.split("/")[3] for _, path in unreliable.seen if "/result" in path}
+    assert service.client.get(f"/v1/translations/{job}/result?target=t2").status_code == 200
+    assert service.client.delete(f"/v1/translations/{job}").status_code == 204
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_place_for_ever_is_an_error(unreliable: Unreliable, scan: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(pipelines.translate_remote, "BUSY_S", 1.0)
+    unreliable.fault = lambda method, path: 503 if method == "POST" else None
+    unreliable.headers = {"Retry-After": "1"}
+    flags = ("--server", unreliable.address, "--source", "t1", "--target", "t2")
+    assert run(scan, tmp_path / "o.nii", *flags) == 2
+    assert "has had no place for sub-01_T1w.nii.gz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "low", "high"),
+    [
+        ("7", 7, 7),
+        ("0", 0.5, 0.5),
+        ("99999", 120, 120),
+        (None, 5, 5),
+        ("soon", 5, 5),
+        (formatdate(time.time() + 600, usegmt=True), 120, 120),
+        (formatdate(time.time() - 600, usegmt=True), 0.5, 0.5),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0.5, 0.5),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(said: str | None, low: float, high: float) -> None:
+    answer = httpx.Response(503, headers={} if said is None else {"Retry-After": said})
+    assert low <= _pause(answer) <= high

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+import psutil
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from ray_runs import wait_for_end
 
 from aldm import cli
 from aldm.config import OBJECTIVES, SAMPLERS, Config, from_dict
@@ -427,18 +429,22 @@ def test_a_killed_sweep_goes_on(inputs: Inputs, place: Path) -> None:
     """SIGKILL to the driver in the middle: finished trials are kept, the one at work goes on from its checkpoint."""
     out = place / "killed"
     words = [*inputs, *TINY, "--out", out, "--num-trials", 3, "--objectives", "bridge", "--steps", 1]
-    words = [*words, "--max-steps", 12, "--max-concurrent", 1, "--scheduler", "none"]
+    words = [*words, "--max-steps", 40, "--max-concurrent", 1, "--scheduler", "none"]
     program = [sys.executable, "-c", "import sys; from tune.noise_schedules import main; sys.exit(main(sys.argv[1:]))"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [*program, *map(str, words)]
     driver = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
     try:
         while sum(folder.is_dir() for folder in (out / "trials").glob("*/last")) < 2:
             assert driver.poll() is None, "the sweep ended by itself"
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
+        started = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+        wait_for_end(started, killed=True)
     measured = {file: file.stat().st_mtime_ns for file in (out / "trials").glob("*/outcome.json")}
     assert len(measured) == 1
     assert not (out / "trials.csv").exists()
@@ -449,4 +455,4 @@ def test_a_killed_sweep_goes_on(inputs: Inputs, place: Path) -> None:
     assert all(file.stat().st_mtime_ns == before for file, before in measured.items())
     for file in (out / "trials").glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in file.open() if "num_steps" in line]
-        assert steps == list(range(1, 13))
+        assert steps == list(range(1, 41))

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import tracemalloc
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -280,12 +281,17 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
             save_nifti(path, data, source)
     assert (tmp_path / "there.nii").read_bytes() == b"mine"
 
-    def full(self, content):
-        self.open("wb").close()
-        raise OSError(28, "No space left on device")
+    real = Path.open
+
+    def full(self, mode):
+        stream = real(self, mode)
+        if mode != "wb":
+            return stream
+        stream.close()
+        return real(Path("/dev/full"), mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_bytes", full)
+        patch.setattr(Path, "open", full)
         with pytest.raises(UserError, match="disk full"):
             save_nifti(tmp_path / "there.nii", data, source, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.nii", "there.nii"]

@@ -49,7 +49,10 @@ def _parser() -> JobParser:
     parser = job_parser(
         "tune",
         "Sweep noise schedules, objectives and samplers of stage 3: a trial is a training of the diffusion stage, and "
-        "every sampler is measured on its one best checkpoint.",
+        "every sampler is measured on its one best checkpoint. The measure is the volume's PSNR where the codec is "
+        "isometric (haar). With another codec it is latent_rmse, the standardised latents' RMS error, in the trials "
+        "and in the Pareto picture alike: a lower one need not be a better volume, so compare the models of the front "
+        "with aldm evaluate.",
     )
     parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
     parser.add_argument("--ms-spade", type=Path, required=True, metavar="RUN", help="run folder of stage 2")

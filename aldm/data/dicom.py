@@ -33,7 +33,9 @@ def is_series_folder(path: str | Path) -> bool:
     return path.is_dir() and any(is_dicom(file) for file in sorted(path.iterdir()))
 
 
-def read_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS) -> tuple[Volume, DicomSource]:
+def read_series(
+    folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bool = True
+) -> tuple[Volume, DicomSource]:
     """Read the one MR series in a folder as an RAS+ volume in float32, rescale slope and intercept applied.
 
     Files that are not DICOM are passed over, as are folders below.
@@ -41,13 +43,14 @@ def read_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS) -> tuple[Vo
     Args:
         folder: the series.
         max_voxels: limit that the headers are checked against before anything is allocated.
+        patient: read who and which study as well, for `write_series(keep_patient=True)`.
 
     Raises:
         UserError: no DICOM file, several series, another modality than MR, colour or multi-frame images, a damaged
             file, a single slice, slices that are missing, uneven, doubled or sheared, or a volume without contrast.
     """
     folder = Path(folder)
-    slices = read_headers(folder)
+    slices = read_headers(folder, patient=patient)
     source, files = checked_series(folder, slices, max_voxels)
     data = _voxels(folder, files, source.shape)
     low, high = float(data.min()), float(data.max())
@@ -62,13 +65,14 @@ def _voxels(folder: Path, files: list[Path], shape: tuple[int, int, int]) -> np.
     """Return the voxels (X, Y, Z), float32, of the files in that order."""
     import SimpleITK as sitk
 
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # they would go to stderr, with values of the headers
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(path) for path in files])
     reader.SetOutputPixelType(sitk.sitkFloat32)  # the first slice's own type would cut off what others' slopes make
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        reason = re.sub(r"\s+", " ", str(error).strip().splitlines()[-1])
+        reason = re.sub(r"\(0x\w+\)|\s+", " ", str(error).strip().splitlines()[-1])
         raise UserError(f"{folder}: a file's voxels cannot be read, it is damaged or cut off: {reason}") from error
     data = np.asarray(sitk.GetArrayFromImage(image)).transpose(2, 1, 0)
     if data.shape != shape:

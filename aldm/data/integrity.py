@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.layouts import Problem, SubjectFiles
 from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.preprocess import model_grid
 from aldm.data.store import FORMAT_VERSION, ShardReader, shard_path
 from aldm.data.volume import NiftiSource, Volume, load_nifti
 from aldm.errors import UserError
@@ -40,8 +42,10 @@ class SubjectCheck:
     finished: bool
     """The store already holds a shard with this key."""
     problems: tuple[Problem, ...]
-    num_voxels: int
+    num_voxels: int = 0
     """Voxels of all its files (0 when finished)."""
+    num_grid_voxels: int = 0
+    """Voxels of all its arrays on the model's grid (0 when finished)."""
 
 
 def load_labels(path: Path, *, max_voxels: int = MAX_VOXELS) -> Volume:
@@ -87,13 +91,21 @@ def check_subject(
         key = subject_key(files, config, root)
     except OSError as error:
         path = Path(error.filename or root)
-        return SubjectCheck(files.subject_id, "", False, (Problem(path, f"cannot be read: {error.strerror}"),), 0)
+        return SubjectCheck(files.subject_id, "", False, (Problem(path, f"cannot be read: {error.strerror}"),))
     if store is not None and stored_metadata(store, files.subject_id).get("key") == key:
-        return SubjectCheck(files.subject_id, key, True, (), 0)
+        return SubjectCheck(files.subject_id, key, True, ())
     loaded, problems = load_subject(files, max_voxels=max_voxels)
+    if problems:
+        return SubjectCheck(files.subject_id, key, False, tuple(problems))
     extra = [volume for volume in (loaded.mask, loaded.seg) if volume is not None]
-    num_voxels = sum(volume.data.size for volume in (*loaded.volumes.values(), *extra))
-    return SubjectCheck(files.subject_id, key, False, tuple(problems), num_voxels)
+    volumes = [*loaded.volumes.values(), *extra]
+    try:
+        _, grid = model_grid(volumes, config, max_voxels=max_voxels)
+    except UserError as error:
+        problem = Problem(next(iter(files.volumes.values())), f"{error} (--spacing-mm, or a higher --max-voxels)")
+        return SubjectCheck(files.subject_id, key, False, (problem,))
+    num_voxels = sum(volume.data.size for volume in volumes)
+    return SubjectCheck(files.subject_id, key, False, (), num_voxels, math.prod(grid) * len(volumes))
 
 
 def subject_key(files: SubjectFiles, config: PreprocessConfig, root: Path) -> str:

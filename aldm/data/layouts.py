@@ -6,6 +6,7 @@ together with what is wrong inside the files (integrity.py).
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -92,14 +93,23 @@ def discover(source: str | Path, layout: str) -> tuple[list[SubjectFiles], list[
         found = list(_table_rows(source, problems))
     else:
         find = {"brats": _brats_files, "ixi": _ixi_files, "bids": _bids_files}[layout]
-        names = (
-            path for path in sorted(source.rglob("*.nii*")) if is_nifti_name(path) and not path.name.startswith(".")
-        )
-        found = list(find(source, names))
+        found = list(find(source, _nifti_names(source, problems)))
     subjects = _grouped(found, problems)
     if not subjects and not problems:
         raise UserError(f"{source}: no file has a name of layout {layout}; wanted names like {_WANTED[layout]}")
     return subjects, problems
+
+
+def _nifti_names(source: Path, problems: list[Problem]) -> list[Path]:
+    """Return what has a NIfTI file's name below a folder, sorted; a folder that cannot be read is a problem."""
+
+    def unreadable(error: OSError) -> None:
+        problems.append(Problem(Path(error.filename), f"the folder cannot be read: {error.strerror}"))
+
+    names = []
+    for folder, folders, files in os.walk(source, onerror=unreadable):
+        names += [Path(folder, name) for name in (*folders, *files) if is_nifti_name(name) and not name.startswith(".")]
+    return sorted(names)
 
 
 def apply_splits(subjects: Iterable[SubjectFiles], file: str | Path) -> list[SubjectFiles]:

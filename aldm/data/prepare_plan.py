@@ -17,7 +17,8 @@ from aldm.data.store import FORMAT_VERSION, MANIFEST_FILE, SPLITS, STORE_FILE, r
 from aldm.errors import UserError
 from aldm.files import check_folder
 
-_BYTES_PER_VOXEL = 24  # of a subject's files while it is prepared (measured at equal spacing: 8, with registration 20)
+_BYTES_PER_VOXEL = 16  # of a subject's files while it is prepared (measured at equal spacing: 8, with registration 20)
+_BYTES_PER_GRID_VOXEL = 8  # of its arrays on the model's grid (measured: 5 to 7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Request:
     overwrite: bool = False
     """Whether a store of another configuration or other subjects may be replaced."""
     max_voxels: int = MAX_VOXELS
-    """Limit on what a header may claim."""
+    """Limit on what a header may claim, and on the model's grid before it is cropped."""
 
     @property
     def root(self) -> Path:
@@ -147,9 +148,13 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
     """A finished store may grow; what is in it neither goes, nor changes, nor moves to another split."""
     if not (store / MANIFEST_FILE).is_file():
         return
+    try:
+        records = read_manifest(store)
+    except UserError:  # damaged: the store is not finished, and what it holds is in its shards
+        return
     splits = {subject.subject_id: subject.split for subject in plan.subjects}
     changes = []
-    for record in read_manifest(store):
+    for record in records:
         stored_key = stored_metadata(store, record.subject_id).get("key")
         if record.subject_id not in splits:
             changes.append(f"{record.subject_id} is not in the source")
@@ -167,4 +172,5 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
 
 def _memory_gib(checks: Sequence[SubjectCheck]) -> float:
     """Return the expected peak of one process, GiB: 0.2 for the program, the rest from the largest subject."""
-    return 0.2 + max((check.num_voxels for check in checks), default=0) * _BYTES_PER_VOXEL / 2**30
+    sizes = (_BYTES_PER_VOXEL * check.num_voxels + _BYTES_PER_GRID_VOXEL * check.num_grid_voxels for check in checks)
+    return 0.2 + max(sizes, default=0) / 2**30

@@ -38,6 +38,7 @@ from aldm.data.store import (
     write_store_file,
 )
 from aldm.errors import UserError
+from aldm.files import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def prepare_store(
         num_processes: how many subjects are worked on at a time; None takes as many as the cores and the free memory
             allow.
         overwrite: whether a store of another configuration or other subjects may be replaced.
-        max_voxels: limit on what a header may claim.
+        max_voxels: limit on what a header may claim, and on the model's grid before it is cropped.
         workers: run the tasks instead of processes of this machine; give absolute paths that all of them reach.
 
     Raises:
@@ -110,11 +111,11 @@ def _write_store(request: Request, plan: Plan, workers: Workers, *, at_once: int
         "modalities": list(sort_modalities(name for subject in plan.subjects for name in subject.volumes)),
         "fingerprint": plan.fingerprint,
     }
-    store.mkdir(exist_ok=True)
+    make_folder(store)
     with _locked(store):
         if request.overwrite:
             _clear(store)
-        (store / SHARD_FOLDER).mkdir(exist_ok=True)
+        make_folder(store / SHARD_FOLDER)
         _remove_leftovers(store, plan)
         if not (store / STORE_FILE).is_file():
             write_store_file(store, header)
@@ -149,7 +150,9 @@ def _write_subject(task: tuple[SubjectFiles, str], request: Request) -> list[Pro
     if problems:
         return problems
     try:
-        prepared = prepare_subject(loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg)
+        prepared = prepare_subject(
+            loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg, max_voxels=request.max_voxels
+        )
     except UserError as error:
         return [Problem(next(iter(files.volumes.values())), f"subject {files.subject_id}: {error}")]
     sources = {

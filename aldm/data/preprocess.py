@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from aldm.config import PreprocessConfig, Shape
 from aldm.data.modalities import sort_modalities
-from aldm.data.volume import Volume, crop_or_pad, resample, shifted
+from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
 from aldm.errors import UserError
 
 MAX_BRAIN_ML = 2500.0
@@ -76,11 +76,16 @@ class PreparedSubject:
     """uint8 labels, whole grid, or None."""
 
 
-def model_grid(volumes: Sequence[Volume], config: PreprocessConfig) -> tuple[np.ndarray, Shape]:
+def model_grid(
+    volumes: Sequence[Volume], config: PreprocessConfig, *, max_voxels: int = MAX_VOXELS
+) -> tuple[np.ndarray, Shape]:
     """Return affine and shape of the RAS-aligned grid at `spacing_mm` that covers the first volume's field of view.
 
     The grid is centred on the field of view (voxel edges included), so a reference that already lies on an RAS-aligned
     grid of that spacing keeps its voxels as they are. The other volumes are resampled onto it.
+
+    Raises:
+        UserError: the grid would have more than `max_voxels` voxels.
     """
     reference = volumes[0]
     spacing = np.array(config.spacing_mm)
@@ -88,7 +93,15 @@ def model_grid(volumes: Sequence[Volume], config: PreprocessConfig) -> tuple[np.
     corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in size), indexing="ij")).reshape(3, 8)
     world = reference.affine[:3, :3] @ corners + reference.affine[:3, 3:]
     extent, centre = world.max(axis=1) - world.min(axis=1), (world.max(axis=1) + world.min(axis=1)) / 2
-    shape = np.maximum(1, np.ceil(extent / spacing - 1e-2)).astype(int)
+    sides = np.maximum(1, np.ceil(extent / spacing - 1e-2)).tolist()
+    if not math.prod(sides) <= max_voxels:
+        field = " x ".join(f"{side:g}" for side in extent)
+        raise UserError(
+            f"a field of view of {field} mm at a spacing of {' x '.join(map(str, config.spacing_mm))} mm is a grid of "
+            f"{' x '.join(f'{side:.9g}' for side in sides)} = {math.prod(sides):.9g} voxels, wanted at most "
+            f"{max_voxels:,}: take a larger spacing, or cut the volume down"
+        )
+    shape = np.array(sides, int)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = centre - spacing * (shape - 1) / 2
     return affine, _shape(shape)
@@ -158,7 +171,12 @@ def crop_box(mask: np.ndarray, shape: Sequence[int]) -> Shape:
 
 
 def prepare_subject(
-    volumes: Mapping[str, Volume], config: PreprocessConfig, *, mask: Volume | None = None, seg: Volume | None = None
+    volumes: Mapping[str, Volume],
+    config: PreprocessConfig,
+    *,
+    mask: Volume | None = None,
+    seg: Volume | None = None,
+    max_voxels: int = MAX_VOXELS,
 ) -> PreparedSubject:
     """Put all volumes of a subject on one grid, with one crop box.
 
@@ -167,7 +185,7 @@ def prepare_subject(
     their affine alone: everything is interpolated once.
 
     Raises:
-        UserError: no contrast in a volume, or an empty mask.
+        UserError: no contrast in a volume, an empty mask, or a grid of more than `max_voxels`.
     """
     names = sort_modalities(volumes)
     aligned = {name: volumes[name] for name in names}
@@ -176,7 +194,7 @@ def prepare_subject(
 
         for name in names[1:]:
             aligned[name] = register_rigid(aligned[names[0]], aligned[name])
-    affine, shape = model_grid([aligned[names[0]]], config)
+    affine, shape = model_grid([aligned[names[0]]], config, max_voxels=max_voxels)
     inside, region = brain_mask(list(aligned.values()), mask, affine, shape)
     start = crop_box(inside, config.spatial_shape)
     scaled, records = {}, {}
@@ -198,7 +216,7 @@ def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray
     """Return one volume as model input, (spatial_shape) float32 in [-1, 1], and the record that undoes it.
 
     Raises:
-        UserError: the volume has no contrast.
+        UserError: the volume has no contrast, or its grid is too large.
     """
     affine, shape = model_grid([volume], config)
     mask, _ = brain_mask([volume], None, affine, shape)

@@ -24,6 +24,7 @@ from aldm.data.modalities import MODALITIES, sort_modalities
 from aldm.data.volume import Volume, crop_or_pad
 from aldm.errors import UserError
 from aldm.files import atomic_path
+from aldm.records import check_record, has_file, read_record
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -248,20 +249,18 @@ def shard_path(store: Path, subject_id: str) -> Path:
 
 
 def read_store_file(path: Path) -> dict[str, Any] | None:
-    """Return what store.json says, or None where there is none; UserError for another format version."""
-    file = path / STORE_FILE
-    if not file.is_file():
+    """Return what store.json says, or None where there is none; UserError: damaged, or of another format version."""
+    if not has_file(path, STORE_FILE):
         return None
-    try:
-        header = json.loads(file.read_text())
-        version = header["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {error}; prepare the store anew with --overwrite") from error
-    if version != FORMAT_VERSION:
+    file, way_out = path / STORE_FILE, "prepare the store anew with --overwrite"
+    header = read_record(file, {"format_version": int}, way_out)
+    if header["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a store of format version {version}, this program reads {FORMAT_VERSION}: prepare it anew"
+            f"{path} is a store of format version {header['format_version']}, this program reads {FORMAT_VERSION}: "
+            "prepare it anew"
         )
-    return dict(header)
+    check_record(header, {"layout": str, "preprocess": dict, "modalities": list, "fingerprint": str}, file, way_out)
+    return header
 
 
 def write_store_file(path: Path, header: Mapping[str, Any]) -> None:
@@ -301,18 +300,19 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
 
 
 def read_manifest(path: Path) -> list[SubjectRecord]:
-    """Return the subjects of manifest.parquet."""
+    """Return the subjects of manifest.parquet; UserError for a damaged one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        rows = pq.read_table(path / MANIFEST_FILE).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path / MANIFEST_FILE} is damaged: {error}; run the same aldm prepare again") from error
     by_subject: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_subject.setdefault(row["subject_id"], []).append(row)
-    return [_subject_record(group) for group in by_subject.values()]
+    try:
+        for row in pq.read_table(path / MANIFEST_FILE).to_pylist():
+            by_subject.setdefault(row["subject_id"], []).append(row)
+        return [_subject_record(group) for group in by_subject.values()]
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / MANIFEST_FILE} is damaged ({error!r}): run the same aldm prepare again, it writes it anew"
+        ) from error
 
 
 def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:

@@ -234,7 +234,8 @@ so 2 workers have twice the batch; median time of a step. *plain* is one process
 once: what two workers lose by sharing a machine. What an engine loses beyond that is its *communication*, as a
 share of the step of 2 workers (waiting for the slower one included; a few per cent either way are noise). Bytes
 are counted at the collectives, as rings send them. Weights and Adam's moments are those that a rank holds, from
-the engine's own tensors (`DeepSpeedEngine.memory_bytes`).
+the engine's own tensors (`DeepSpeedEngine.memory_bytes`). Gradients are not among them, so what stage 2
+saves over stage 1 is not seen in this table.
 
 """
 
