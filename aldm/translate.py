@@ -177,7 +177,7 @@ class Translator:
             config = replace(config, sampling=sampling)
         if precision is not None:
             config = replace(config, precision=precision)
-        checkpoint.check_meta(META[checkpoint.kind])
+        checkpoint.check_meta(META["aldm" if checkpoint.kind == "aldm" else "unet"])
         predictor = build_predictor(checkpoint.kind, config, checkpoint.meta)
         load_weights(predictor, checkpoint.weights, folder)
         percentiles = _percentiles(checkpoint)

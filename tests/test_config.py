@@ -32,7 +32,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"codecs": {}}, "unknown key codecs: known are preset, modalities, seed"),
+        ({"codecs": {}}, "unknown key codecs: known are preset, modalities, pair, seed"),
         ({"codec": {"kindd": "haar"}}, r"unknown key codec\.kindd: known are codec\.kind, codec\.channels"),
         ({"codec": 3}, "codec is 3, wanted a mapping"),
         ({"codec": {"kind": "vae"}}, "codec.kind is 'vae', wanted one of: vqgan, haar-vqgan, haar"),
@@ -107,7 +107,7 @@ def test_overrides_are_checked_together_and_the_last_one_wins() -> None:
     ("assignment", "message"),
     [
         ("seed", "is not of the form key.path=value"),
-        ("sed=1", "unknown key 'sed'; known there are preset, modalities, seed"),
+        ("sed=1", "unknown key 'sed'; known there are preset, modalities, pair, seed"),
         ("codec.kindd=haar", r"unknown key 'codec\.kindd'; known there are kind, channels"),
         ("codex.kind=haar", r"unknown key 'codex\.kind'; top-level keys are preset"),
         ("codec.kind.x=haar", r"unknown key 'codec\.kind\.x'"),

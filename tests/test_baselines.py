@@ -1,0 +1,299 @@
+"""The comparison methods as trainings: each learns, goes on where it stopped, and becomes a translator of its pair."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aldm.baselines.cyclegan import Cycle, CycleGANStage
+from aldm.baselines.eagan import EaGANStage
+from aldm.baselines.methods import method_network, method_stage
+from aldm.baselines.nicegan import NiceGANStage
+from aldm.baselines.pairs import on_volume, slice_shape
+from aldm.baselines.pix2pix import Pix2PixStage
+from aldm.cli import main
+from aldm.config import Config, training_of, with_training
+from aldm.config_baselines import BOTH_WAYS, METHODS
+from aldm.data.dataset import SlicePairs, VolumePairs, collate
+from aldm.data.store import VolumeStore
+from aldm.errors import UserError
+from aldm.players import Player, StepInfo, only_trainable
+from aldm.presets import brats, ixi, tiny
+from aldm.training import PlainEngine, fit
+
+PAIR = ("t1", "t2")
+
+
+@pytest.fixture
+def store(ixi_store: VolumeStore) -> VolumeStore:
+    return ixi_store
+
+
+def config_of(method: str, **changes: Any) -> Config:
+    return with_training(replace(tiny(), pair=PAIR), method, **changes)
+
+
+def batch_of(stage: Any, number: int = 2) -> dict[str, Any]:
+    samples = stage.samples("train")
+    generator = torch.Generator().manual_seed(1)
+    return collate([samples.sample(index, generator) for index in range(number)])
+
+
+def info_of(stage: Any, number: int = 2, step: int = 0) -> StepInfo:
+    generators = [torch.Generator().manual_seed(index) for index in range(number)]
+    return StepInfo(step, generators, frozenset(player.name for player in stage.players))
+
+
+def play(stage: Any, player: Player, batch: dict[str, Any], info: StepInfo) -> None:
+    with only_trainable(player, stage.players):
+        loss, _ = player.loss(player.module, batch, info)
+        loss.backward()
+
+
+def gradient(module: nn.Module) -> float:
+    return sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_player_s_turn_moves_that_player_alone(method: str, store: VolumeStore) -> None:
+    stage = method_stage(config_of(method), store, method)
+    batch, info = batch_of(stage), info_of(stage)
+    for player in stage.players:
+        for other in stage.players:
+            other.module.zero_grad(set_to_none=True)
+        play(stage, player, batch, info)
+        assert gradient(player.module) > 0
+        for other in stage.players:
+            if other is not player:
+                assert all(parameter.grad is None for parameter in other.module.parameters())
+                assert all(parameter.requires_grad for parameter in other.module.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_training_is_the_uninterrupted_one(method: str, store: VolumeStore, tmp_path: Path) -> None:
+    def train(steps: int, resume_from: Path | None, out: Path) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        config = config_of(method, max_steps=4, checkpoint_every=2, decay="constant", validate_every=100)
+        config = with_training(config, method, max_steps=steps)
+        stage = method_stage(config, store, method)
+        folders: dict[int, Path] = {}
+
+        def keep(snapshot: Any) -> None:
+            folder = out / str(snapshot.step)
+            folder.mkdir(parents=True, exist_ok=True)
+            snapshot.write(folder)
+            folders[snapshot.step] = folder
+
+        fit(
+            stage,
+            PlainEngine(),
+            training_of(config, method),
+            seed=0,
+            on_log=lambda record: None,
+            on_checkpoint=keep,
+            resume_from=resume_from,
+        )
+        return {
+            f"{player.name}.{name}": value.clone()
+            for player in stage.players
+            for name, value in player.module.state_dict().items()
+        }
+
+    whole = train(4, None, tmp_path / "whole")
+    train(2, None, tmp_path / "first")
+    resumed = train(4, tmp_path / "first" / "2", tmp_path / "second")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_cyclegan_is_unpaired_to_the_last_bit(store: VolumeStore) -> None:
+    """Its generator's loss is a sum of what concerns A and what concerns B."""
+    stage = method_stage(config_of("cyclegan"), store, "cyclegan")
+    assert isinstance(stage, CycleGANStage)
+    for player in stage.players:
+        player.module.double()
+    generator = torch.Generator().manual_seed(0)
+    a1, a2, b1, b2 = (torch.rand(1, 1, 16, 32, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(4))
+
+    def loss(a: Tensor, b: Tensor) -> float:
+        batch = {"source_volume": a, "target_volume": b}
+        original = Tensor.float
+        try:
+            Tensor.float = lambda self: self  # type: ignore[method-assign,assignment,misc]
+            return float(stage.players[0].loss(stage.generators, batch, info_of(stage, 1))[0])
+        finally:
+            Tensor.float = original  # type: ignore[method-assign]
+
+    assert loss(a1, b1) + loss(a2, b2) == pytest.approx(loss(a1, b2) + loss(a2, b1), abs=1e-10)
+
+
+def test_the_generators_of_cyclegan_play_before_its_discriminators(store: VolumeStore) -> None:
+    stage = method_stage(config_of("cyclegan"), store, "cyclegan")
+    assert [player.name for player in stage.players] == ["generator", "discriminator"]
+    assert isinstance(stage.generators(*[torch.zeros(1, 1, 16, 32)] * 2, True), Cycle)  # type: ignore[attr-defined]
+
+
+def test_pix2pix_judges_an_image_by_its_source(store: VolumeStore) -> None:
+    stage = method_stage(config_of("pix2pix"), store, "pix2pix")
+    assert isinstance(stage, Pix2PixStage)
+    image = torch.randn(1, 1, 16, 32)
+    first, second = (stage.discriminator(stage.judged(torch.randn(1, 1, 16, 32), image)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_both_players_of_pix2pix_meet_the_same_image(store: VolumeStore) -> None:
+    """Dropout draws the same in the turns of one step."""
+    config = config_of("pix2pix")
+    config = replace(
+        config, baselines=replace(config.baselines, pix2pix=replace(config.baselines.pix2pix, num_levels=6))
+    )
+    stage = method_stage(config, store, "pix2pix")
+    seen: list[Tensor] = []
+    stage.generator.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))  # type: ignore[attr-defined]
+    torch.manual_seed(3)
+    batch, info = batch_of(stage), info_of(stage)
+    for player in stage.players:
+        play(stage, player, batch, info)
+    assert torch.equal(*seen)
+
+
+def test_an_encoder_of_nicegan_learns_from_its_own_discriminator_alone(store: VolumeStore) -> None:
+    stage = method_stage(config_of("nicegan"), store, "nicegan")
+    assert isinstance(stage, NiceGANStage)
+    batch, info = batch_of(stage), info_of(stage)
+    before = {name: value.clone() for name, value in stage.discriminators.named_parameters()}
+    play(stage, stage.players[1], batch, info)
+    assert gradient(stage.generators) > 0
+    assert all(torch.equal(value, before[name]) for name, value in stage.discriminators.named_parameters())
+    only_b = {"source_volume": torch.full((1, 1, 16, 32), -1.0), "target_volume": batch["target_volume"][:1]}
+    stage.discriminators.zero_grad(set_to_none=True)
+    play(stage, stage.players[0], only_b, info_of(stage, 1))
+    assert gradient(stage.discriminators.of_b.encoder) > 0
+
+
+@pytest.mark.parametrize("method", ["dea-gan", "gea-gan"])
+def test_the_generator_of_ea_gan_hears_its_discriminator(method: str, store: VolumeStore) -> None:
+    """The released code's pool cuts this gradient."""
+    config = config_of(method)
+    own = {"dea-gan": "dea_gan", "gea-gan": "gea_gan"}[method]
+    section = replace(getattr(config.baselines, own), l1_weight=0.0, edge_weight=0.0)
+    config = replace(config, baselines=replace(config.baselines, **{own: section}))
+    stage = method_stage(config, store, method)
+    assert isinstance(stage, EaGANStage)
+    batch, info = batch_of(stage, 1), info_of(stage, 1)
+    play(stage, stage.players[1], batch, info)
+    assert gradient(stage.generator) > 0
+    seen = stage.judged(batch["source_volume"], batch["target_volume"]).shape[1]
+    assert seen == (3 if method == "dea-gan" else 2)
+
+
+def test_the_edge_term_of_ea_gan_rises_epoch_by_epoch(store: VolumeStore) -> None:
+    stage = method_stage(config_of("dea-gan", batch_size=1), store, "dea-gan")
+    assert isinstance(stage, EaGANStage)
+    stage.epoch_length = 10
+    weights = [stage.edge_weight(10 * epoch) for epoch in range(22)]
+    np.testing.assert_allclose(weights, [100 * min(epoch, 20) / 20 for epoch in range(22)])
+
+
+# ------------------------------------------------------------------------------------------------- slices and volumes
+
+
+def test_a_volume_goes_through_slices_and_comes_back() -> None:
+    x = torch.randn(2, 1, 5, 6, 40)
+    shapes = []
+
+    def network(part: Tensor) -> Tensor:
+        shapes.append(tuple(part.shape[1:]))
+        return part + 1
+
+    torch.testing.assert_close(on_volume(network, x, 2, (8, 9)), x + 1)
+    assert set(shapes) == {(1, 8, 9)}
+    torch.testing.assert_close(on_volume(lambda part: part, x, 3, (8, 9)), x)
+
+
+def test_slices_are_those_of_the_volume(store: VolumeStore) -> None:
+    """A slice of the model's box is the middle of the whole grid's slice at the same height."""
+    record = store.subjects("train")[0]
+    volume = store.volume(record.subject_id, "t1")
+    plane = (volume.shape[0], volume.shape[1] + 4)
+    for z in range(volume.shape[2]):
+        height = record.crop_start[2] + z
+        if 0 <= height < record.grid_shape[2]:
+            image = store.axial_slice(record.subject_id, "t1", height, plane)
+            np.testing.assert_array_equal(image[:, 2:-2], volume[:, :, z])
+
+
+def test_an_epoch_of_slices_sees_every_slice_once(store: VolumeStore) -> None:
+    slices = SlicePairs(store, PAIR, (16, 24))
+    records = [record for record in store.subjects("train") if set(PAIR) <= set(record.modalities)]
+    assert len(slices) == sum(record.grid_shape[2] for record in records)
+    places = [slices._sources[index] for index in range(len(slices))]
+    assert len(set(places)) == len(slices)
+    assert {subject for subject, _ in places} == {record.subject_id for record in records}
+
+
+def test_only_the_pair_is_seen(store: VolumeStore) -> None:
+    samples = VolumePairs(store, "train", store.modalities, pair=("pd", "t1"))
+    for index in range(len(samples)):
+        sample = samples.sample(index, torch.Generator().manual_seed(index))
+        np.testing.assert_array_equal(sample["source_volume"][0], store.volume(sample["subject_id"], "pd"))
+        np.testing.assert_array_equal(sample["target_volume"][0], store.volume(sample["subject_id"], "t1"))
+
+
+# --------------------------------------------------------------------------------------------------- the paper's sizes
+
+
+@pytest.mark.parametrize("preset", [brats, ixi])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_paper_s_sizes_go_through(method: str, preset: Callable[[], Config]) -> None:
+    config = replace(preset(), pair=PAIR)
+    with torch.device("meta"):
+        network = method_network(config, method)
+        shape = config.preprocess.spatial_shape
+        if not method.endswith("-3d") and method not in ("dea-gan", "gea-gan"):
+            shape = (2, 1, *slice_shape(config))
+        else:
+            shape = (1, 1, *shape)
+        x = torch.empty(shape)
+        run = network if not hasattr(network, "translate") else lambda part: network.translate(part, False)
+        assert run(x).shape == x.shape
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+@pytest.mark.parametrize("method", ["pix2pix", "nicegan"])
+def test_from_training_to_a_translation(method: str, store: VolumeStore, tmp_path: Path, capsys: Any) -> None:
+    words = ["train", method, "--store", store.path, "--run-dir", tmp_path / "run", "--preset", "tiny"]
+    words += ["--source", "t1", "--target", "t2", "--engine", "plain", "--no-tracking"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["export", "--baseline", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
+    record = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (record["kind"], record["config"]["pair"]) == (method, list(PAIR))
+    words = ["evaluate", "--model", tmp_path / "model", "--store", store.path, "--out", tmp_path / "scores"]
+    assert main([str(word) for word in words]) == 0
+    lines = (tmp_path / "scores" / "scores.csv").read_text().splitlines()[1:]
+    pairs = {tuple(line.split(",")[2:4]) for line in lines if line.split(",")[1] == method}
+    assert pairs == ({PAIR, PAIR[::-1]} if method in BOTH_WAYS else {PAIR})
+    capsys.readouterr()
+    words = ["evaluate", "--model", tmp_path / "model", "--store", store.path, "--out", tmp_path / "other"]
+    assert main([str(word) for word in (*words, "--source", "pd", "--target", "t1")]) == 2
+    assert f"this {method} model translates t1 to t2" in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_refused(store: VolumeStore, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(UserError, match="trained for one pair of modalities: give --source and --target"):
+        method_stage(tiny(), store, "pix2pix")
+    words = ["train", "pix2pix", "--store", str(store.path), "--run-dir", str(tmp_path / "run"), "--preset", "tiny"]
+    assert main([*words, "--source", "t1", "--target", "flair"]) == 2
+    assert "cannot be learnt from data without flair" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["train", "pix3pix"]) == 2
+    assert "nicegan" in capsys.readouterr().err
