@@ -139,9 +139,8 @@ def configuration_page() -> str:
     documented: dict[type, str] = {}
     for name, cls in _sections(Config, ""):
         if cls in documented:
-            parts.append(
-                f"## `{name}`\n\nThe same fields as [`{documented[cls]}`](#{documented[cls].replace('.', '')}).\n"
-            )
+            anchor = documented[cls].replace(".", "")
+            parts.append(f"## `{name}`\n\nThe same fields as [`{documented[cls]}`](#{anchor}).\n")
             parts.append(_preset_table(name))
         else:
             documented[cls] = name
@@ -235,8 +234,7 @@ def api_page() -> str:
             summary = (ast.get_docstring(tree) or "").split("\n\n")[0]
             modules.append((f"[`{name}`](#{name.replace('.', '')})", _escape(" ".join(summary.split()))))
             text = _docstring(ast.get_docstring(tree) or "")
-            anchor = documented[cls].replace(".", "")
-            parts.append(f"## `{name}`\n\nThe same fields as [`{documented[cls]}`](#{anchor}).\n")
+            parts.append(f"## `{name}`\n\n{text}\n\n" + "\n".join(entries))
     parts.insert(1, _table(("module", "what it holds"), modules))
     return "\n".join(parts)
 
