@@ -56,12 +56,15 @@ class Predictor(nn.Module):
     limit: MemoryLimit | None = None
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]; B of them make a batch."""
-        raise NotImplementedError
+        """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]; B of them make a batch.
+
+        That is the source itself, where a model has no codec.
+        """
+        return x
 
     def decode(self, code: Tensor) -> Tensor:
         """Return the volume (1, 1, X, Y, Z) that was encoded, as far as the encoding keeps it."""
-        raise NotImplementedError
+        return code
 
     def predict(
         self,
@@ -181,14 +184,6 @@ class Regression(Predictor):
         super().__init__()
         self.config, self.unet = config, unet
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the source itself."""
-        return x
-
-    def decode(self, code: Tensor) -> Tensor:
-        """Return the source itself."""
-        return code
-
     def predict(
         self,
         code: Tensor,
@@ -229,14 +224,6 @@ class PairTranslation(Predictor):
         self._spatial_dims, self._plane = spatial_dims_of(method), slice_shape(config)
         assert config.pair is not None, "a comparison method is trained for a pair"
         self._source = config.modalities.index(config.pair[0])
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the source itself."""
-        return x
-
-    def decode(self, code: Tensor) -> Tensor:
-        """Return the source itself."""
-        return code
 
     def predict(
         self,

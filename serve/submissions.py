@@ -11,6 +11,7 @@ from fastapi import Request, UploadFile
 
 from aldm.config import SamplingConfig
 from aldm.errors import UserError
+from aldm.pairs import check_pair
 from aldm.translate import choose_sampling
 from serve import files
 from serve.models import Model
@@ -53,6 +54,7 @@ class Service:
             async with self._checking:
                 words, voxels = await anyio.to_thread.run_sync(accept, volume.file, name, folder, self.settings)
             source, source_from = self._source(values["source"], name, words)
+            self._check_pairs(source, targets)
             if values["format"] == files.DICOM and not files.is_series(folder):
                 raise Problem(422, "format dicom makes a derived series, wanted a zip of a DICOM series as volume")
             job = Job(
@@ -103,6 +105,14 @@ class Service:
                 f"{self.settings.max_evaluations:,}: ask for fewer",
             )
         return sampling
+
+    def _check_pairs(self, source: str, targets: list[str]) -> None:
+        """Refuse a translation that the model was not trained for; raises Problem 422."""
+        try:
+            for target in targets:
+                check_pair(self.model.config, self.model.kind, source, target)
+        except UserError as error:
+            raise Problem(422, str(error)) from error
 
     def _source(self, wanted: str, name: str, words: str) -> tuple[str, str]:
         if wanted != AUTO:

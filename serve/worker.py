@@ -157,9 +157,10 @@ def load(folder: Path, settings: Settings) -> "Translator":
     import numpy as np
 
     names = translator.modalities
+    source, target = translator.config.pair or (names[0], names[-1])
     ramp = np.linspace(-1, 1, translator.config.preprocess.spatial_shape[2], dtype=np.float32)
     code = translator.encode(np.broadcast_to(ramp, translator.config.preprocess.spatial_shape))
-    translator.translate_batch([Request(code, names[0], names[-1], 0)])
+    translator.translate_batch([Request(code, source, target, 0)])
     return translator
 
 

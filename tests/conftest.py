@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,12 @@ SPACING_MM = 8.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the tests' Ray session a token before anything imports Ray; let torch's threads wait as the jobs do."""
+    """Give the tests' Ray session a token before anything imports Ray; let torch's threads wait as the jobs do.
+
+    Ctrl-C is heard even where a shell that runs the tests in the background has it ignored: tests send it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipelines.ray_session import own_token
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from aldm.baselines.methods import method_network, method_stage
 from aldm.baselines.nicegan import NiceGANStage
 from aldm.baselines.pairs import on_volume, slice_shape
 from aldm.baselines.pix2pix import Pix2PixStage
+from aldm.checkpoint import save_checkpoint
 from aldm.cli import main
 from aldm.config import Config, training_of, with_training
 from aldm.config_baselines import BOTH_WAYS, METHODS
@@ -26,6 +27,11 @@ from aldm.errors import UserError
 from aldm.players import Player, StepInfo, only_trainable
 from aldm.presets import brats, ixi, tiny
 from aldm.training import PlainEngine, fit
+from serve.models import find_model
+from serve.problems import Problem
+from serve.settings import Settings
+from serve.submissions import Service
+from serve.worker import load
 
 PAIR = ("t1", "t2")
 
@@ -286,6 +292,43 @@ def test_from_training_to_a_translation(method: str, store: VolumeStore, tmp_pat
     words = ["evaluate", "--model", tmp_path / "model", "--store", store.path, "--out", tmp_path / "other"]
     assert main([str(word) for word in (*words, "--source", "pd", "--target", "t1")]) == 2
     assert f"this {method} model translates t1 to t2" in capsys.readouterr().err
+
+
+def test_a_method_can_be_served(store: VolumeStore, tmp_path: Path) -> None:
+    """It is loaded and warmed up for its own pair, and another pair is refused before anything is queued."""
+    method = "pix2pix"
+    stage = method_stage(config_of(method), store, method)
+    weights = {player.name: player.module.state_dict() for player in stage.players}
+    export = stage.export(weights)
+    save_checkpoint(
+        tmp_path / "run",
+        kind=export.kind,
+        config=export.config,
+        weights=export.weights,
+        meta={**export.meta, "training": {"stage": method, "step": 0, "validation": {}}},
+    )
+    assert main(["export", "--baseline", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
+    settings = Settings(work_dir=str(tmp_path / "work"))
+    assert load(tmp_path / "model", settings).translates(*PAIR)
+    service = Service(settings, find_model(str(tmp_path / "model"), tmp_path / "work"), None)  # type: ignore[arg-type]
+    service._check_pairs("t1", ["t2"])
+    with pytest.raises(Problem, match="translates t1 to t2, not t1 to pd"):
+        service._check_pairs("t1", ["t2", "pd"])
+
+
+def test_unpaired_data_do_for_the_methods_that_need_no_pairs(store: VolumeStore) -> None:
+    """A store in which no training subject has both ends."""
+    records = store.subjects()
+    alone = [replace(record, modalities=(PAIR[index % 2],)) for index, record in enumerate(records)]
+    header = {"layout": store.layout, "fingerprint": "", "preprocess": asdict(store.preprocess)}
+    unpaired = VolumeStore(store.path, {**header, "modalities": store.modalities}, alone)
+    for method in METHODS:
+        stage = method_stage(config_of(method), unpaired, method)
+        if method in BOTH_WAYS:
+            assert batch_of(stage)["target_volume"].shape[0] == 2
+        else:
+            with pytest.raises(UserError, match=r"no training subject has t1 and t2.*cyclegan or nicegan"):
+                stage.samples("train")
 
 
 def test_what_cannot_be_trained_is_refused(store: VolumeStore, tmp_path: Path, capsys: Any) -> None:

@@ -116,6 +116,9 @@ class CycleGANStage(PairStage):
         return 0.5 * (real + fake), {"loss_real": real.detach(), "loss_fake": fake.detach()}
 
 
+Training = CycleGANStage
+
+
 def build_network(config: Config, name: str) -> CycleGenerators:
     """Build what translates: both generators."""
     own = _own(config, name)

@@ -59,6 +59,9 @@ class EaGANStage(ConditionalStage):
         return self._own.edge_weight * min(epoch / self._own.edge_warmup_epochs, 1.0)
 
 
+Training = EaGANStage
+
+
 def build_network(config: Config, name: str) -> UNetGenerator:
     """Build what translates: the generator."""
     own = _own(config, name)

@@ -8,30 +8,21 @@ from torch import Tensor, nn
 from aldm.baselines import cyclegan, eagan, nicegan, pix2pix, reggan, resvit
 from aldm.baselines.pairs import PairStage
 from aldm.config import Config
-from aldm.config_baselines import METHODS
 from aldm.data.store import VolumeStore
 
-_STAGES: dict[str, type[PairStage]] = {
-    "pix2pix": pix2pix.Pix2PixStage,
-    "pix2pix-3d": pix2pix.Pix2PixStage,
-    "cyclegan": cyclegan.CycleGANStage,
-    "cyclegan-3d": cyclegan.CycleGANStage,
-    "nicegan": nicegan.NiceGANStage,
-    "reggan": reggan.RegGANStage,
-    "resvit-cnn": resvit.ResViTStage,
-    "resvit": resvit.ResViTStage,
-    "dea-gan": eagan.EaGANStage,
-    "gea-gan": eagan.EaGANStage,
+_FILES: dict[str, ModuleType] = {
+    "pix2pix": pix2pix,
+    "pix2pix-3d": pix2pix,
+    "cyclegan": cyclegan,
+    "cyclegan-3d": cyclegan,
+    "nicegan": nicegan,
+    "reggan": reggan,
+    "resvit-cnn": resvit,
+    "resvit": resvit,
+    "dea-gan": eagan,
+    "gea-gan": eagan,
 }
-_FILES: dict[type[PairStage], ModuleType] = {
-    pix2pix.Pix2PixStage: pix2pix,
-    cyclegan.CycleGANStage: cyclegan,
-    nicegan.NiceGANStage: nicegan,
-    reggan.RegGANStage: reggan,
-    resvit.ResViTStage: resvit,
-    eagan.EaGANStage: eagan,
-}
-assert _STAGES.keys() == METHODS.keys()
+"""The file of each method: `Training` is its PairStage, build_network(config, name) builds what translates."""
 
 
 def method_stage(config: Config, store: VolumeStore, name: str) -> PairStage:
@@ -40,12 +31,13 @@ def method_stage(config: Config, store: VolumeStore, name: str) -> PairStage:
     Raises:
         UserError: as PairStage.
     """
-    return _STAGES[name](config, store, name)
+    stage: PairStage = _FILES[name].Training(config, store, name)
+    return stage
 
 
 def method_network(config: Config, name: str) -> nn.Module:
     """Build the network of a method that translates, with fresh weights; see `translate`."""
-    network: nn.Module = _FILES[_STAGES[name]].build_network(config, name)
+    network: nn.Module = _FILES[name].build_network(config, name)
     return network
 
 

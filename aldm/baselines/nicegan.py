@@ -137,6 +137,9 @@ class NiceGANStage(PairStage):
         }
 
 
+Training = NiceGANStage
+
+
 def build_network(config: Config, name: str) -> NiceTranslator:
     """Build what translates: both encoders and both generators."""
     own = config.baselines.nicegan

@@ -29,6 +29,9 @@ class Pix2PixStage(ConditionalStage):
         return vanilla(judgement, is_real)
 
 
+Training = Pix2PixStage
+
+
 def build_network(config: Config, name: str) -> UNetGenerator:
     """Build what translates: the generator."""
     own = _own(config, name)

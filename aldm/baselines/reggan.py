@@ -98,6 +98,9 @@ class RegGANStage(PairStage):
         return source, target
 
 
+Training = RegGANStage
+
+
 def build_network(config: Config, name: str) -> ResNetGenerator:
     """Build what translates: the generator."""
     own = config.baselines.reggan

@@ -58,6 +58,9 @@ class ResViTStage(ConditionalStage):
             load_vit_weights(self.generator, vit_weights)
 
 
+Training = ResViTStage
+
+
 def build_network(config: Config, name: str) -> ResViTGenerator:
     """Build what translates: the generator."""
     own = config.baselines.resvit
