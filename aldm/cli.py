@@ -20,6 +20,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "export": ("pipelines.export", "put trained stages together into a translator folder"),
     "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),
     "evaluate": ("pipelines.evaluate", "score a translator over all pairs of modalities of a store"),
+    "benchmark": ("pipelines.benchmark", "train methods under one budget, score them, and put them into one table"),
     "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
     "serve": ("serve.main", "translate over HTTP: a page, an interface for programs"),
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),

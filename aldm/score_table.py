@@ -128,6 +128,16 @@ def write_csv(path: Path, rows: Sequence[ScoreRow], *, overwrite: bool = False) 
         writer.writerows(astuple(row) for row in rows)
 
 
+def read_csv(path: Path) -> list[ScoreRow]:
+    """Read what `write_csv` wrote."""
+    kinds = {
+        field.name: {"int": int, "float": float}.get(str(getattr(field.type, "__name__", "")), str)
+        for field in fields(ScoreRow)
+    }
+    with path.open(newline="") as stream:
+        return [ScoreRow(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in csv.DictReader(stream)]
+
+
 def summarize(rows: Iterable[ScoreRow]) -> Summary:
     """Return mean and sample standard deviation of the rows' scores (at least one row)."""
     values = np.array([(row.psnr_db, row.nmse, row.ssim) for row in rows])

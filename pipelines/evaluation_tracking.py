@@ -52,11 +52,12 @@ def log_evaluation(
     """
     from mlflow.entities import Metric
 
+    from aldm.score_table import read_csv
     from pipelines.evaluate import RECORD, SCORES, TIMES
 
     uri = uri or tracking_uri(out)
     record = json.loads((out / RECORD).read_text())
-    table = _mean_scores(_read_scores(out / SCORES))
+    table = _mean_scores(read_csv(out / SCORES))
     now = int(time.time() * 1000)
     values = _metric_values(table) | _median_seconds(out / TIMES)
     metrics = [Metric(name, value, now, 0) for name, value in values.items() if math.isfinite(value)]
@@ -76,27 +77,6 @@ def log_evaluation(
         logger.warning("%s is not logged: %s", out, error)
         return None
     return run_id
-
-
-def _read_scores(path: Path) -> list["ScoreRow"]:
-    from aldm.score_table import ScoreRow
-
-    with path.open(newline="") as stream:
-        return [
-            ScoreRow(
-                subject_id=line["subject_id"],
-                method=line["method"],
-                source=line["source"],
-                target=line["target"],
-                sampler=line["sampler"],
-                num_inference_steps=int(line["num_inference_steps"]),
-                region=line["region"],
-                psnr_db=float(line["psnr_db"]),
-                nmse=float(line["nmse"]),
-                ssim=float(line["ssim"]),
-            )
-            for line in csv.DictReader(stream)
-        ]
 
 
 def _mean_scores(rows: Sequence["ScoreRow"]) -> list[dict[str, Any]]:

@@ -1,0 +1,189 @@
+"""The outcome of a benchmark: all scores in one file, one table a region, and the methods' pictures side by side."""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.benchmark_plan import MODEL, RECORD, SCORES, Contest, Entry
+
+if TYPE_CHECKING:
+    from aldm.data.store import VolumeStore
+    from aldm.score_table import ScoreRow
+
+ALL_SCORES, PICTURE = "scores.csv", "methods.png"
+VALUES = ("psnr_db", "nmse", "ssim")
+NOTE = """Mean over the held-out subjects, and the 95 % interval of that mean (t, over subjects; with several seeds a
+subject's value is its mean over them). `samples` are the volumes, or the slices of 2D methods, that the trainings saw.
+`minutes` and `peak` are those of all trainings of a method, Python and libraries included; `s / volume` is the median
+time of a translation. Synthetic images, for research use only."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method took."""
+
+    parameters: int
+    samples: int
+    minutes: float
+    seconds_per_volume: float
+    peak_gb: float
+
+
+def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> str:
+    """Write scores.csv, benchmark.md and methods.png into the contest's folder; return the tables."""
+    rows = read_scores(entries)
+    with (contest.out / ALL_SCORES).open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["seed", "subject_id", "method", "region", *VALUES])
+        writer.writerows(
+            [seed, row.subject_id, row.method, row.region, *(getattr(row, value) for value in VALUES)]
+            for seed, row in rows
+        )
+    costs = {method: cost_of([entry for entry in entries if entry.method == method]) for method in _methods(entries)}
+    regions = dict.fromkeys(row.region for _, row in rows)
+    tables = "\n\n".join(table(rows, region, costs) for region in regions)
+    source, target = contest.pair
+    title = f"# {source} to {target}, {contest.minutes:g} minutes of training each"
+    seeds = len({entry.seed for entry in entries})
+    lead = (
+        f"{len(store.subjects('train'))} training subjects, {seeds} seed(s), configuration {' '.join(contest.flags)}."
+    )
+    (contest.out / "benchmark.md").write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
+    _draw(contest, entries, store)
+    return tables
+
+
+def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
+    """Return (seed, row) of all entries; the rows that every evaluation repeats are taken once."""
+    from dataclasses import replace
+
+    from aldm.score_table import read_csv
+
+    rows: list[tuple[int, ScoreRow]] = []
+    company: dict[tuple[str, str, str], ScoreRow] = {}
+    for entry in entries:
+        for row in read_csv(entry.folder / SCORES / "scores.csv"):
+            if row.method in ("identity", "training-mean", "reconstruction"):
+                company.setdefault((row.method, row.subject_id, row.region), row)
+            else:
+                rows.append((entry.seed, replace(row, method=entry.method)))
+    return [(0, row) for row in company.values() if row.method != "reconstruction"] + rows
+
+
+def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:
+    """Return the Markdown table of a region, the best PSNR first."""
+    by_method: dict[str, dict[str, list[ScoreRow]]] = defaultdict(lambda: defaultdict(list))
+    for _, row in rows:
+        if row.region == region:
+            by_method[row.method][row.subject_id].append(row)
+    summaries = {
+        method: [
+            interval([_mean(getattr(row, value) for row in of_subject) for of_subject in subjects.values()])
+            for value in VALUES
+        ]
+        for method, subjects in by_method.items()
+    }
+    lines = [
+        f"## {region}",
+        "",
+        "| method | PSNR (dB) | NMSE | SSIM | parameters | samples | minutes | s / volume | peak (GB) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in sorted(summaries, key=lambda name: -summaries[name][0][0]):
+        cells = [_with_interval(*value, digits) for value, digits in zip(summaries[method], (2, 3, 3), strict=True)]
+        cost = costs.get(method)
+        if cost is None:
+            cells += ["-"] * 5
+        else:
+            cells += [f"{cost.parameters:,}", f"{cost.samples:,}", f"{cost.minutes:.1f}"]
+            cells += [f"{cost.seconds_per_volume:.2f}", f"{cost.peak_gb:.2f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % interval (t); NaN for a single value."""
+    from scipy import stats
+
+    count = len(values)
+    half = math.nan
+    if count > 1:
+        half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+    return float(np.mean(values)), half
+
+
+def cost_of(entries: Sequence[Entry]) -> Cost:
+    """Return what a method took: means over its seeds, the largest peak."""
+    records = [json.loads((entry.folder / RECORD).read_text())["done"] for entry in entries]
+    trainings = [
+        [done[" ".join(command)] for command in entry.trainings] for entry, done in zip(entries, records, strict=True)
+    ]
+    seconds = [
+        float(line["seconds"])
+        for entry in entries
+        for line in csv.DictReader((entry.folder / SCORES / "times.csv").read_text().splitlines())
+    ]
+    return Cost(
+        parameters=_parameters(entries[0].folder / MODEL),
+        samples=round(_mean(sum(map(_samples, entry.trainings)) for entry in entries)),
+        minutes=_mean(sum(each["seconds"] for each in of_entry) / 60 for of_entry in trainings),
+        seconds_per_volume=float(np.median(seconds)),
+        peak_gb=max(each["peak_bytes"] for of_entry in trainings for each in of_entry) / 1e9,
+    )
+
+
+def _parameters(model: Path) -> int:
+    """Return the numbers in a translator folder's weights, from the file's header."""
+    from safetensors import safe_open
+
+    with safe_open(model / "weights.safetensors", framework="np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+
+
+def _samples(training: Sequence[str]) -> int:
+    """Return the samples that a training saw: its steps times its batch."""
+    import yaml
+
+    from aldm.config import Config, from_dict, training_of
+
+    run = Path(training[training.index("--run-dir") + 1])
+    config = from_dict(Config, yaml.safe_load((run / "config.yaml").read_text()))
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    return int(json.loads(last)["step"]) * training_of(config, training[1]).batch_size
+
+
+def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> None:
+    """Draw source, truth and every method's result of the first held-out subject beside each other."""
+    from aldm.pictures import save_training_panel
+    from aldm.translate import Translator
+
+    source, target = contest.pair
+    record = next(one for one in store.subjects(contest.split) if {source, target} <= set(one.modalities))
+    x = store.volume(record.subject_id, source)
+    volumes: dict[str, Any] = {f"true {target}": store.volume(record.subject_id, target), f"source {source}": x}
+    for entry in entries:
+        if entry.seed == 0:
+            translator = Translator.load(entry.folder / MODEL)
+            volumes[entry.method], _ = translator.translate_encoded(translator.encode(x), source, target)
+    title = f"{record.subject_id}, {source} to {target}: synthetic, research use only"
+    save_training_panel(contest.out / PICTURE, volumes, title)
+
+
+def _methods(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(entry.method for entry in entries))
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def _with_interval(mean: float, half: float, digits: int) -> str:
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
