@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.tracking_server import default_server, tracking_uri
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(contest.out / "runs")
-    with open_workers(args, use_gpus=False) as workers, default_server(uri):
+    with open_workers(args, use_gpus=True) as workers, default_server(uri):
         run = _Runner(uri, args.device)
         if workers is None:
             for number, entry in enumerate(entries, start=1):
@@ -98,12 +98,12 @@ class _Runner:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     def _run(self, command: Sequence[str], entry: Entry) -> dict[str, float]:
-        """Run a command; return seconds and peak memory.
+        """Run a command; return its seconds (those of the last start) and peak memory.
 
         Raises:
             UserError: it failed; the log has what it said.
         """
-        words = [sys.executable, "-m", "aldm.cli", *command, *_again(command)]
+        words = [sys.executable, "-m", "pipelines.bound", str(os.getpid()), *command, *_again(command)]
         if command[0] in ("train", "encode", "evaluate"):
             words += ["--device", self.device]
         environment = os.environ | {"MLFLOW_TRACKING_URI": self.tracking_uri}
@@ -219,5 +219,5 @@ def _parser() -> JobParser:
     )
     parser.add_argument("--budget", type=float, default=10, metavar="MINUTES", help="training time of each method")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each method, seeds 0 to N - 1")
-    add_worker_arguments(parser, "a method")
+    add_worker_arguments(parser, "a method with one seed")
     return parser

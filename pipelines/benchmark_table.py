@@ -21,8 +21,9 @@ ALL_SCORES, PICTURE = "scores.csv", "methods.png"
 VALUES = ("psnr_db", "nmse", "ssim")
 NOTE = """Mean over the held-out subjects, and the 95 % interval of that mean (t, over subjects; with several seeds a
 subject's value is its mean over them). `samples` are the volumes, or the slices of 2D methods, that the trainings saw.
-`minutes` and `peak` are those of all trainings of a method, Python and libraries included; `s / volume` is the median
-time of a translation. Synthetic images, for research use only."""
+`minutes` is the time that the trainings of a method took, validation and checkpoints included, `peak` the most memory
+of one of them, Python and libraries included; `s / volume` is the median time of a translation. Synthetic images, for
+research use only."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def cost_of(entries: Sequence[Entry]) -> Cost:
     return Cost(
         parameters=_parameters(entries[0].folder / MODEL),
         samples=round(_mean(sum(map(_samples, entry.trainings)) for entry in entries)),
-        minutes=_mean(sum(each["seconds"] for each in of_entry) / 60 for of_entry in trainings),
+        minutes=_mean(sum(map(_minutes, entry.trainings)) for entry in entries),
         seconds_per_volume=float(np.median(seconds)),
         peak_gb=max(each["peak_bytes"] for of_entry in trainings for each in of_entry) / 1e9,
     )
@@ -153,10 +154,21 @@ def _samples(training: Sequence[str]) -> int:
 
     from aldm.config import Config, from_dict, training_of
 
-    run = Path(training[training.index("--run-dir") + 1])
-    config = from_dict(Config, yaml.safe_load((run / "config.yaml").read_text()))
-    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
-    return int(json.loads(last)["step"]) * training_of(config, training[1]).batch_size
+    config = from_dict(Config, yaml.safe_load((_run_dir(training) / "config.yaml").read_text()))
+    return int(_metrics(training)[-1]["step"]) * training_of(config, training[1]).batch_size
+
+
+def _minutes(training: Sequence[str]) -> float:
+    """Return the time that a training took, earlier starts of one that was interrupted included."""
+    return float(max(record.get("elapsed_s", 0.0) for record in _metrics(training))) / 60
+
+
+def _metrics(training: Sequence[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (_run_dir(training) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _run_dir(training: Sequence[str]) -> Path:
+    return Path(training[training.index("--run-dir") + 1])
 
 
 def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> None:

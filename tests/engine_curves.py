@@ -1,8 +1,48 @@
-"""Trainings that run one after the other in the same Ray Train workers; used by test_engines.py."""
+"""Trainings that run one after the other in the same Ray Train workers; for the tests of the engines."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+
+def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run the tasks on so many Ray Train workers."""
+    import engine_curves
+    from ray import cloudpickle
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cloudpickle.register_pickle_by_value(engine_curves)
+    trainer = TorchTrainer(
+        curves,
+        train_loop_config={"tasks": tasks},
+        scaling_config=ScalingConfig(num_workers=num_workers),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(name=f"workers-{num_workers}", storage_path=str(folder)),
+    )
+    result: list[dict[str, Any]] = trainer.fit().return_value
+    return result
+
+
+def losses(run: dict[str, Any], after: int = 0) -> dict[str, list[float]]:
+    """Return every logged value by name, one a step."""
+    values: dict[str, list[float]] = {}
+    for record in run["log"]:
+        if record["step"] > after:
+            for name, value in record.items():
+                if "/" in name:
+                    values.setdefault(name, []).append(value)
+    return values
+
+
+def assert_same(got: dict[str, list[float]], wanted: dict[str, list[float]], relative: float) -> None:
+    """Compare the curves of two runs."""
+    import numpy as np
+
+    assert got.keys() == wanted.keys()
+    assert any(name.endswith("/loss") for name in got)
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=relative, atol=1e-7, err_msg=name)
 
 
 def curves(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -26,7 +66,7 @@ def curve(
     """Train a stage with an engine; its checkpoints go to folder/step.
 
     Args:
-        stage: vqgan or diffusion.
+        stage: vqgan, diffusion, or a comparison method.
         engine: plain, ddp or zero-0 to zero-3.
         inputs: paths by flag name.
         training: changes of the tiny preset's section.
@@ -114,14 +154,15 @@ def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> 
     """Return the stage of the changed tiny preset and its section of the configuration."""
     import argparse
 
+    from aldm.config import training_of, with_training
+    from aldm.config_baselines import METHODS
     from aldm.presets import tiny
     from pipelines.train import build_stage
 
-    section = f"train_{stage}"
-    config = replace(tiny(), **{section: replace(getattr(tiny(), section), **training)})
-    paths = argparse.Namespace(**{name: Path(path) for name, path in inputs.items()})
-    built, _ = build_stage(stage, config, paths)
-    return built, getattr(built.config, section)
+    config = replace(tiny(), pair=("t1", "t2")) if stage in METHODS else tiny()
+    paths = argparse.Namespace(vit_weights=None, **{name: Path(path) for name, path in inputs.items()})
+    built, _ = build_stage(stage, with_training(config, stage, **training), paths)
+    return built, training_of(built.config, stage)
 
 
 def make_engine(name: str, batch_size: int, resume_from: Path | None, precision: str) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from baseline_stages import PAIR, batch_of, config_of, gradient, info_of, play
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from aldm.baselines.cyclegan import Cycle, CycleGANStage
 from aldm.baselines.eagan import EaGANStage
@@ -20,11 +22,11 @@ from aldm.baselines.pix2pix import Pix2PixStage
 from aldm.checkpoint import save_checkpoint
 from aldm.cli import main
 from aldm.config import Config, training_of, with_training
-from aldm.config_baselines import BOTH_WAYS, METHODS
-from aldm.data.dataset import SlicePairs, VolumePairs, collate
+from aldm.config_baselines import BOTH_WAYS, METHODS, VOLUME_METHODS
+from aldm.data.dataset import SlicePairs, VolumePairs
 from aldm.data.store import VolumeStore
 from aldm.errors import UserError
-from aldm.players import Player, StepInfo, only_trainable
+from aldm.planner import plan
 from aldm.presets import brats, ixi, tiny
 from aldm.training import PlainEngine, fit
 from serve.models import find_model
@@ -33,37 +35,10 @@ from serve.settings import Settings
 from serve.submissions import Service
 from serve.worker import load
 
-PAIR = ("t1", "t2")
-
 
 @pytest.fixture
 def store(ixi_store: VolumeStore) -> VolumeStore:
     return ixi_store
-
-
-def config_of(method: str, **changes: Any) -> Config:
-    return with_training(replace(tiny(), pair=PAIR), method, **changes)
-
-
-def batch_of(stage: Any, number: int = 2) -> dict[str, Any]:
-    samples = stage.samples("train")
-    generator = torch.Generator().manual_seed(1)
-    return collate([samples.sample(index, generator) for index in range(number)])
-
-
-def info_of(stage: Any, number: int = 2, step: int = 0) -> StepInfo:
-    generators = [torch.Generator().manual_seed(index) for index in range(number)]
-    return StepInfo(step, generators, frozenset(player.name for player in stage.players))
-
-
-def play(stage: Any, player: Player, batch: dict[str, Any], info: StepInfo) -> None:
-    with only_trainable(player, stage.players):
-        loss, _ = player.loss(player.module, batch, info)
-        loss.backward()
-
-
-def gradient(module: nn.Module) -> float:
-    return sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -270,6 +245,32 @@ def test_the_paper_s_sizes_go_through(method: str, preset: Callable[[], Config])
         x = torch.empty(shape)
         run = network if not hasattr(network, "translate") else lambda part: network.translate(part, False)
         assert run(x).shape == x.shape
+
+
+@pytest.mark.parametrize("preset", [brats, ixi])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_at_the_paper_s_sizes(method: str, preset: Callable[[], Config]) -> None:
+    """Losses and gradients of every player, on tensors without values; the loader gives what the batch asks for."""
+    config = preset()
+    step = plan(config, method)
+    whole, training = config.preprocess.spatial_shape, training_of(config, method)
+    assert step.shape == (whole if method in VOLUME_METHODS else slice_shape(config))
+    assert (step.batch_size, training.crop) == (1 if method in VOLUME_METHODS else 32, None)
+    assert slice_shape(config) == {"brats": (240, 240), "ixi": (160, 256)}[config.preset]
+    assert step.flops_of.keys() == {"generator", "discriminator"}
+    network = network_flops(config, method) * step.batch_size
+    assert step.flops_of["generator"] > 3 * network  # forward, and backward to input and weights
+    assert step.flops_of["discriminator"] > 0
+
+
+def network_flops(config: Config, method: str) -> int:
+    """Operations with which the network that translates maps one slice or volume."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = method_network(replace(config, pair=PAIR), method)
+        sides = config.preprocess.spatial_shape if method in VOLUME_METHODS else slice_shape(config)
+        x = torch.empty(1, 1, *sides)
+        network.translate(x, False) if hasattr(network, "translate") else network(x)
+    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------------ the commands

@@ -1,12 +1,20 @@
 """aldm benchmark: what it runs, that it goes on, and that its table is what the scores say."""
 
+import contextlib
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 from scipy import stats
 
 from aldm.cli import main
@@ -73,6 +81,81 @@ def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore,
     capsys.readouterr()
     assert main([*words[:-1], "1", "--methods", "pix2pix"]) == 2
     assert "holds a benchmark with other settings" in capsys.readouterr().err
+
+
+def start(store: VolumeStore, out: Path, *flags: str) -> "subprocess.Popen[str]":
+    """Start a benchmark of the unet in a process of its own, long enough to be stopped in the middle."""
+    words = ["benchmark", "--store", str(store.path), "--out", str(out), *PAIR, "--preset", "tiny", "--methods", "unet"]
+    words += ["--set", "train_unet.checkpoint_every=5", "--set", "train_unet.log_every=1", "--budget", "0.2", *flags]
+    return subprocess.Popen(
+        [sys.executable, "-m", "aldm.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def trainings_in(out: Path) -> list[psutil.Process]:
+    """The trainings that run into a benchmark's folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "pipelines.bound" in words and any(word.startswith(str(out)) for word in words):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "stop", "code"),
+    [((), signal.SIGINT, 130), ((), signal.SIGKILL, -9), (("--num-workers", "1"), signal.SIGINT, 130)],
+    ids=["interrupted", "killed", "interrupted on Ray"],
+)
+def test_stopped_it_leaves_nothing_running_and_goes_on(
+    flags: tuple[str, ...], stop: signal.Signals, code: int, ixi_store: VolumeStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = out / "unet" / "seed-0" / "unet"
+    first = start(ixi_store, out, *flags)
+    wait_for(lambda: (run / "last").exists(), first)
+    first.send_signal(stop)
+    assert first.wait(90) == code
+    psutil.wait_procs(trainings_in(out), timeout=10)
+    assert trainings_in(out) == []
+    assert not (out / "benchmark.md").exists()
+    second = start(ixi_store, out, *flags)
+    text, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, text
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "elapsed_s" in record]
+    assert steps == sorted(set(steps)), "a step twice"
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+    assert max(record.get("elapsed_s", 0) for record in records) < 1.5 * 0.2 * 60
+    cells = next(line for line in (out / "benchmark.md").read_text().splitlines() if "| unet |" in line).split("|")
+    assert cells[6].strip() == f"{steps[-1] * tiny().train_unet.batch_size:,}"
+
+
+@pytest.mark.slow
+def test_workers_share_the_methods(ray_cluster: None, ixi_store: VolumeStore, tmp_path: Path) -> None:
+    """The same folders as one after the other, and one table."""
+    words = ["benchmark", "--store", str(ixi_store.path), "--out", str(tmp_path / "out"), *PAIR, "--preset", "tiny"]
+    words += ["--budget", "0.03", "--seeds", "2", "--methods", "unet", "reggan", "--num-workers", "2"]
+    assert main(words) == 0
+    for method in ("unet", "reggan"):
+        for seed in (0, 1):
+            folder = tmp_path / "out" / method / f"seed-{seed}"
+            assert (folder / "scores" / "scores.csv").is_file()
+            assert yaml.safe_load((folder / method / "config.yaml").read_text())["seed"] == seed
+    page = (tmp_path / "out" / "benchmark.md").read_text()
+    assert "2 seed(s)" in page
+    assert "| unet |" in page
+    assert "| reggan |" in page
 
 
 def test_what_makes_no_sense_is_refused(ixi_store: VolumeStore, tmp_path: Path, capsys) -> None:

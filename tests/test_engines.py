@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import engine_curves
 import numpy as np
 import pytest
 import torch
+from engine_curves import assert_same, losses, run_on
 from safetensors.torch import save_file
 
 from aldm.data.store import VolumeStore
@@ -47,24 +47,6 @@ def inputs(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -
     }
 
 
-def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run the tasks on so many Ray Train workers."""
-    from ray import cloudpickle
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cloudpickle.register_pickle_by_value(engine_curves)
-    trainer = TorchTrainer(
-        engine_curves.curves,
-        train_loop_config={"tasks": tasks},
-        scaling_config=ScalingConfig(num_workers=num_workers),
-        torch_config=TorchConfig(backend="gloo"),
-        run_config=RunConfig(name=f"workers-{num_workers}", storage_path=str(folder)),
-    )
-    result: list[dict[str, Any]] = trainer.fit().return_value
-    return result
-
-
 @pytest.fixture(scope="module")
 def trained(
     ray_cluster: None, inputs: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
@@ -101,24 +83,6 @@ def trained(
     )
     run(3, tasks("3+", going_on, resume=True))
     return found
-
-
-def losses(run: dict[str, Any], after: int = 0) -> dict[str, list[float]]:
-    """Return every logged value by name, one a step."""
-    values: dict[str, list[float]] = {}
-    for record in run["log"]:
-        if record["step"] > after:
-            for name, value in record.items():
-                if "/" in name:
-                    values.setdefault(name, []).append(value)
-    return values
-
-
-def assert_same(got: dict[str, list[float]], wanted: dict[str, list[float]], relative: float) -> None:
-    assert got.keys() == wanted.keys()
-    assert any(name.endswith("/loss") for name in got)
-    for name in wanted:
-        np.testing.assert_allclose(got[name], wanted[name], rtol=relative, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.slow

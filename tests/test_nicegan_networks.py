@@ -21,8 +21,7 @@ def test_parameters_of_the_published_networks() -> None:
     with torch.device("meta"):
         discriminator = NiceDiscriminator()
         assert num_parameters(discriminator) == 46_872_385
-        encoder = (discriminator.encoder, discriminator.attention_logit, discriminator.attention_mix)
-        assert num_parameters(*encoder) + discriminator.attention_weight.numel() == 165_441
+        assert num_parameters(discriminator.encoder, discriminator.attention) == 165_441
         assert num_parameters(NiceGenerator()) == 8_098_368
         assert num_parameters(NiceGenerator(num_blocks=4)) == 5_737_024
 
@@ -78,14 +77,14 @@ def test_receptive_fields_are_10_70_and_286_pixels() -> None:
 def test_the_latent_starts_as_the_features_and_the_attention_can_enter() -> None:
     discriminator = NiceDiscriminator(2)
     x = torch.randn(1, 1, 96, 96)
-    assert discriminator.attention_weight.item() == 0
+    assert discriminator.attention.strength.item() == 0
     discriminator.eval()  # spectral norms stand still
     features = discriminator.encoder(x)
     torch.testing.assert_close(discriminator.encode(x), torch.where(features > 0, features, 0.2 * features))
     with torch.no_grad():
-        discriminator.attention_weight.fill_(0.5)
-    weight = discriminator.attention_logit.parametrizations.weight.original[0, :, None, None]
-    attended = discriminator.attention_mix(torch.cat((features, features), dim=1) * weight)
+        discriminator.attention.strength.fill_(0.5)
+    weight = discriminator.attention.weight[0, :, None, None]
+    attended = discriminator.attention.mix(torch.cat((features, features), dim=1) * weight)
     torch.testing.assert_close(discriminator.encode(x), nn.functional.leaky_relu(0.5 * attended + features, 0.2))
 
 
@@ -94,8 +93,10 @@ def test_the_attention_logit_is_bounded_by_spectral_norm() -> None:
     x = torch.randn(1, 1, 96, 96)
     features = discriminator.encoder(x)
     pooled = torch.cat((features.mean((2, 3)), features.amax((2, 3))), dim=1)
-    original = discriminator.attention_logit.parametrizations.weight.original
-    torch.testing.assert_close(discriminator(x)[2], pooled @ (original / original.norm()).T)
+    layer = nn.Linear(4 * 2, 1, bias=False)
+    layer.weight = discriminator.attention.weight
+    layer = torch.nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=20).eval()
+    torch.testing.assert_close(discriminator(x)[2], layer(pooled))
 
 
 def test_the_generator_reaches_the_frozen_encoder_and_leaves_its_parameters() -> None:

@@ -43,8 +43,9 @@ class EaGANStage(ConditionalStage):
         return torch.cat(seen, dim=1)
 
     def adversarial(self, judgement: Tensor, is_real: bool, info: StepInfo) -> Tensor:
-        """Least squares against a smoothed label: 0.7 to 1.2 for real, 0 to 0.3 for fake."""
-        drawn = torch.rand((), generator=info.generators[0]).to(judgement.device)
+        """Least squares against smoothed labels, one a sample: 0.7 to 1.2 for real, 0 to 0.3 for fake."""
+        drawn = torch.stack([torch.rand((), generator=generator) for generator in info.generators])
+        drawn = drawn.to(judgement.device).view(-1, *[1] * (judgement.ndim - 1))
         return lsgan(judgement, 0.7 + 0.5 * drawn if is_real else 0.3 * drawn)
 
     def added_loss(self, fake: Tensor, target: Tensor, info: StepInfo) -> tuple[Tensor | float, Values]:

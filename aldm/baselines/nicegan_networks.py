@@ -27,6 +27,31 @@ def _stage(before: int, after: int, stride: int) -> list[nn.Module]:
     return [*_conv(before, after, stride), nn.LeakyReLU(0.2)]
 
 
+class Attention(nn.Module):
+    """Class activation map: weighs the features by what tells real from fake, and makes the latent of them.
+
+    A module of its own, its parameters used in its own forward only: where they are sharded they are whole there.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, 2 * channels))
+        nn.init.uniform_(self.weight, -((2 * channels) ** -0.5), (2 * channels) ** -0.5)  # as a linear layer
+        self.mix = nn.Conv2d(2 * channels, channels, 1)
+        self.strength = nn.Parameter(torch.zeros(1))  # lambda: the latent starts as the bare features
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent, shaped as the features (B, C, X, Y), and the attention logit (B, 1).
+
+        The logit's weight is divided by its spectral norm, which of a single row is its length; the features are
+        weighed, as in the published code, with the weight as it is stored.
+        """
+        pooled = torch.cat((features.mean((2, 3)), features.amax((2, 3))), dim=1)
+        logit = F.linear(pooled, F.normalize(self.weight, dim=1))
+        attended = self.mix(torch.cat((features, features), dim=1) * self.weight.view(1, -1, 1, 1))
+        return F.leaky_relu(self.strength * attended + features, 0.2), logit
+
+
 class NiceDiscriminator(nn.Module):
     """Encoder of one domain and three judgements: of patches of 70 and of 286 pixels, and of the attention features.
 
@@ -39,9 +64,7 @@ class NiceDiscriminator(nn.Module):
         super().__init__()
         width = 2 * channels
         self.encoder = nn.Sequential(*_stage(1, channels, 2), *_stage(channels, width, 2))
-        self.attention_logit = spectral_norm(nn.Linear(2 * width, 1, bias=False))
-        self.attention_mix = nn.Conv2d(2 * width, width, 1)
-        self.attention_weight = nn.Parameter(torch.zeros(1))  # lambda: the latent starts as the bare features
+        self.attention = Attention(width)
         if not with_heads:
             return
         self.trunk = nn.Sequential(*_stage(width, 2 * width, 2))
@@ -57,13 +80,8 @@ class NiceDiscriminator(nn.Module):
         """Return the latent (B, 2 * channels, X / 4, Y / 4) and the attention logit (B, 1)."""
         if any(side % 4 for side in x.shape[2:]):
             raise UserError(f"NICE-GAN needs sides that are multiples of 4, got {_sides(x)}; pad or crop the slices")
-        features = self.encoder(x)
-        pooled = torch.cat((features.mean((2, 3)), features.amax((2, 3))), dim=1)
-        logit = self.attention_logit(pooled)
-        # the published code weighs the features with the stored weight, which spectral norm does not divide
-        weight = self.attention_logit.get_parameter("parametrizations.weight.original").view(1, -1, 1, 1)
-        attended = self.attention_mix(torch.cat((features, features), dim=1) * weight)
-        return F.leaky_relu(self.attention_weight * attended + features, 0.2), logit
+        latent: tuple[Tensor, Tensor] = self.attention(self.encoder(x))
+        return latent
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latent z (B, 2 * channels, X / 4, Y / 4) of (B, 1, X, Y), the generator's input.

@@ -1,0 +1,74 @@
+"""The comparison methods on the platform: every engine computes the same training, however many workers share it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_curves import assert_same, losses, run_on
+
+from aldm.config_baselines import METHODS
+from aldm.data.store import VolumeStore
+from pipelines.train import main as train_job
+
+TRAINING = {
+    "batch_size": 2,
+    "max_steps": 3,
+    "log_every": 1,
+    "validate_every": 3,
+    "num_validation_samples": 2,
+    "checkpoint_every": 3,
+}
+SHARDED = ("zero-1", "zero-2", "zero-3")
+BATCH_NORM = ("pix2pix", "pix2pix-3d")
+"""Their norms see a worker's share of the batch, so two workers compute another training than one."""
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ray_cluster: None, ixi_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """Trainings by (number of workers, method, engine)."""
+    folder = tmp_path_factory.mktemp("methods")
+    first = folder / "first"
+    words = ["resvit-cnn", "--store", ixi_store.path, "--source", "t1", "--target", "t2", "--run-dir", first]
+    words += ["--preset", "tiny", "--engine", "plain", "--no-tracking", "--log-level", "warning"]
+    train_job([str(word) for word in words])
+
+    def run(number: int, engines: tuple[str, ...]) -> dict[tuple[int, str, str], dict[str, Any]]:
+        tasks = {}
+        for method in METHODS:
+            inputs = {"store": str(ixi_store.path)} | ({"pretrained": str(first)} if method == "resvit" else {})
+            for engine in engines:
+                own = folder / str(number) / method / engine
+                task = {"stage": method, "engine": engine, "inputs": inputs, "training": TRAINING, "folder": str(own)}
+                tasks[number, method, engine] = task
+        return dict(zip(tasks, run_on(number, list(tasks.values()), folder), strict=True))
+
+    return run(1, ("plain", "ddp")) | run(2, ("ddp", *SHARDED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_worker_computes_what_one_process_computes(trained: Any, method: str) -> None:
+    assert_same(losses(trained[1, method, "ddp"]), losses(trained[1, method, "plain"]), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_workers_compute_what_one_process_computes(trained: Any, method: str) -> None:
+    got, wanted = losses(trained[2, method, "ddp"]), losses(trained[1, method, "plain"])
+    if method in BATCH_NORM:
+        assert got.keys() == wanted.keys()
+    else:
+        assert_same(got, wanted, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("engine", SHARDED)
+def test_every_zero_stage_computes_what_ddp_computes(trained: Any, method: str, engine: str) -> None:
+    run, ddp = trained[2, method, engine], trained[2, method, "ddp"]
+    assert_same(losses(run), losses(ddp), 1e-4)
+    assert run["weights"].keys() == ddp["weights"].keys()
+    for name, wanted in ddp["weights"].items():
+        np.testing.assert_allclose(run["weights"][name], wanted, rtol=1e-3, atol=1e-5, err_msg=name)
