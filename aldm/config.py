@@ -165,6 +165,10 @@ class DiffusionConfig:
     """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
     bridge_start_fraction: float = 0.5
     """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
+    residual_std: tuple[float, ...] | None = None
+    """How far target and target-like latent are apart (RMS per channel, standardised); epsilon and v then start from
+    what that implies (method.md section 5). [] measures it when the training begins; null leaves it out, as the paper
+    does."""
 
     def __post_init__(self) -> None:
         choice("diffusion.objective", self.objective, OBJECTIVES)
@@ -172,6 +176,8 @@ class DiffusionConfig:
         positive(self, "num_train_timesteps", "beta_start", "beta_end")
         within(self, 0, 1, "beta_start", "beta_end", "bridge_start_fraction")
         within(self, 0, math.inf, "bridge_noise")
+        if self.residual_std:
+            positive(self, "residual_std")
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "

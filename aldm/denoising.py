@@ -4,12 +4,14 @@ translation.
 Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel, modality ids (B,) int64.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
-from aldm.config import Config
+from aldm.config import Config, DiffusionConfig
+from aldm.diffusion import NoiseSchedule
 from aldm.models.ms_spade import MSSpade
 from aldm.models.unet import UNet
 
@@ -42,7 +44,8 @@ def build_regression_unet(config: Config) -> UNet:
 
 def denoise(
     unet: nn.Module,
-    objective: str,
+    config: DiffusionConfig,
+    schedule: NoiseSchedule,
     z_t: Tensor,
     t: Tensor,
     z_source: Tensor,
@@ -52,21 +55,60 @@ def denoise(
 ) -> Tensor:
     """Return the U-Net's prediction at z_t.
 
-    The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction; for x0, bridge
+    The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction, unless the
+    configuration has residual_std: then see `_from_target_like`. For x0, bridge
     and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
     near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns instead how much of
     itself, of z_target_like and of z_source to take: at first itself alone, where source = target the source alone.
 
     Args:
         unet: aldm.models.unet.UNet with 3 C input and C output channels.
-        objective: one of config.OBJECTIVES.
+        config: the objective, and residual_std.
+        schedule: make_schedule(config).
         z_t: (B, C, x, y, z) noisy latent.
         t: (B,) float time steps.
         z_source, z_target_like: (B, C, x, y, z) standardised latents.
         target, source: (B,) int64 modality ids.
     """
-    output = unet(torch.cat([z_t, z_source, z_target_like], dim=1), t, target, source)
-    return output if objective in PREDICTS_NOISE else output + z_target_like
+
+    def network(z: Tensor) -> Tensor:
+        output: Tensor = unet(torch.cat([z, z_source, z_target_like], dim=1), t, target, source)
+        return output
+
+    if config.objective not in PREDICTS_NOISE:
+        return network(z_t) + z_target_like
+    if config.residual_std is None:
+        return network(z_t)
+    return _from_target_like(network, config, schedule, z_t, t, z_target_like)
+
+
+def _from_target_like(
+    network: Callable[[Tensor], Tensor],
+    config: DiffusionConfig,
+    schedule: NoiseSchedule,
+    z_t: Tensor,
+    t: Tensor,
+    z_target_like: Tensor,
+) -> Tensor:
+    """Return epsilon or v from what z_target_like already says about z_target.
+
+    If z_target were normal about y = z_target_like with standard deviation s (residual_std), the best guess at z_t
+    would be known; the network adds what is missing, scaled so that its input and what it has to output have unit
+    variance (Karras et al. 2022, table 1 and appendix B.6, here about y instead of 0, and for a variance-preserving
+    chain). With r = (z_t - alpha y) / q, q^2 = alpha^2 s^2 + sigma^2, and the network's output F(r),
+
+        z_target = y + (s / q) (alpha s r + sigma F)        epsilon = (sigma r - alpha s F) / q
+    """
+    std = z_t.new_tensor(config.residual_std or [1.0]).view(1, -1, 1, 1, 1)
+    alpha, sigma = schedule.alpha_sigma_between(t, z_t)
+    spread = (alpha**2 * std**2 + sigma**2).sqrt()
+    residual = (z_t - alpha * z_target_like) / spread
+    output = network(residual).float()
+    epsilon = (sigma * residual - alpha * std * output) / spread
+    if config.objective == "epsilon":
+        return epsilon
+    z_target = z_target_like + (std / spread) * (alpha * std * residual + sigma * output)
+    return alpha * epsilon - sigma * z_target
 
 
 def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:

@@ -87,6 +87,15 @@ class NoiseSchedule:
         shape = (-1,) + (1,) * (like.ndim - 1)
         return kept.sqrt().to(like).view(shape), (1 - kept).sqrt().to(like).view(shape)
 
+    def alpha_sigma_between(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma of float time steps t (B,), shaped to multiply `like` (B, ...)."""
+        table = torch.from_numpy(self.half_log_snr).to(device=t.device, dtype=torch.float32)
+        below = t.floor().clamp(0, len(table) - 1).long()
+        above = (below + 1).clamp(max=len(table) - 1)
+        log_ratio = table[below].lerp(table[above], (t - below).clamp(0, 1))
+        log_ratio = log_ratio.to(like).view((-1,) + (1,) * (like.ndim - 1))
+        return (2 * log_ratio).sigmoid().sqrt(), (-2 * log_ratio).sigmoid().sqrt()
+
 
 def _level(t: float, half_log_snr: float) -> NoiseLevel:
     """Return the level whose alpha and sigma have that ratio; both from the ratio, so neither loses digits."""

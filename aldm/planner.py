@@ -251,7 +251,8 @@ def _plan_inference(config: Config) -> MemoryPlan:
             flops_of["ms-spade"] = trace.flops - sum(flops_of.values())
             z, x0, previous_x0 = (torch.empty_like(code) for _ in range(3))  # what a sampler of second order holds
             with predictor.autocast():
-                denoise(predictor.unet, "v", z, torch.zeros(1), code, z_target_like, ids, ids)
+                t = torch.zeros(1)
+                denoise(predictor.unet, config.diffusion, predictor.schedule, z, t, code, z_target_like, ids, ids)
             flops_of["unet"] = trace.flops - sum(flops_of.values())
             del x0, previous_x0
             predictor.decode(z)

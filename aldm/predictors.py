@@ -137,13 +137,14 @@ class LatentDiffusion(Predictor):
     ) -> Tensor:
         """Return one sample of the target, decoded."""
         source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
-        objective = self.config.diffusion.objective
         with self.autocast():
             z_target_like = self.ms_spade(code, target_ids, source_ids).float()
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self.autocast():
-                return denoise(self.unet, objective, z, t, code, z_target_like, target_ids, source_ids).float()
+                ids = target_ids, source_ids
+                diffusion = self.config.diffusion
+                return denoise(self.unet, diffusion, self.schedule, z, t, code, z_target_like, *ids).float()
 
         z = sample(
             predict,
@@ -171,7 +172,8 @@ class LatentDiffusion(Predictor):
             ids = torch.zeros(1, dtype=torch.long)
             with self.autocast():
                 z = self.ms_spade(latents[0], ids, ids)
-                denoise(self.unet, "v", z, torch.zeros(1), latents[0], latents[1], ids, ids)
+                t, diffusion = torch.zeros(1), self.config.diffusion
+                denoise(self.unet, diffusion, self.schedule, z, t, latents[0], latents[1], ids, ids)
 
         return max(floor_bytes(self.codec, shape), peak_bytes(one_evaluation))
 

@@ -118,7 +118,7 @@ def small() -> Config:
             norm_groups=8,
         ),
         regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),
-        diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8),
+        diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8, residual_std=()),
         sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
         train_vqgan=_cpu_training(
             batch_size=2,

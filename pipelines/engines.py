@@ -146,6 +146,9 @@ class DeepSpeedEngine:
         state = dict(player.module.state_dict())
         if self._zero_stage == 3:
             for name, parameter in player.module.named_parameters():
+                # between turns nothing is in use, but DeepSpeed forgets to let go of a layer that a backward pass
+                # went through twice
+                parameter.ds_active_sub_modules.clear()
                 with self.whole([parameter]):
                     state[name] = parameter.detach().clone()
         return state

@@ -155,9 +155,10 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
 
     from aldm.baselines.regression_unet import RegressionStage
     from aldm.data.store import VolumeStore
+    from aldm.denoising import PREDICTS_NOISE
     from aldm.latents import LatentStore
     from aldm.randomness import derived_seed
-    from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
+    from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage, measured_residual_std
 
     built: Any
     with torch.random.fork_rng(devices=[]):
@@ -174,6 +175,10 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
         if stage == "ms-spade":
             return MSSpadeStage(config, latents), inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
+        diffusion = config.diffusion
+        if diffusion.objective in PREDICTS_NOISE and diffusion.residual_std == ():
+            measured = measured_residual_std(config, latents, ms_spade)
+            config = replace(config, diffusion=replace(diffusion, residual_std=measured))
         built = DiffusionStage(replace(config, ms_spade=widths), latents, ms_spade, ms_spade_hash)
         return built, inputs | {"ms_spade": str(args.ms_spade), "ms_spade_hash": ms_spade_hash}
 

@@ -1,12 +1,15 @@
 """What the stages optimise and measure, against the volumes and networks behind them."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from aldm.baselines.regression_unet import RegressionStage
 from aldm.checkpoint import load_weights
@@ -14,13 +17,14 @@ from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
 from aldm.data.store import VolumeStore
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
+from aldm.diffusion import make_schedule, noised, to_x0, training_target
 from aldm.errors import UserError
 from aldm.latents import LatentStore, encode_store, unstandardise
 from aldm.models.codecs import build_codec
 from aldm.players import Batch, StepInfo
 from aldm.presets import brats, small, tiny
 from aldm.randomness import derived_generator
-from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
+from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage, measured_residual_std
 from aldm.training import PlainEngine, fit
 
 HAAR = replace(tiny().codec, kind="haar")
@@ -256,9 +260,72 @@ def test_a_network_that_outputs_nothing_predicts_the_target_like_latent(objectiv
     unet = build_unet(config, latents.latent_channels)  # its last layer starts at zero
     z = [torch.randn(1, latents.latent_channels, 8, 12, 8) for _ in range(3)]
     ids = torch.tensor([1])
-    output = denoise(unet, objective, z[0], torch.tensor([3.0]), z[1], z[2], ids, ids)
+    diffusion = DiffusionConfig(objective=objective)
+    output = denoise(unet, diffusion, make_schedule(diffusion), z[0], torch.tensor([3.0]), z[1], z[2], ids, ids)
     wanted = torch.zeros_like(output) if objective in ("epsilon", "v") else z[2]
     assert torch.equal(output, wanted)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v"])
+@pytest.mark.parametrize("t", [0.0, 12.5, 999.0])
+def test_a_network_that_outputs_nothing_predicts_the_posterior_mean_about_the_target_like_latent(
+    objective: str, t: float
+) -> None:
+    """Of a target that is normal about it; by the rule of two normals, channel by channel."""
+    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64).view(1, 3, 1, 1, 1)
+    diffusion = DiffusionConfig(objective=objective, residual_std=(0.1, 0.5, 2.0))
+    schedule = make_schedule(diffusion)
+    z_t, z_source, z_target_like = torch.randn(3, 2, 3, 2, 2, 2, dtype=torch.float64)
+    times, ids = torch.full((2,), t), torch.tensor([1, 1])
+
+    def silent(x: Tensor, *_: Tensor) -> Tensor:
+        return torch.zeros_like(x[:, :3])
+
+    prediction = denoise(silent, diffusion, schedule, z_t, times, z_source, z_target_like, ids, ids)
+    level = schedule.level(t)
+    precision = level.alpha**2 / level.sigma**2 + 1 / std**2
+    mean = (level.alpha * z_t / level.sigma**2 + z_target_like / std**2) / precision
+    found = to_x0(objective, prediction, z_t, level.alpha, level.sigma)
+    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v"])
+def test_what_the_network_has_to_output_has_unit_variance(objective: str) -> None:
+    """For the target that it should predict; its input too, at every noise level."""
+    std = torch.tensor([0.1, 1.0]).view(1, 2, 1, 1, 1)
+    diffusion = DiffusionConfig(objective=objective, residual_std=(0.1, 1.0))
+    schedule = make_schedule(diffusion)
+    z_target_like = torch.randn(1, 2, 40, 40, 40)
+    z_target = z_target_like + std * torch.randn_like(z_target_like)
+    noise, ids = torch.randn_like(z_target), torch.tensor([0])
+    for t in (0.0, 30.0, 400.0, 999.0):
+        times = torch.tensor([t])
+        z_t = noised(objective, schedule, z_target, None, times, noise)
+        seen = []
+
+        def echo(x: Tensor, *_: Tensor, value: float, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x[:, :2])
+            return torch.full_like(x[:, :2], value)
+
+        given = (diffusion, schedule, z_t, times, torch.zeros_like(z_t), z_target_like, ids, ids)
+        zero, one = (denoise(partial(echo, value=value), *given) for value in (0.0, 1.0))
+        wanted = (training_target(objective, schedule, z_target, times, noise) - zero) / (one - zero)
+        for each in (seen[0], wanted):
+            torch.testing.assert_close(each.std(dim=(0, 2, 3, 4)), torch.ones(2), rtol=0.03, atol=0.03)
+
+
+def test_how_far_stage_2_is_from_the_target_is_measured(latents: LatentStore) -> None:
+    config = replace(tiny(), modalities=latents.modalities, pair=latents.modalities[:2])
+    squares = []
+
+    def halved(z_source: Tensor, *_: Tensor) -> Tensor:
+        return z_source / 2
+
+    for subject in latents.subjects("validation"):
+        source, target = (latents.latent(subject.subject_id, name) for name in latents.modalities[:2])
+        squares.append(((target - source / 2) ** 2).mean(axis=(1, 2, 3)))
+    measured = measured_residual_std(config, latents, halved)
+    np.testing.assert_allclose(measured, np.sqrt(np.mean(squares, axis=0)), rtol=6e-3)
 
 
 def test_stage_3_samples_its_score_in_volumes(latents: LatentStore) -> None:
