@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DISCLAIMER = "synthetic, research use only"
 PLANES = (("sagittal", 0, "A"), ("coronal", 1, "R"), ("axial", 2, "R"))  # name, normal axis, what lies to the right
 _DPI = 110
+_GALLERY_COLUMNS, _GALLERY_ERROR = 7, 0.3
 _MARKERS = "osD^vP*X<>hp"
 
 
@@ -159,6 +160,47 @@ def save_training_panel(path: Path, volumes: Mapping[str, np.ndarray], title: st
             if column == 0:
                 axes.set_ylabel(plane, fontsize=8)
                 _write_on(axes, right)
+    _save(figure, path)
+
+
+def save_gallery(path: Path, target: np.ndarray, results: Mapping[str, np.ndarray], title: str = "") -> None:
+    """Write a PNG of many predictions of one volume: an axial plane of each, its absolute error below it.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        target: the true volume, X Y Z in [0, 1] with cubic voxels; its own cell comes first.
+        results: name -> X Y Z in [0, 1], of the target's shape.
+        title: text above the cells.
+
+    Raises:
+        UserError: volumes of different shapes.
+    """
+    for name, volume in results.items():
+        if volume.shape != target.shape:
+            raise UserError(f"gallery: {name} has shape {volume.shape}, the target {target.shape}")
+    index = planes_through(target)[2]
+    columns = min(_GALLERY_COLUMNS, len(results) + 1)
+    blocks = -(-(len(results) + 1) // columns)
+    width = 1.7
+    height = width * target.shape[1] / target.shape[0]
+    figure = _figure(columns * width + 0.2, blocks * (2 * height + 0.3) + 0.6, title)
+    grid = figure.add_gridspec(blocks, columns, wspace=0.04, hspace=0.3 / (2 * height))
+    grid.update(left=0.01, right=0.99, top=1 - 0.6 / figure.get_figheight(), bottom=0.2 / figure.get_figheight())
+    for place, (name, volume) in enumerate({"true": target, **results}.items()):
+        cell = grid[divmod(place, columns)].subgridspec(2, 1, hspace=0.02)
+        upper, lower = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
+        upper.set_title(name, fontsize=8, pad=2)
+        _draw_plane(upper, volume, 2, index, (1.0, 1.0, 1.0), "gray", 1.0)
+        _draw_plane(lower, np.abs(volume - target), 2, index, (1.0, 1.0, 1.0), "inferno", _GALLERY_ERROR)
+        lower.text(
+            0.5,
+            0.02,
+            "error, 0 to 0.3" if place == 0 else "",
+            color="w",
+            fontsize=6,
+            ha="center",
+            transform=lower.transAxes,
+        )
     _save(figure, path)
 
 

@@ -172,20 +172,22 @@ def _run_dir(training: Sequence[str]) -> Path:
 
 
 def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> None:
-    """Draw source, truth and every method's result of the first held-out subject beside each other."""
-    from aldm.pictures import save_training_panel
+    """Draw truth, source and every method's result of the first held-out subject beside each other."""
+    from aldm.metrics import psnr_db
+    from aldm.pictures import save_gallery
     from aldm.translate import Translator
 
     source, target = contest.pair
     record = next(one for one in store.subjects(contest.split) if {source, target} <= set(one.modalities))
-    x = store.volume(record.subject_id, source)
-    volumes: dict[str, Any] = {f"true {target}": store.volume(record.subject_id, target), f"source {source}": x}
+    x, truth = (store.volume(record.subject_id, name) for name in contest.pair)
+    made: dict[str, Any] = {f"source {source}": x}
     for entry in entries:
         if entry.seed == 0:
             translator = Translator.load(entry.folder / MODEL)
-            volumes[entry.method], _ = translator.translate_encoded(translator.encode(x), source, target)
-    title = f"{record.subject_id}, {source} to {target}: synthetic, research use only"
-    save_training_panel(contest.out / PICTURE, volumes, title)
+            made[entry.method], _ = translator.translate_encoded(translator.encode(x), source, target)
+    truth, *volumes = ((np.clip(volume, -1, 1) + 1) / 2 for volume in (truth, *made.values()))
+    scored = {f"{name}, {psnr_db(truth, volume):.1f} dB": volume for name, volume in zip(made, volumes, strict=True)}
+    save_gallery(contest.out / PICTURE, truth, scored, f"{record.subject_id}, {source} to {target}")
 
 
 def _methods(entries: Sequence[Entry]) -> list[str]:

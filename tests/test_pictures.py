@@ -85,6 +85,21 @@ def test_card_draws_every_method_and_refuses_nothing_to_draw(tmp_path):
         pictures.save_quality_card(tmp_path / "none.png", [])
 
 
+def test_a_gallery_breaks_its_row_and_shows_errors(tmp_path):
+    truth = np.random.default_rng(0).random(SHAPE)
+    one_row = {f"method {number}": truth for number in range(6)}
+    pictures.save_gallery(tmp_path / "one.png", truth, one_row)
+    pictures.save_gallery(tmp_path / "two.png", truth, one_row | {"another": truth})
+    pictures.save_gallery(tmp_path / "wrong.png", truth, one_row | {"method 5": 1 - truth})
+    one, two, wrong = (imread(tmp_path / f"{name}.png") for name in ("one", "two", "wrong"))
+    assert two.shape[1] == one.shape[1]
+    assert two.shape[0] > 1.7 * one.shape[0]
+    assert one[..., :3].sum() < wrong[..., :3].sum()  # an error of 0 is black
+    with pytest.raises(UserError, match="method 5 has shape"):
+        pictures.save_gallery(tmp_path / "no.png", truth, one_row | {"method 5": truth[1:]})
+    assert not (tmp_path / "no.png").exists()
+
+
 def test_drawing_leaves_matplotlib_s_global_state_alone(tmp_path):
     import matplotlib.pyplot as plt
 
