@@ -51,7 +51,9 @@ def containers_of(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _object_errors(manifest: Manifest) -> list[str]:
     if manifest["kind"] == "Secret":
-        return [f"{name_of(manifest)}: a Secret's values do not belong into manifests: make it with kubectl create secret"]
+        return [
+            f"{name_of(manifest)}: a Secret's values do not belong into manifests: make it with kubectl create secret"
+        ]
     if manifest["kind"] == "Namespace":
         level = manifest["metadata"].get("labels", {}).get(ENFORCE)
         if level != "restricted":
@@ -86,7 +88,11 @@ def _container_errors(container: dict[str, Any]) -> list[str]:
     if context is None:
         found.append("no securityContext")
     else:
-        found += [f"securityContext.{key} is not {value}" for key, value in _CONTAINER.items() if context.get(key) is not value]
+        found += [
+            f"securityContext.{key} is not {value}"
+            for key, value in _CONTAINER.items()
+            if context.get(key) is not value
+        ]
         if context.get("capabilities", {}).get("drop") != ["ALL"]:
             found.append("securityContext.capabilities: wanted drop: [ALL]")
     resources = container.get("resources", {})

@@ -80,7 +80,9 @@ def command_errors(job: Manifest) -> list[str]:
     for group in groups:
         sizes = {group["replicas"], group["minReplicas"], group["maxReplicas"]}
         if len(sizes) != 1:
-            found.append(f"worker group {group['groupName']}: Kueue counts a cluster of a fixed size, this has {sorted(sizes)}")
+            found.append(
+                f"worker group {group['groupName']}: Kueue counts a cluster of a fixed size, this has {sorted(sizes)}"
+            )
         elif wanted is not None and sizes != {int(wanted)}:
             found.append(f"--num-workers {wanted} on {group['replicas']} workers")
     if wanted is not None and not groups:

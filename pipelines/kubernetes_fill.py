@@ -43,7 +43,7 @@ class Setup:
     gpu: str | None = None
 
     def batch_size(self, stage: str) -> int:
-        """Return the batch of a training: the one that was asked for, else the preset's, made divisible by the workers."""
+        """Return a training's batch: the one that was asked for, else the preset's, made divisible by the workers."""
         size = training_of(self.config, stage).batch_size
         key = f"{training_name(stage)}.batch_size="
         if any(setting.startswith(key) for setting in self.settings):

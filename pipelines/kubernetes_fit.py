@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aldm.config import training_name, training_of, with_training
+from aldm.config import training_name, with_training
 from aldm.errors import UserError
 from pipelines.kubernetes_checks import of_kind
 from pipelines.kubernetes_commands import cluster_spec
@@ -108,7 +108,7 @@ def check_workers(setup: Setup) -> None:
             key = f"{training_name(stage)}.batch_size"
             good = (size // setup.num_workers + 1) * setup.num_workers
             raise UserError(
-                f"--num-workers {setup.num_workers} cannot share batches of {training_of(setup.config, stage).batch_size}: "
+                f"--num-workers {setup.num_workers} cannot share batches of {size}: "
                 f"say --set {key}={good}, leave it out, or take another number of workers"
             )
 

@@ -195,7 +195,9 @@ def _parser() -> JobParser:
         help=f"GPU of the workers, whose memory the preset has to fit: {', '.join(GPUS_GIB)}; their nodes carry the "
         "label aldm/gpu=NAME (default: any, and nothing is compared)",
     )
-    parser.add_argument("--layout", choices=LAYOUTS, help="of /shared/dataset (default: ixi for that preset, else brats)")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="of /shared/dataset (default: ixi for that preset, else brats)"
+    )
     parser.add_argument(
         "--only",
         nargs="+",

@@ -116,8 +116,17 @@ def _own_schema(kind: str) -> dict[str, Any] | None:
     body = _schemas()["kinds"].get(kind)
     if body is None:
         return None
-    common = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"$ref": "#/definitions/metadata"}}
-    required = ["apiVersion", "kind", "metadata", *body.get("required", [name for name in body["properties"] if name == "spec"])]
+    common = {
+        "apiVersion": {"type": "string"},
+        "kind": {"type": "string"},
+        "metadata": {"$ref": "#/definitions/metadata"},
+    }
+    required = [
+        "apiVersion",
+        "kind",
+        "metadata",
+        *body.get("required", [name for name in body["properties"] if name == "spec"]),
+    ]
     whole = {"type": "object", "required": required, "properties": common | body["properties"]}
     made: dict[str, Any] = strict(whole | {"definitions": _schemas()["definitions"]})
     return made

@@ -88,5 +88,7 @@ class Settings(BaseModel):
         """
         path = os.path.expandvars(self.work_dir)
         if "$" in path:
-            raise UserError(f"--work-dir {path}: there is no such variable in the environment: set it, or name a folder")
+            raise UserError(
+                f"--work-dir {path}: there is no such variable in the environment: set it, or name a folder"
+            )
         return Path(path).expanduser().resolve()

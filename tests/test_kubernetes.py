@@ -21,7 +21,17 @@ from serve.settings import Settings
 
 RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
 CRDS = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if (path / "kuberay-crds").is_dir()), None)
-JOBS = {"prepare", "train-vqgan", "encode", "train-ms-spade", "train-diffusion", "export", "evaluate", "tune", "benchmark"}
+JOBS = {
+    "prepare",
+    "train-vqgan",
+    "encode",
+    "train-ms-spade",
+    "train-diffusion",
+    "export",
+    "evaluate",
+    "tune",
+    "benchmark",
+}
 OF_THE_CLUSTER = {"model", "work_dir", "token_file", "num_replicas", "max_replicas", "use_gpu", "max_queue"}
 """Arguments of serve/deploy.yaml that a cluster sets for itself."""
 GATEWAY = "aldm-translator-gateway"
@@ -32,7 +42,9 @@ def test_an_overlay_is_in_order(name: str) -> None:
     assert manifest_errors(overlay(name)) == []
 
 
-@pytest.mark.skipif(CRDS is None, reason="no shared/kuberay-crds beside the repository: the CRDs themselves are not compared")
+@pytest.mark.skipif(
+    CRDS is None, reason="no shared/kuberay-crds beside the repository: the CRDs themselves are not compared"
+)
 @pytest.mark.parametrize("kind", RAY_KINDS)
 def test_ray_objects_are_what_the_crd_says(kind: str) -> None:
     """And k8s/schemas.yaml, which stands in for it elsewhere, allows no field that it does not know."""
@@ -96,7 +108,9 @@ def test_a_translation_may_finish_before_its_pod_or_cluster_goes(name: str) -> N
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > LONGEST_JOB_S
     (group,) = cluster_spec(service)["workerGroupSpecs"]
     spec = group["template"]["spec"]
-    drained = {item["name"]: item["value"] for item in spec["containers"][0]["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+    drained = {item["name"]: item["value"] for item in spec["containers"][0]["env"]}[
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    ]
     assert spec["terminationGracePeriodSeconds"] > float(drained) >= LONGEST_JOB_S
 
 
@@ -127,7 +141,9 @@ def test_what_a_pod_mounts_is_there(name: str) -> None:
     maps = {item["metadata"]["name"] for item in all_of(name, "ConfigMap")}
     classes = {item["metadata"]["name"] for item in all_of(name, "PriorityClass")}
     templates = {
-        claim["metadata"]["name"] for item in all_of(name, "StatefulSet") for claim in item["spec"]["volumeClaimTemplates"]
+        claim["metadata"]["name"]
+        for item in all_of(name, "StatefulSet")
+        for claim in item["spec"]["volumeClaimTemplates"]
     }
     for pod, _, spec in pods(name):
         volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
@@ -147,7 +163,7 @@ def _rules(policy: dict[str, Any], side: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_policies_open_ports_that_are_there(name: str) -> None:
-    """Each policy selects pods (that of the Gateway those of its class), and a port by name is one of the receivers'."""
+    """Each policy selects pods (that of the Gateway those of its class), and a port by name is a receiver's."""
     for policy in all_of(name, "NetworkPolicy"):
         labels = policy["spec"]["podSelector"].get("matchLabels", {})
         receivers = selected(name, labels)
@@ -244,7 +260,12 @@ def test_the_dashboard_asks_for_metrics_that_are_told() -> None:
     known |= {f"ray_{metric}" for metric in METRICS_GAUGES}
     known |= {"ray_serve_autoscaling_target_replicas"}
     panels = json.loads((ROOT / "k8s" / "base" / "dashboard.json").read_text())["panels"]
-    asked = {name for panel in panels for query in panel["targets"] for name in re.findall(r"\b(?:aldm|ray)_\w+", query["expr"])}
+    asked = {
+        name
+        for panel in panels
+        for query in panel["targets"]
+        for name in re.findall(r"\b(?:aldm|ray)_\w+", query["expr"])
+    }
     assert asked - known == set()
     for subject in ("Queue", "Seconds", "GPU memory", "Samples per second", "Loss"):
         assert any(panel["title"].startswith(subject) for panel in panels)

@@ -50,11 +50,23 @@ JOB, SERVICE = ("RayJob", "aldm-train-ms-spade"), ("RayService", "aldm-translato
 MLFLOW, CLUSTER = ("Deployment", "mlflow"), ("RayCluster", "aldm")
 FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
     "typo in a field of a RayJob": (JOB, lambda j: j["spec"].update(entryPoint="x"), "'entryPoint' was unexpected"),
-    "typo in a field of a Ray cluster": (CLUSTER, lambda c: c["spec"].update(rayVersoin="2"), "'rayVersoin' was unexpected"),
+    "typo in a field of a Ray cluster": (
+        CLUSTER,
+        lambda c: c["spec"].update(rayVersoin="2"),
+        "'rayVersoin' was unexpected",
+    ),
     "typo inside a Ray pod": (JOB, lambda j: worker(j).update(imagez="x"), "'imagez' was unexpected"),
     "typo in a Deployment": (MLFLOW, lambda d: d["spec"].update(replica=1), "'replica' was unexpected"),
-    "text for a number in a Deployment": (MLFLOW, lambda d: d["spec"].update(replicas="1"), "spec.replicas: '1' is not of"),
-    "text for a number in a RayJob": (JOB, lambda j: j["spec"].update(backoffLimit="2"), "spec.backoffLimit: '2' is not of"),
+    "text for a number in a Deployment": (
+        MLFLOW,
+        lambda d: d["spec"].update(replicas="1"),
+        "spec.replicas: '1' is not of",
+    ),
+    "text for a number in a RayJob": (
+        JOB,
+        lambda j: j["spec"].update(backoffLimit="2"),
+        "spec.backoffLimit: '2' is not of",
+    ),
     "a number for text": (JOB, lambda j: j["metadata"].update(name=7), "metadata.name: 7 is not of type 'string'"),
     "unknown kind": (MLFLOW, lambda d: d.update(kind="Deploymint"), "kind Deploymint of apps/v1 is not known"),
     "unknown version": (JOB, lambda j: j.update(apiVersion="ray.io/v2"), "kind RayJob of ray.io/v2 is not known"),
@@ -65,14 +77,22 @@ FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
         lambda d: pod(d)["initContainers"][0].pop("resources"),
         "container bucket: resources: no limit of cpu and memory",
     ),
-    "requests below limits": (JOB, lambda j: worker(j)["resources"]["requests"].update(cpu="100m"), "are not the limits"),
+    "requests below limits": (
+        JOB,
+        lambda j: worker(j)["resources"]["requests"].update(cpu="100m"),
+        "are not the limits",
+    ),
     "no securityContext": (JOB, lambda j: worker(j).pop("securityContext"), "container ray-worker: no securityContext"),
     "privilege escalation": (
         CLUSTER,
         lambda c: worker(c)["securityContext"].update(allowPrivilegeEscalation=True),
         "securityContext.allowPrivilegeEscalation is not False",
     ),
-    "root": (MLFLOW, lambda d: pod(d)["securityContext"].update(runAsUser=0), "wanted runAsNonRoot and a runAsUser above 0"),
+    "root": (
+        MLFLOW,
+        lambda d: pod(d)["securityContext"].update(runAsUser=0),
+        "wanted runAsNonRoot and a runAsUser above 0",
+    ),
     "a host's folder": (
         MLFLOW,
         lambda d: pod(d)["volumes"].append({"name": "host", "hostPath": {"path": "/"}}),
@@ -91,8 +111,16 @@ FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
         lambda d: (d.clear(), d.update(apiVersion="v1", kind="Secret", metadata={"name": "s"}, stringData={"a": "b"})),
         "Secret s: a Secret's values do not belong into manifests",
     ),
-    "no queue": (JOB, lambda j: j["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name"), "no label kueue.x-k8s.io/queue-name"),
-    "no shutdown": (JOB, lambda j: j["spec"].update(shutdownAfterJobFinishes=False), "shutdownAfterJobFinishes: True was expected"),
+    "no queue": (
+        JOB,
+        lambda j: j["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name"),
+        "no label kueue.x-k8s.io/queue-name",
+    ),
+    "no shutdown": (
+        JOB,
+        lambda j: j["spec"].update(shutdownAfterJobFinishes=False),
+        "shutdownAfterJobFinishes: True was expected",
+    ),
     "no token": (CLUSTER, lambda c: c["spec"]["authOptions"].update(mode="disabled"), "'token' was expected"),
     "unknown flag": (JOB, renamed("--latents", "--latentz"), "--latent"),
     "unknown job": (JOB, renamed("aldm train", "aldm trian"), "no job 'trian'"),
@@ -115,8 +143,16 @@ FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
     "no such module": (SERVICE, moved("serve.app:", "serve.application:"), "serve.application"),
     "unknown argument": (SERVICE, moved("max_queue", "queue_max"), "queue_max"),
     "a GPU that is not there": (SERVICE, moved("use_gpu: false", "use_gpu: true"), "the workers have no GPU"),
-    "more copies than workers": (SERVICE, moved("max_replicas: 2", "max_replicas: 9"), "9 copies of the model, and at most 2"),
-    "tokens that are not mounted": (SERVICE, moved("/var/run/aldm/tokens", "/var/run/tokens"), "is not in a pod's mount"),
+    "more copies than workers": (
+        SERVICE,
+        moved("max_replicas: 2", "max_replicas: 9"),
+        "9 copies of the model, and at most 2",
+    ),
+    "tokens that are not mounted": (
+        SERVICE,
+        moved("/var/run/aldm/tokens", "/var/run/tokens"),
+        "is not in a pod's mount",
+    ),
     "a strategy that there is not": (
         SERVICE,
         lambda s: s["spec"]["upgradeStrategy"].update(type="Rolling"),

@@ -50,7 +50,9 @@ def test_what_is_filled_in_is_in_order_and_everywhere(preset: str) -> None:
     setup = setup_of(preset, layout="ixi" if preset == "ixi" else "brats")
     made = filled(before, setup)
     assert manifest_errors(made, image=IMAGE) == []
-    images = {box["image"] for item in made for _, template in pod_templates(item) for box in containers_of(template["spec"])}
+    images = {
+        box["image"] for item in made for _, template in pod_templates(item) for box in containers_of(template["spec"])
+    }
     assert {image for image in images if "aldm" in image} == {IMAGE}
     jobs = jobs_of(made)
     assert ("aldm-train-vqgan" in jobs) == (setup.config.codec.kind != "haar")
@@ -162,7 +164,9 @@ def test_a_dry_run_writes_nothing(unplanned: None, capsys: pytest.CaptureFixture
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
     fits = [Fit("train diffusion", 60.0, 40.0), Fit("translate", 3.0, 40.0)]
-    with pytest.raises(UserError, match=r"preset brats does not fit a GPU a100-40gb: train diffusion.*DOES NOT FIT") as told:
+    with pytest.raises(
+        UserError, match=r"preset brats does not fit a GPU a100-40gb: train diffusion.*DOES NOT FIT"
+    ) as told:
         check_fits(fits, setup_of(gpu="a100-40gb"), "gpu")
     assert "--gpu a100-80gb" in str(told.value)
     assert "translate" not in str(told.value)
@@ -185,7 +189,11 @@ def test_the_planner_is_asked_about_every_training_and_the_service() -> None:
 def test_every_manifest_is_package_data() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["k8s"]
     packed = {path for pattern in patterns for path in (ROOT / "k8s").glob(pattern)}
-    there = {path for path in (ROOT / "k8s").rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts}
+    there = {
+        path
+        for path in (ROOT / "k8s").rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
     assert there - packed == set()
 
 
