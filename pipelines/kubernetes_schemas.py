@@ -5,6 +5,7 @@ the pod templates inside Ray objects through kubernetes-validate as if each were
 """
 
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,36 @@ def name_of(manifest: Manifest) -> str:
 
 
 def _kubernetes_errors(manifest: Manifest, name: str, inside: tuple[str, ...] = ()) -> list[str]:
+    """Return what kubernetes-validate says of one object.
+
+    Args:
+        manifest: the object.
+        name: what stands before the message.
+        inside: where in the object that begins which the message is about.
+    """
+    said = _kubernetes_word(json.dumps(manifest, sort_keys=True, default=str), inside)
+    return [f"{name}: {said}"] if said else []
+
+
+@functools.lru_cache(maxsize=512)
+def _kubernetes_word(text: str, inside: tuple[str, ...]) -> str:
+    """Ask kubernetes-validate once about each object: it reads a large file every time, and most pods are alike."""
     import kubernetes_validate
 
+    manifest = json.loads(text)
     try:
         kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.SchemaNotFoundError:
-        return [f"{name}: kind {manifest['kind']} of {manifest['apiVersion']} is not known"]
+        return f"kind {manifest['kind']} of {manifest['apiVersion']} is not known"
     except kubernetes_validate.ValidationError as error:
-        path = list(error.path)
-        error.path = type(error.path)(path[len(inside) :] if tuple(path[: len(inside)]) == inside else path)
-        return [f"{name}: {_told(error)}"]
-    return []
+        return _told(error, inside)
+    return ""
 
 
-def _told(error: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path).lstrip(".")
+def _told(error: Any, inside: tuple[str, ...] = ()) -> str:
+    path = list(error.path)
+    path = path[len(inside) :] if tuple(path[: len(inside)]) == inside else path
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     message = error.message if len(error.message) < 300 else error.message[:140] + " ... " + error.message[-140:]
     return f"{place}: {message}" if place else message
 
