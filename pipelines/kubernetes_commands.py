@@ -50,6 +50,8 @@ def parsed(words: list[str]) -> tuple[Any, Config]:
     stages = getattr(module, "STAGES", None)
     if stages is not None and (not rest or rest[0] not in stages):
         raise UserError(f"entrypoint: aldm {words[1]} {' '.join(rest[:1])}: wanted one of {', '.join(stages)}")
+    if not (hasattr(module, "parse") or hasattr(module, "_parser")):
+        raise UserError(f"entrypoint: aldm {words[1]} is no job for a cluster")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -14,10 +14,8 @@ from pipelines.kubernetes_schemas import Manifest
 
 GIB = 2**30
 GPUS_GIB = {
-    "t4-16gb": 15.0,
     "l4-24gb": 22.5,
     "a10g-24gb": 22.5,
-    "v100-32gb": 32.0,
     "a100-40gb": 40.0,
     "l40s-48gb": 45.0,
     "a100-80gb": 80.0,
@@ -26,7 +24,7 @@ GPUS_GIB = {
     "h200-141gb": 140.4,
     "b200-180gb": 178.0,
 }
-"""Memory of a GPU as the driver tells it, GiB."""
+"""Memory of a GPU as the driver tells it, GiB; GPUs that compute in bf16 alone, as the large presets do."""
 CUDA_GIB, GPU_SHARE = 1.0, 0.9
 """What CUDA keeps for itself, and the share of the rest that is planned with: fragments, cuDNN's work space."""
 PYTHON_GIB = 1.0

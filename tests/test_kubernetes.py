@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,13 +69,12 @@ def test_commands_are_those_of_the_jobs(name: str) -> None:
     """A job's own parser takes each, and its name says what it runs; all paths are on the shared volume."""
     for job in all_of(name, "RayJob"):
         words = words_of(job)
-        args, config = parsed(words)
-        assert isinstance(config, Config)
+        assert isinstance(parsed(words)[1], Config)
         said = "-".join(words[1:3]) if words[1] == "train" else words[1]
         assert job["metadata"]["name"] == f"aldm-{said}"
-        paths = [value for value in vars(args).values() if isinstance(value, Path)]
+        paths = [word for word in words if "/" in word]
         assert paths
-        assert all(path.is_relative_to("/shared") for path in paths)
+        assert all(path.startswith("/shared/") for path in paths)
 
 
 def test_versions_agree() -> None:

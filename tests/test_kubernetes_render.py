@@ -14,6 +14,7 @@ import yaml
 from kubernetes_objects import ROOT, overlay
 
 from aldm.cli import main
+from aldm.config import override
 from aldm.errors import UserError
 from aldm.presets import PRESETS
 from pipelines import kubernetes_render
@@ -77,7 +78,7 @@ def test_a_batch_is_the_presets_made_divisible_unless_one_is_asked_for() -> None
     assert batch(setup_of(num_workers=16)) == 16
     assert batch(setup_of("released", num_workers=3)) == 6
     assert batch(setup_of("released", num_workers=1)) == 4
-    config = parsed(["aldm", "info", "--preset", "brats", "--set", "train_diffusion.batch_size=32"])[1]
+    config = override(PRESETS["brats"](), ["train_diffusion.batch_size=32"])
     asked = setup_of(config=config, settings=["train_diffusion.batch_size=32"])
     assert asked.batch_size("diffusion") == 32
     words = words_of(jobs_of(filled(overlay("gpu"), asked))["aldm-train-diffusion"])
@@ -115,7 +116,7 @@ def test_quantities() -> None:
         (("--image", "registry.example/other:1"), "an image named aldm"),
         (("--preset", "brat"), "no preset 'brat'"),
         (("--num-workers", "0"), "--num-workers is 0, wanted at least 1"),
-        (("--gpu", "h100"), "--gpu is 'h100', wanted one of t4-16gb"),
+        (("--gpu", "h100"), "--gpu is 'h100', wanted one of l4-24gb"),
         (("--overlay", "dev", "--gpu", "h100-80gb"), "workers of overlay dev have no GPU: say --overlay gpu"),
         (("--device", "cuda"), "the overlay says where jobs compute"),
         (("--set", "train_diffusion.batchsize=3"), "batchsize"),
@@ -182,8 +183,8 @@ def test_the_planner_is_asked_about_every_training_and_the_service() -> None:
     assert [fit.what.split(",")[0] for fit in fits][:3] == ["train diffusion", "train ms-spade", "train vqgan"]
     assert fits[-1].what == "translate one volume (the service)"
     assert all(fit.fits and fit.room_gib == 3.0 for fit in fits)
-    on_gpu = fits_of([item for item in overlay("gpu") if item["kind"] == "RayService"], setup_of("tiny", gpu="t4-16gb"))
-    assert [fit.room_gib for fit in on_gpu] == [pytest.approx((GPUS_GIB["t4-16gb"] - 1) * 0.9)]
+    on_gpu = fits_of([item for item in overlay("gpu") if item["kind"] == "RayService"], setup_of("tiny", gpu="l4-24gb"))
+    assert [fit.room_gib for fit in on_gpu] == [pytest.approx((GPUS_GIB["l4-24gb"] - 1) * 0.9)]
 
 
 def test_every_manifest_is_package_data() -> None:
