@@ -23,6 +23,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "benchmark": ("pipelines.benchmark", "train methods under one budget, score them, and put them into one table"),
     "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
     "serve": ("serve.main", "translate over HTTP: a page, an interface for programs"),
+    "k8s": ("pipelines.kubernetes", "manifests for Kubernetes: filled in, checked, planned"),
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),
     "demo": ("pipelines.demo", "everything once on simulated data, with a report"),
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def _train(
     if rank == 0:
         run.rewind(0 if resume_from is None else step_of(resume_from))
         opened = open_logs(run, settings["stage"], config, settings["record"], settings["tracking"], alone=False)
-        logs = stack.enter_context(opened)
+        logs = _with_gauges(stack.enter_context(opened), settings, training.batch_size)
     return fit(
         stage,
         engine,
@@ -81,6 +82,19 @@ def _train(
         on_panel=logs.on_panel,
         resume_from=resume_from,
     )
+
+
+def _with_gauges(logs: Logs, settings: dict[str, Any], batch_size: int) -> Logs:
+    """Return logs that Ray's gauges hear as well."""
+    from pipelines.training_metrics import TrainingGauges
+
+    gauges = TrainingGauges(settings["stage"], settings["run_dir"], batch_size)
+
+    def log(record: dict[str, Any]) -> None:
+        logs.on_log(record)
+        gauges.log(record)
+
+    return replace(logs, on_log=log)
 
 
 def _built_stage(settings: dict[str, Any]) -> "Stage":

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage, *rest = arguments
     args, config = parse(stage, rest)
     device = select_device(args)
+    if args.resume_or_start:
+        args.resume = _begun(args)
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
     config = built.config
@@ -273,6 +275,11 @@ def _parser(stage: str) -> JobParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir and start anew")
     parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="go on with the run in --run-dir if there is one, else start it: for what is run again as it stands",
+    )
+    parser.add_argument(
         "--activation-checkpointing",
         action="store_true",
         help="recompute activations in the backward pass: less memory, about a third more time",
@@ -317,6 +324,19 @@ def _crop(words: list[str]) -> tuple[int, int, int] | None:
     except ValueError as error:
         raise UserError(f"--crop is {' '.join(words)!r}, wanted three whole numbers X Y Z, or full") from error
     return x, y, z
+
+
+def _begun(args: argparse.Namespace) -> bool:
+    """Whether the run folder holds a run.
+
+    Raises:
+        UserError: --resume or --overwrite was given as well.
+    """
+    from aldm.run_folder import CONFIG_FILE
+
+    if args.resume or args.overwrite:
+        raise UserError("--resume-or-start decides by itself: leave --resume and --overwrite out")
+    return Path(args.run_dir, CONFIG_FILE).is_file()
 
 
 def _check_folder(args: argparse.Namespace) -> None:

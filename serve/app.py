@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_REQUESTS = 512
 """Open requests of the ingress, event streams included: far above the queue, whose own limit acts first."""
+GROW_S, SHRINK_S = 5.0, 300.0
+"""Jobs wait for so long before a copy is added, and copies are idle for so long before one goes."""
 LONGEST_JOB_S = 1800.0
 """A copy of the model that is replaced may finish its batch for so long."""
 
@@ -46,7 +48,7 @@ def build_app(args: Settings) -> "Application":
 
     worker = serve.deployment(Worker).options(
         name="model",
-        num_replicas=args.num_replicas,
+        **_copies(args),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if args.use_gpu else 0},
         graceful_shutdown_timeout_s=LONGEST_JOB_S,
         health_check_period_s=2,
@@ -61,3 +63,22 @@ def build_app(args: Settings) -> "Application":
         logging_config={"enable_access_log": False},
     )
     return api.bind(worker.bind(str(model.folder), settings))
+
+
+def _copies(args: Settings) -> dict[str, Any]:
+    """Return the options that say how many copies of the model there are.
+
+    Workers fetch their jobs, so no request of theirs waits that Ray Serve could count: its own measure would never add
+    a copy. The policy goes by what the job store says instead.
+    """
+    if args.max_replicas is None:
+        return {"num_replicas": args.num_replicas}
+    scaling = {
+        "min_replicas": args.num_replicas,
+        "max_replicas": args.max_replicas,
+        "upscale_delay_s": GROW_S,
+        "downscale_delay_s": SHRINK_S,
+        "metrics_interval_s": GROW_S,
+        "policy": {"policy_function": "serve.autoscaling:copies_for_jobs"},
+    }
+    return {"num_replicas": "auto", "autoscaling_config": scaling}

@@ -1,10 +1,13 @@
 """How a translation service is run: the arguments of `serve.app:build_app` and, as flags, of `aldm serve`."""
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from aldm.errors import UserError
 
 JOB_STORE = "aldm-jobs"
 """Name of the actor that keeps the jobs."""
@@ -21,7 +24,10 @@ class Settings(BaseModel):
     token_file: str | None = Field(
         None, description="file of hashed tokens (aldm serve --new-token); without one only this machine is answered"
     )
-    num_replicas: int = Field(1, ge=1, description="copies of the model")
+    num_replicas: int = Field(1, ge=1, description="copies of the model, the fewest where there may be more")
+    max_replicas: int | None = Field(
+        None, ge=1, description="most copies: one more for every job that waits, fewer again when idle; none keeps them"
+    )
     use_gpu: bool = Field(False, description="give each copy of the model a GPU")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="arithmetic; none takes the model's own")
     threads: int | None = Field(None, ge=1, description="CPU threads of a copy; none shares this machine's cores")
@@ -43,6 +49,12 @@ class Settings(BaseModel):
     max_folder_gb: float = Field(
         20, gt=0, allow_inf_nan=False, description="largest work_dir, GB; the oldest finished jobs go first"
     )
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "Settings":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, wanted at least num_replicas, {self.num_replicas}")
+        return self
 
     @model_validator(mode="after")
     def _check_folder(self) -> "Settings":
@@ -69,5 +81,14 @@ class Settings(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """The work folder, absolute."""
-        return Path(self.work_dir).expanduser().resolve()
+        """The work folder, absolute; $NAME in it stands for a variable of the environment.
+
+        Raises:
+            UserError: there is no such variable.
+        """
+        path = os.path.expandvars(self.work_dir)
+        if "$" in path:
+            raise UserError(
+                f"--work-dir {path}: there is no such variable in the environment: set it, or name a folder"
+            )
+        return Path(path).expanduser().resolve()

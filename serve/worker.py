@@ -6,6 +6,7 @@ the death of a worker costs its job one more attempt.
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
+from serve.autoscaling import WANTED
 from serve.problems import Problem, without_paths
 from serve.records import Job
 from serve.settings import Settings
@@ -63,6 +65,12 @@ class Worker:
         """Called by Ray Serve; raising makes it start another copy."""
         if not all(thread.is_alive() for thread in self._threads):
             raise RuntimeError("the worker's thread has ended")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve; return how many copies of the model the unfinished jobs would keep busy."""
+        counts = await self._store.acall("counts")
+        jobs = counts["queued"] + counts["running"]
+        return {WANTED: float(math.ceil(jobs / self.settings.max_batch_size))}
 
     def pid(self) -> int:
         """Return the id of the process that this runs in."""

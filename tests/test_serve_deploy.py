@@ -146,6 +146,38 @@ def test_deployed_used_and_deployed_again(head: RayHead, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_waiting_job_adds_a_copy_of_the_model(head: RayHead, tmp_path: Path) -> None:
+    """Workers fetch their jobs, so Ray Serve sees no request wait: the store's own count has to bring the copy."""
+    diffusion = replace(tiny().diffusion, num_train_timesteps=1000)
+    model, port = save_untrained(tmp_path / "model", diffusion=diffusion), free_port()
+    url, work = f"http://127.0.0.1:{port}", tmp_path / "work"
+    config = config_with(port, model=str(model), work_dir=str(work), token_file=None, num_replicas=1, max_replicas=2)
+    deploy(head, tmp_path / "a.yaml", config)
+    wait_for(f"{url}/v1/health/ready", 200)
+    scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
+    fields = {"source": "t1", "target": "t2", "sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "4"}
+    jobs = []
+    for _ in range(2):
+        answer = httpx.post(f"{url}/v1/translations", files={"volume": (scan.name, scan.read_bytes())}, data=fields)
+        assert answer.status_code == 202, answer.text
+        jobs.append(answer.json()["id"])
+    until = time.monotonic() + 120
+    while True:
+        records = [json.loads((work / "jobs" / job / "job.json").read_text()) for job in jobs]
+        workers = {record["worker"] for record in records if record["state"] == "running"}
+        if len(workers) == 2:
+            break
+        assert time.monotonic() < until, records
+        assert "done" not in {record["state"] for record in records}, "the jobs are too short to need another copy"
+        time.sleep(0.5)
+    for job in jobs:
+        httpx.delete(f"{url}/v1/translations/{job}")
+    words = ["serve", "shutdown", "--yes", "--address", head.address]
+    subprocess.run(words, env=head.environment, check=True, capture_output=True)
+    nothing_stays(head)
+
+
+@pytest.mark.slow
 def test_run_until_ctrl_c(head: RayHead, tmp_path: Path) -> None:
     model, port = save_untrained(tmp_path / "model"), free_port()
     token = new_token(tmp_path / "tokens", "ward")

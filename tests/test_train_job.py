@@ -107,6 +107,17 @@ def test_the_regression_unet_is_a_model_of_its_own(brats_store: VolumeStore, tmp
     assert translator.translate_encoded(translator.encode(volume), "t1", "flair")[0].shape == volume.shape
 
 
+def test_resume_or_start_is_a_command_that_may_be_run_again(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "run", *TINY, "--resume-or-start")
+    assert run(*words, "--max-steps", 2) == 0
+    assert run(*words, "--max-steps", 4) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "learning_rate" in line] == [1, 2, 3, 4]
+    assert run(*words, "--overwrite") == 2
+    assert "--resume-or-start decides by itself" in capsys.readouterr().err
+
+
 def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_path: Path) -> None:
     words = ("train", "ms-spade", "--latents", latents, *TINY, "--set", "train_ms_spade.decay=constant")
     assert run(*words, "--run-dir", tmp_path / "whole", "--max-steps", 6) == 0

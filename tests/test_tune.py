@@ -327,7 +327,7 @@ def test_a_finished_sweep_is_not_run_again(
         run(*words)
     with pytest.raises(UserError, match="num_trials was 4, now 3"):
         run(*words, "--resume", "--num-trials", 3)
-    assert run(*words, "--resume") == 0
+    assert run(*words, "--resume-or-start") == 0
     assert "4 trials (4 measured)" in capsys.readouterr().out
     assert set(starts(out).values()) == {1}
     assert (out / "trials.csv").read_bytes() == before
@@ -390,6 +390,7 @@ def test_more_trials_at_a_time_than_cpus_are_refused(inputs: Inputs, place: Path
         (("--objectives", "regression", "--num-trials", 2), "regression has no more than 1 points"),
         (("--resume",), "holds no sweep to resume"),
         (("--resume", "--overwrite"), "give one of them"),
+        (("--resume", "--resume-or-start"), "decides by itself"),
         (("--out", "nowhere/sweep"), "there is no folder"),
         (("--set", "train_diffusion.colour=red"), "unknown key"),
     ],

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm tune ARGUMENTS`."""
     args = _parser().parse_args(argv)
     out = args.out.resolve()
+    if args.resume_or_start:
+        args.resume = _begun(args, out)
     _check_folder(out, args.resume, args.overwrite)
     sweep, resolved = _sweep(args)
     if args.resume:
@@ -96,7 +98,25 @@ def _parser() -> JobParser:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     parser.add_argument("--overwrite", action="store_true", help="delete the sweep in --out and start anew")
+    parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="go on with the sweep in --out if there is one, else start it: for what is run again as it stands",
+    )
     return parser
+
+
+def _begun(args: argparse.Namespace, out: Path) -> bool:
+    """Whether the folder holds a sweep.
+
+    Raises:
+        UserError: --resume or --overwrite was given as well.
+    """
+    from tune.sweep import SWEEP_FILE
+
+    if args.resume or args.overwrite:
+        raise UserError("--resume-or-start decides by itself: leave --resume and --overwrite out")
+    return (out / SWEEP_FILE).is_file()
 
 
 def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:

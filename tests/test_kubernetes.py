@@ -1,0 +1,269 @@
+"""The manifests as they are: valid, of this version, and with names that go together. Nothing here needs a cluster."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes_objects import OVERLAYS, ROOT, all_of, one, overlay, pods, ports_of, selected
+
+import aldm
+from aldm.config import Config
+from pipelines.kubernetes_checks import containers_of, manifest_errors
+from pipelines.kubernetes_commands import cluster_spec, parsed, words_of
+from pipelines.kubernetes_schemas import json_errors, name_of, strict
+from pipelines.training_metrics import LOSS, SAMPLES_PER_SECOND
+from serve.app import LONGEST_JOB_S
+from serve.metrics import Tally, prometheus_text
+from serve.settings import Settings
+
+RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
+CRDS = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if (path / "kuberay-crds").is_dir()), None)
+JOBS = {
+    "prepare",
+    "train-vqgan",
+    "encode",
+    "train-ms-spade",
+    "train-diffusion",
+    "export",
+    "evaluate",
+    "tune",
+    "benchmark",
+}
+OF_THE_CLUSTER = {"model", "work_dir", "token_file", "num_replicas", "max_replicas", "use_gpu", "max_queue"}
+"""Arguments of serve/deploy.yaml that a cluster sets for itself."""
+GATEWAY = "aldm-translator-gateway"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_is_in_order(name: str) -> None:
+    assert manifest_errors(overlay(name)) == []
+
+
+@pytest.mark.skipif(
+    CRDS is None, reason="no shared/kuberay-crds beside the repository: the CRDs themselves are not compared"
+)
+@pytest.mark.parametrize("kind", RAY_KINDS)
+def test_ray_objects_are_what_the_crd_says(kind: str) -> None:
+    """And k8s/schemas.yaml, which stands in for it elsewhere, allows no field that it does not know."""
+    assert CRDS is not None
+    text = (CRDS / "kuberay-crds" / f"ray.io_{RAY_KINDS[kind]}.yaml").read_text()
+    versions = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
+    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
+    schema = strict(schema)
+    schema["properties"]["metadata"] = {"type": "object"}
+    for name in OVERLAYS:
+        for manifest in all_of(name, kind):
+            assert json_errors(manifest, schema) == [], name_of(manifest)
+
+
+def test_both_overlays_have_every_job() -> None:
+    assert OVERLAYS == ["dev", "gpu"]
+    for name in OVERLAYS:
+        assert {job["metadata"]["name"] for job in all_of(name, "RayJob")} == {f"aldm-{job}" for job in JOBS}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_commands_are_those_of_the_jobs(name: str) -> None:
+    """A job's own parser takes each, and its name says what it runs; all paths are on the shared volume."""
+    for job in all_of(name, "RayJob"):
+        words = words_of(job)
+        assert isinstance(parsed(words)[1], Config)
+        said = "-".join(words[1:3]) if words[1] == "train" else words[1]
+        assert job["metadata"]["name"] == f"aldm-{said}"
+        paths = [word for word in words if "/" in word]
+        assert paths
+        assert all(path.startswith("/shared/") for path in paths)
+
+
+def test_versions_agree() -> None:
+    locked = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert locked is not None
+    for name in OVERLAYS:
+        for kind in RAY_KINDS:
+            assert {cluster_spec(item)["rayVersion"] for item in all_of(name, kind)} == {locked[1]}
+        images = {container["image"] for *_, spec in pods(name) for container in containers_of(spec)}
+        ours = [image for image in images if image.startswith("aldm:")]
+        assert ours == [f"aldm:{aldm.__version__}-{'cuda' if name == 'gpu' else 'cpu'}"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_service_is_the_one_of_deploy_yaml(name: str) -> None:
+    ours = yaml.safe_load((ROOT / "serve" / "deploy.yaml").read_text())
+    theirs = yaml.safe_load(one(name, "RayService", "aldm-translator")["spec"]["serveConfigV2"])
+    (mine,), (its,) = (config["applications"] for config in (ours, theirs))
+    assert ours["http_options"] == theirs["http_options"]
+    assert {key: value for key, value in mine.items() if key != "args"} == {k: v for k, v in its.items() if k != "args"}
+    assert mine["args"].keys() == its["args"].keys()
+    assert {key for key in its["args"] if its["args"][key] != mine["args"][key]} <= OF_THE_CLUSTER
+    Settings(**its["args"])
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_translation_may_finish_before_its_pod_or_cluster_goes(name: str) -> None:
+    service = one(name, "RayService", "aldm-translator")
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > LONGEST_JOB_S
+    (group,) = cluster_spec(service)["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    drained = {item["name"]: item["value"] for item in spec["containers"][0]["env"]}[
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    ]
+    assert spec["terminationGracePeriodSeconds"] > float(drained) >= LONGEST_JOB_S
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_selectors_select(name: str) -> None:
+    """Services find pods that have the port, budgets find pods, monitors find services that have the port."""
+    for service in all_of(name, "Service"):
+        found = selected(name, service["spec"]["selector"])
+        assert found, name_of(service)
+        for port in service["spec"]["ports"]:
+            assert all(port["targetPort"] in ports_of(spec) for *_, spec in found), name_of(service)
+    for budget in all_of(name, "PodDisruptionBudget"):
+        assert selected(name, budget["spec"]["selector"]["matchLabels"]), name_of(budget)
+    for monitor in all_of(name, "ServiceMonitor"):
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        (service,) = [item for item in all_of(name, "Service") if labels.items() <= item["metadata"]["labels"].items()]
+        ports = {port["name"] for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+    for kind in ("Deployment", "StatefulSet"):
+        for item in all_of(name, kind):
+            labels = item["spec"]["selector"]["matchLabels"]
+            assert labels.items() <= item["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_what_a_pod_mounts_is_there(name: str) -> None:
+    claims = {item["metadata"]["name"] for item in all_of(name, "PersistentVolumeClaim")}
+    maps = {item["metadata"]["name"] for item in all_of(name, "ConfigMap")}
+    classes = {item["metadata"]["name"] for item in all_of(name, "PriorityClass")}
+    templates = {
+        claim["metadata"]["name"]
+        for item in all_of(name, "StatefulSet")
+        for claim in item["spec"]["volumeClaimTemplates"]
+    }
+    for pod, _, spec in pods(name):
+        volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
+        for volume in volumes.values():
+            assert volume.get("persistentVolumeClaim", {}).get("claimName", "aldm-data") in claims, pod
+        for container in containers_of(spec):
+            mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounted <= volumes.keys() | templates, pod
+            assert {source["configMapRef"]["name"] for source in container.get("envFrom", [])} <= maps, pod
+        assert spec.get("priorityClassName", "aldm-service") in classes, pod
+
+
+def _rules(policy: dict[str, Any], side: str) -> list[dict[str, Any]]:
+    rules: list[dict[str, Any]] = policy["spec"].get(side, [])
+    return rules
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_policies_open_ports_that_are_there(name: str) -> None:
+    """Each policy selects pods (that of the Gateway those of its class), and a port by name is a receiver's."""
+    for policy in all_of(name, "NetworkPolicy"):
+        labels = policy["spec"]["podSelector"].get("matchLabels", {})
+        receivers = selected(name, labels)
+        assert receivers or GATEWAY in labels.values(), name_of(policy)
+        for rule in _rules(policy, "ingress"):
+            for port in rule.get("ports", []):
+                if isinstance(port["port"], str):
+                    assert all(port["port"] in ports_of(spec) for *_, spec in receivers), (name_of(policy), port)
+        for rule in _rules(policy, "egress"):
+            for peer in rule.get("to", []):
+                if "namespaceSelector" in peer:
+                    continue
+                found = selected(name, peer["podSelector"]["matchLabels"])
+                assert found, (name_of(policy), peer)
+                for port in rule.get("ports", []):
+                    assert any(port["port"] in ports_of(spec) for *_, spec in found), (name_of(policy), port)
+
+
+def _allowed(name: str, sender: dict[str, str], receiver: dict[str, str], port: str) -> bool:
+    """Whether some policies let a pod with the first labels out to, and into, one with the second at a port."""
+
+    def matches(labels: dict[str, str], selector: dict[str, Any]) -> bool:
+        return selector.get("matchLabels", {}).items() <= labels.items()
+
+    def opens(owner: dict[str, str], other: dict[str, str], side: str, key: str) -> bool:
+        for policy in all_of(name, "NetworkPolicy"):
+            if not matches(owner, policy["spec"]["podSelector"]):
+                continue
+            for rule in _rules(policy, side):
+                peers = [peer["podSelector"] for peer in rule.get(key, []) if "namespaceSelector" not in peer]
+                named = "ports" not in rule or port in [item["port"] for item in rule["ports"]]
+                if named and any(matches(other, peer) for peer in peers):
+                    return True
+        return False
+
+    return opens(sender, receiver, "egress", "to") and opens(receiver, sender, "ingress", "from")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_what_needs_to_talk_may_and_what_need_not_may_not(name: str) -> None:
+    def labels(*parts: str) -> dict[str, str]:
+        (found, *_) = [pod for pod in pods(name) if pod[0].startswith(parts[0]) and parts[-1] in pod[0]]
+        return found[1]
+
+    head, worker = labels("RayCluster", "headGroup"), labels("RayCluster", "workerGroup")
+    submitter, translator = labels("RayJob", "submitter"), labels("RayService", "workerGroup")
+    mlflow, redis = labels("Deployment mlflow"), labels("StatefulSet redis")
+    database, store = labels("StatefulSet mlflow-database"), labels("StatefulSet artifact-store")
+    gateway = {"gateway.networking.k8s.io/gateway-name": GATEWAY}
+    wanted = [
+        (worker, head, "gcs"),
+        (head, worker, "any"),
+        (head, redis, "redis"),
+        (worker, mlflow, "http"),
+        (submitter, head, "dashboard"),
+        (mlflow, database, "postgres"),
+        (mlflow, store, "s3"),
+        (gateway, translator, "serve"),
+    ]
+    assert [item for item in wanted if not _allowed(name, *item)] == []
+    forbidden = [
+        (worker, redis, "redis"),
+        (worker, database, "postgres"),
+        (head, store, "s3"),
+        (submitter, mlflow, "http"),
+        (submitter, head, "gcs"),
+        (gateway, head, "dashboard"),
+        (gateway, mlflow, "http"),
+        (mlflow, head, "gcs"),
+        (redis, database, "postgres"),
+    ]
+    assert [item for item in forbidden if _allowed(name, *item)] == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_secret_is_one_that_the_readme_makes(name: str) -> None:
+    """With each key that a manifest reads from it."""
+    text = (ROOT / "k8s" / "README.md").read_text().replace("\\\n", " ")
+    made = {}
+    for secret, rest in re.findall(r"kubectl -n aldm create secret generic ([\w-]+)(.*)", text):
+        made[secret] = set(re.findall(r"--from-(?:literal|file)=([\w-]+)=", rest))
+    wanted = {("ray-auth-token", "auth_token"), ("aldm-service-tokens", "tokens")}  # read by KubeRay and by file name
+    for reference in re.findall(r"'(?:secretKeyRef|credentials)': (\{[^}]*\})", str(overlay(name))):
+        read = json.loads(reference.replace("'", '"'))
+        wanted.add((read["name"], read["key"]))
+    assert [(secret, key) for secret, key in sorted(wanted) if key not in made.get(secret, ())] == []
+
+
+def test_the_dashboard_asks_for_metrics_that_are_told() -> None:
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    ours = prometheus_text({"queued": 0, "uploading": 0, "running": 0, "folder_bytes": 0, **Tally().counts()})
+    known = set(re.findall(r"^(\w+)[ {]", ours, re.MULTILINE)) | {f"ray_{SAMPLES_PER_SECOND}", f"ray_{LOSS}"}
+    known |= {f"ray_{metric}" for metric in METRICS_GAUGES}
+    known |= {"ray_serve_autoscaling_target_replicas"}
+    panels = json.loads((ROOT / "k8s" / "base" / "dashboard.json").read_text())["panels"]
+    asked = {
+        name
+        for panel in panels
+        for query in panel["targets"]
+        for name in re.findall(r"\b(?:aldm|ray)_\w+", query["expr"])
+    }
+    assert asked - known == set()
+    for subject in ("Queue", "Seconds", "GPU memory", "Samples per second", "Loss"):
+        assert any(panel["title"].startswith(subject) for panel in panels)
