@@ -64,9 +64,8 @@ class Contest:
             return f"{measured}; there is no champion yet"
         result = "better" if self.wins(min_gain_db) else "NOT better"
         margin = f" by more than {min_gain_db:g} dB" if min_gain_db else ""
-        return (
-            f"{measured}: {result}{margin} than the champion {self.champion.address} with {self.champion_psnr_db:.3f} dB"
-        )
+        champion = f"the champion {self.champion.address} with {self.champion_psnr_db:.3f} dB"
+        return f"{measured}: {result}{margin} than {champion}"
 
 
 def split_name(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""python -m pipelines.kubeflow: the Kubeflow pipeline from a data set to a served model, compiled or run on this machine.
+"""python -m pipelines.kubeflow: the Kubeflow pipeline from a data set to a served model, compiled or run right here.
 
     python -m pipelines.kubeflow --compile aldm.yaml                  # the file to upload to Kubeflow Pipelines
     python -m pipelines.kubeflow --local --shared out --preset tiny   # all of it here, on simulated subjects
@@ -120,7 +120,9 @@ def _run_here(p: Parameters) -> int:
 def _failure(p: Parameters, error: Exception) -> str:
     """Say which step failed and what it said last."""
     failed = [(step, read_step(step, p)) for step in STEP_NAMES]
-    said = [f"the step {step} failed: {record['message']}" for step, record in failed if record.get("state") == "failed"]
+    said = [
+        f"the step {step} failed: {record['message']}" for step, record in failed if record.get("state") == "failed"
+    ]
     return f"{said[0] if said else error}; mend that and run the same command again: what is finished is kept"
 
 

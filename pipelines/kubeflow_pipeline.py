@@ -33,19 +33,6 @@ VOLUME, SECRETS = "aldm-data", {"ray-auth-token": {"auth_token": "RAY_AUTH_TOKEN
 RETRIES, BACKOFF_S = 3, "60s"
 
 
-class Checked(NamedTuple):
-    """What `check` returns."""
-
-    parameters: dict[str, Any]
-
-
-class Measured(NamedTuple):
-    """What `evaluate` returns: the new model's mean PSNR, and what it has to be above."""
-
-    psnr_db: float
-    to_beat_db: float
-
-
 component = dsl.component(base_image=IMAGE, install_kfp_package=False)
 
 
@@ -73,7 +60,7 @@ def check(
     min_gain_db: float,
     service: str,
     namespace: str,
-) -> NamedTuple("Checked", [("parameters", dict)]):  # noqa: UP014
+) -> NamedTuple("Checked", [("parameters", dict)]):
     """Refuse parameters that cannot work, and show every command of the run."""
     values = {name: value for name, value in locals().items() if name != "plan"}
     import collections
@@ -148,9 +135,9 @@ def export(parameters: dict):
 
 
 @component
-def evaluate(
-    parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]
-) -> NamedTuple("Measured", [("psnr_db", float), ("to_beat_db", float)]):  # noqa: UP014
+def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]) -> NamedTuple(
+    "Measured", [("psnr_db", float), ("to_beat_db", float)]
+):
     """Measure the new model and the champion on the same subjects (aldm evaluate --champion)."""
     import collections
 
@@ -219,7 +206,7 @@ def pipeline(
     data: str = "",
     layout: str = "brats",
     preset: str = "small",
-    settings: list = [],  # noqa: B006: Kubeflow copies it
+    settings: list = [],  # noqa: B006
     splits: str = "",
     num_subjects: int = 24,
     seed: int = 0,

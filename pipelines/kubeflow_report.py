@@ -68,7 +68,9 @@ def score_report(p: Parameters) -> str:
     panels = sorted((scores / "pictures").glob("*.png"))[:MOST_PANELS]
     pictures = [Picture(path, path.stem.replace("_", ", ")) for path in panels]
     card = [Picture(scores / "quality.png", "quality and time")] if (scores / "quality.png").is_file() else []
-    times = [[step, record.get("state"), record.get("seconds")] for step in STEP_NAMES if (record := read_step(step, p))]
+    times = [
+        [step, record.get("state"), record.get("seconds")] for step in STEP_NAMES if (record := read_step(step, p))
+    ]
     return render_report(
         f"aldm: {p.run_name}",
         [

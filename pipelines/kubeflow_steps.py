@@ -58,8 +58,7 @@ END_WAIT_S = 60.0
 
 
 def _parameter(default: Any, text: str) -> Any:
-    make = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**make, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Parameters:
     data: str = _parameter("", "folder of the data set (with layout table a CSV file); empty: simulated subjects")
     layout: str = _parameter("brats", "how the data set's files are named: brats, ixi, bids, table")
     preset: str = _parameter("small", "configuration to start from: a preset, or a YAML file on shared storage")
-    settings: list[str] = _parameter(list, "changes of the configuration, each KEY.PATH=VALUE as with --set")
+    settings: list[str] = field(default_factory=list, metadata={"help": "changes of the configuration, as --set"})
     splits: str = _parameter("", "CSV file of subject_id, split, as with aldm prepare --splits; empty: by the layout")
     num_subjects: int = _parameter(24, "how many subjects are simulated, where there is no data set")
     seed: int = _parameter(0, "seed of the simulated subjects and of the trainings")
@@ -154,7 +153,13 @@ def commands(p: Parameters) -> dict[str, tuple[str, ...] | None]:
             *("promote", *model, "--scores", run / "scores", "--register", p.model_name, "--alias", p.alias),
             *("--min-gain-db", p.min_gain_db),
         ),
-        "roll": ("k8s", "roll", "--model", f"models:/{name}", *(service if p.service else ("--out", run / "serve.yaml"))),
+        "roll": (
+            "k8s",
+            "roll",
+            "--model",
+            f"models:/{name}",
+            *(service if p.service else ("--out", run / "serve.yaml")),
+        ),
     }
     return {step: None if words is None else tuple(map(str, words)) for step, words in plan.items()}
 
@@ -182,7 +187,7 @@ def check(p: Parameters) -> None:
     Raises:
         UserError: one of them, or a run of this name that is made of other ones.
     """
-    p.config  # noqa: B018: a wrong preset or setting is said so
+    commands(p)  # a wrong preset or setting is said so
     if not Path(p.shared).is_absolute():
         raise UserError(f"shared is {p.shared!r}, wanted an absolute path: every step has a working folder of its own")
     if not p.run_name or Path(p.run_name).name != p.run_name or p.run_name.startswith("."):
@@ -192,7 +197,9 @@ def check(p: Parameters) -> None:
     if p.num_workers < 0:
         raise UserError(f"num_workers is {p.num_workers}, wanted at least 0")
     if p.ray_address and not p.num_workers:
-        raise UserError(f"ray_address is {p.ray_address} and num_workers 0: give the workers that the cluster is to start")
+        raise UserError(
+            f"ray_address is {p.ray_address} and num_workers 0: give the workers that the cluster is to start"
+        )
     if p.use_gpu and not p.num_workers:
         raise UserError("use_gpu gives GPUs to workers, and num_workers is 0: give both, or device cuda alone")
     _check_folder(p)

@@ -13,8 +13,8 @@ from pipelines.tracking_server import check_server, tracking_uri
 
 DESCRIPTION = f"""Register a translator and let the champion's alias point to it, if it beat the champion in an
 evaluation (aldm evaluate --champion NAME@ALIAS): its mean PSNR over the subjects and all pairs of two different
-modalities that both translate, inside the brain or foreground, is higher. Where there is no champion yet it becomes one.
-The champion that it replaces keeps its version and gets the alias {FORMER}. Run again it does nothing."""
+modalities that both translate, inside the brain or foreground, is higher. Where there is no champion yet it becomes
+one. The champion that it replaces keeps its version and gets the alias {FORMER}. Run again it does nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
