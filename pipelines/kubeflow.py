@@ -11,7 +11,9 @@ cached and retried, `pipelines/kubeflow_pipeline.py`; what the champion is, `pip
 """
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, replace
@@ -19,6 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
+
+from aldm.cli import EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
@@ -28,6 +33,8 @@ DESCRIPTION = """The pipeline simulate or prepare, train vqgan, encode, train ms
 evaluate, and, where the new model's PSNR is higher than the champion's, register and roll the service to it: compiled
 for Kubeflow Pipelines (--compile), or run on this machine (--local), each step the aldm command that is printed first.
 Started again with the same parameters it goes on where it stopped. --dry-run prints the commands."""
+EXECUTOR = "kfp.dsl.executor_main"
+"""The module that runs a step."""
 COMMON = {"preset": "preset", "settings": "set", "device": "device"}
 """Parameters that are flags of every job."""
 
@@ -109,12 +116,24 @@ def _run_here(p: Parameters) -> int:
         raise UserError(f"{p.folder} cannot be made: {error.strerror}") from error
     runner = local.SubprocessRunner(use_venv=False)
     local.init(runner=runner, pipeline_root=str(p.folder / "kubeflow"), raise_on_error=True)
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         made.pipeline(**asdict(p))
     except RuntimeError as error:
         raise UserError(_failure(p, error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(f"everything: {p.folder}; MLflow: {p.server}")
     return 0
+
+
+def _terminate(*_: object) -> None:
+    """End the step that runs, which ends its command, and then this process."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if EXECUTOR in child.cmdline():
+                child.terminate()
+    raise Terminated
 
 
 def _failure(p: Parameters, error: Exception) -> str:
@@ -169,4 +188,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         print(f"python -m pipelines.kubeflow: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
+    except Terminated:
+        print("python -m pipelines.kubeflow: terminated", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
