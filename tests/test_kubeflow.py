@@ -1,10 +1,11 @@
-"""The Kubeflow pipeline: what it compiles to, that its commands are those of the jobs, and all of it run on this machine."""
+"""The Kubeflow pipeline: what it compiles to, that its commands are those of the jobs, and all of it run here."""
 
 import inspect
 import json
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -119,10 +120,10 @@ def test_it_compiles_to_the_steps_in_their_order(compiled) -> None:
     spec, _ = compiled
     tasks = tasks_of(spec)
     condition = next(name for name in tasks if name.startswith("condition"))
-    assert {name.replace("train-", "train-") for name in tasks} == {"check", condition, *STEP_NAMES}
+    assert set(tasks) == {"check", condition, *STEP_NAMES}
     before = {name: task.get("dependentTasks", []) for name, task in tasks.items()}
     outer = ["check", *(name for name in STEP_NAMES if name not in ALWAYS)]
-    for first, second in zip(outer, outer[1:], strict=False):
+    for first, second in pairwise(outer):
         assert first in before[second], second
     assert "evaluate" in before[condition]
     assert "register" in before["roll"]
@@ -188,7 +189,7 @@ def test_every_pod_has_the_image_the_storage_and_limits_equal_to_its_requests(co
 def test_the_image_is_that_of_this_version() -> None:
     from pipelines.kubeflow_pipeline import IMAGE
 
-    assert IMAGE == f"aldm:{__version__}-cpu"
+    assert f"aldm:{__version__}-cpu" == IMAGE
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from fake_kubernetes import FakeKubernetes
@@ -103,8 +105,9 @@ def test_the_smoke_test_wants_a_finite_volume_on_the_grid(registry: Path, monkey
 
     def moved(self, *args, **options):
         result = translate(self, *args, **options)
-        result.volume.affine[0, 3] += 1
-        return result
+        shift = np.zeros((4, 4))
+        shift[0, 3] = 1
+        return replace(result, volume=replace(result.volume, affine=result.volume.affine + shift))
 
     monkeypatch.setattr(Translator, "translate", moved)
     with pytest.raises(UserError, match="not on the grid"):
@@ -168,7 +171,7 @@ def test_a_model_that_fails_in_the_service_is_taken_back(applied, before: str | 
 
     with FakeKubernetes(with_served(before), outcome) as fake:
         with pytest.raises(
-            UserError, match="models:/translator/1 does not run: .*DEPLOY_FAILED no memory.* was put back"
+            UserError, match=r"models:/translator/1 does not run: .*DEPLOY_FAILED no memory.* was put back"
         ):
             applied(fake, "models:/translator/1")
         assert fake.model == before
@@ -181,16 +184,16 @@ def test_a_model_that_never_runs_is_taken_back(applied) -> None:
         return ("DEPLOYING", "") if model == "models:/translator/1" else ("RUNNING", "")
 
     with FakeKubernetes(with_served(None), outcome) as fake:
-        with pytest.raises(UserError, match="was not running after .* DEPLOYING"):
+        with pytest.raises(UserError, match=r"was not running after .* DEPLOYING"):
             applied(fake, "models:/translator/1", "--timeout-minutes", 0.01)
         assert fake.model is None
 
 
 def test_a_state_from_before_the_change_is_not_taken_for_its_success(applied) -> None:
     """The operator has not seen the change: the RUNNING that it reports is the former model's."""
-    with FakeKubernetes(with_served(None), lambda model: ("RUNNING", ""), looks_until_seen=10**9) as fake:
-        with pytest.raises(UserError, match="has not seen the change"):
-            applied(fake, "models:/translator/1", "--timeout-minutes", 0.005)
+    blind = FakeKubernetes(with_served(None), lambda model: ("RUNNING", ""), looks_until_seen=10**9)
+    with blind as fake, pytest.raises(UserError, match="has not seen the change"):
+        applied(fake, "models:/translator/1", "--timeout-minutes", 0.005)
 
 
 def test_a_roll_that_was_stopped_goes_on_and_still_knows_the_former_model(applied) -> None:
