@@ -67,7 +67,9 @@ class RayService:
             except (config.ConfigException, OSError) as error:
                 raise UserError(f"no cluster: this is no pod, and the kubeconfig cannot be used ({error})") from error
         settings.retries = 1
-        return cls(client.CustomObjectsApi(client.ApiClient(settings)), namespace, name)
+        talk = client.ApiClient(settings)
+        talk.set_default_header("Content-Type", MERGE_PATCH)  # by itself it sends a kind that custom resources refuse
+        return cls(client.CustomObjectsApi(talk), namespace, name)
 
     def read(self) -> State:
         """Return the service as it is now.
@@ -100,9 +102,7 @@ class RayService:
             meta["resourceVersion"] = version
         body = {"metadata": meta, "spec": {"serveConfigV2": config}}
         with self._answering("change"):
-            made = self._api.patch_namespaced_custom_object(
-                *self._place(), body, _content_type=MERGE_PATCH, _request_timeout=CALL_TIMEOUT_S
-            )
+            made = self._api.patch_namespaced_custom_object(*self._place(), body, _request_timeout=CALL_TIMEOUT_S)
         return int(made["metadata"]["generation"])
 
     def runs(self, state: State, application: str) -> bool:
