@@ -136,12 +136,8 @@ def export(parameters: dict):
 
 
 @component
-def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]) -> NamedTuple(
-    "Measured", [("psnr_db", float), ("to_beat_db", float)]
-):
-    """Measure the new model and the champion on the same subjects (aldm evaluate --champion)."""
-    import collections
-
+def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]) -> float:
+    """Measure the new model and the champion (aldm evaluate --champion); return the new one's mean PSNR, dB."""
     from pipelines.kubeflow_report import contest_of, score_numbers, score_page, score_report, write_text
     from pipelines.kubeflow_steps import step
 
