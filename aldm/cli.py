@@ -20,6 +20,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "export": ("pipelines.export", "put trained stages together into a translator folder"),
     "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),
     "evaluate": ("pipelines.evaluate", "score a translator over all pairs of modalities of a store"),
+    "promote": ("pipelines.promote", "register a model and make it the champion if it beat that"),
     "benchmark": ("pipelines.benchmark", "train methods under one budget, score them, and put them into one table"),
     "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
     "serve": ("serve.main", "translate over HTTP: a page, an interface for programs"),

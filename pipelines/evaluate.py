@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aldm.score_table import MethodKey
     from aldm.translate import Translator
     from pipelines.ray_workers import RayWorkers
+    from pipelines.registered import Registered
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipelines.tracking_server import check_server, tracking_uri
 
         check_server(tracking_uri(args.out))
+    from pipelines.champion import measured_champion
+
+    with measured_champion(args) as champion:
+        return _run(args, champion)
+
+
+def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
+    """Measure what the flags name, the champion among it."""
     from aldm.data.parallel import remove_leftovers
     from aldm.data.store import VolumeStore
     from aldm.evaluation import check_candidates, count_translations, evaluate
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             remove_leftovers(folder)
             _write(folder, result, store, args)
-            _write_record(folder / RECORD, candidates, store, args)
+            _write_record(folder / RECORD, candidates, store, args, champion)
     regions = dict.fromkeys(row.region for row in result.rows)
     print("\n\n".join(overview(result.rows, region) for region in regions))
     print(f"\nall tables: {args.out / TABLES}")
@@ -269,10 +278,15 @@ def _write(folder: Path, result: "Evaluation", store: "VolumeStore", args: argpa
 
 
 def _write_record(
-    path: Path, candidates: Sequence["Candidate"], store: "VolumeStore", args: argparse.Namespace
+    path: Path,
+    candidates: Sequence["Candidate"],
+    store: "VolumeStore",
+    args: argparse.Namespace,
+    champion: "Registered | None",
 ) -> None:
     """Write what was measured with what, so that the scores explain themselves."""
     from aldm.run_folder import git_state
+    from pipelines.champion import record_of
 
     record = {
         "store": str(args.store),
@@ -281,6 +295,7 @@ def _write_record(
         "split": args.split,
         "max_subjects": args.max_subjects,
         "seed": args.seed,
+        "champion": record_of(champion),
         **git_state(),
         "models": [
             {
@@ -347,6 +362,13 @@ def _parser() -> JobParser:
         default=[],
         metavar="[NAME=]DIR",
         help="another translator folder to measure beside the model, such as a plain unet; repeatable (default: none)",
+    )
+    parser.add_argument(
+        "--champion",
+        metavar="NAME[@ALIAS]",
+        help="measure the version of this registered model with that alias as well, as the row champion, if there is "
+        "one yet; the registry is at MLFLOW_TRACKING_URI, or in the file mlflow.db beside --out (default: none; the "
+        "alias: champion)",
     )
     parser.add_argument("--num-samples", type=int, metavar="K", help="samples averaged (default: the model's)")
     parser.add_argument("--max-subjects", type=int, metavar="N", help="the first N subjects only (default: all)")

@@ -1,4 +1,9 @@
-"""Which translator a service runs: a folder, a registered model of MLflow, or the one inside the package."""
+"""Which translator a service runs: a folder, a registered model of MLflow, or the one inside the package.
+
+A registered model is found out once, when the service is started or deployed: models:/NAME/VERSION is that version for
+ever, models:/NAME@ALIAS is the version that the alias points to at that moment, and it stays when the alias moves. To
+bring another model into a running service, deploy it again with another address (on Kubernetes: aldm k8s roll).
+"""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +39,7 @@ def find_model(model: str | None, work_dir: Path) -> Model:
         work_dir: where a registered model is downloaded to.
 
     Raises:
-        UserError: there is none, or it is no translator.
+        UserError: there is none, it is no translator, or a registered one whose weights are not those registered.
     """
     if model is None:
         from aldm.default_model import default_model
@@ -80,22 +85,11 @@ def _description(record: dict[str, Any], config: Config) -> str:
 
 
 def _download(uri: str, work_dir: Path) -> Path:
-    from mlflow.artifacts import download_artifacts
-
-    from pipelines.tracking_server import answering, default_server, impatient, tracking_uri
+    from pipelines.registered import fetch, resolve
+    from pipelines.tracking_server import tracking_uri
 
     server = tracking_uri(Path.cwd() / "service")
     target = work_dir / MODELS
     work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.mkdir(exist_ok=True)
-    with answering(server), impatient(), default_server(server):
-        place = Path(download_artifacts(artifact_uri=uri, dst_path=str(target)))
-    code = place / "code"  # this package's own, the built-in model in it
-    found = sorted(
-        path.parent
-        for path in place.rglob("config.json")
-        if (path.parent / "weights.safetensors").is_file() and code not in path.parents
-    )
-    if len(found) != 1:
-        raise UserError(f"{uri} holds no translator folder: register one with aldm export --register NAME")
-    return found[0]
+    return fetch(resolve(uri, server), target, server)

@@ -1,0 +1,100 @@
+"""What the Kubeflow UI shows of a run: numbers of the steps, the table of scores, a report that opens offline."""
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.champion import MASKS, Contest, read_contest
+from pipelines.kubeflow_steps import STEP_NAMES, Parameters, commands, read_step
+
+MOST_PANELS = 6
+FOOTER = "Synthetic images, for research only; not a medical device."
+
+
+def contest_of(p: Parameters) -> Contest:
+    """Return what the run's evaluation says."""
+    return read_contest(p.folder / "scores")
+
+
+def training_numbers(stage: str, p: Parameters) -> dict[str, float]:
+    """Return the numbers of a training that is done; none of one that was not needed."""
+    from aldm.checkpoint import read_checkpoint_record
+    from aldm.run_folder import checkpoint_folder
+
+    if commands(p)[f"train-{stage}"] is None:
+        return {}
+    training = read_checkpoint_record(checkpoint_folder(p.folder / stage))["meta"].get("training", {})
+    seconds = read_step(f"train-{stage}", p).get("seconds", 0.0)
+    return {"step": training.get("step", 0), "seconds": seconds, **training.get("validation", {})}
+
+
+def score_numbers(p: Parameters) -> dict[str, float]:
+    """Return the numbers of the evaluation: the contest, and each method's mean PSNR where that is taken."""
+    contest = contest_of(p)
+    numbers = {"psnr_db": contest.psnr_db, "volumes": contest.volumes}
+    if contest.champion_psnr_db is not None:
+        numbers |= {"champion_psnr_db": contest.champion_psnr_db}
+    return numbers | {f"psnr_db {row[0]}": row[1] for row in _means(p, contest.region)}
+
+
+def plan_page(p: Parameters) -> str:
+    """Return the commands of the run as Markdown."""
+    lines = [f"# {p.run_name}", f"Everything of this run lies in `{p.folder}`, its MLflow runs at `{p.server}`."]
+    for step in STEP_NAMES:
+        words = commands(p)[step]
+        lines.append(f"**{step}**: " + (f"`aldm {' '.join(words)}`" if words else "nothing to do"))
+    return "\n\n".join(lines) + "\n"
+
+
+def score_page(p: Parameters) -> str:
+    """Return the verdict and the tables of scores as Markdown."""
+    from aldm.score_table import overview, read_csv
+
+    rows = read_csv(p.folder / "scores" / "scores.csv")
+    tables = [overview(rows, region) for region in dict.fromkeys(row.region for row in rows)]
+    return "\n\n".join([f"# {p.run_name}", contest_of(p).verdict(p.min_gain_db), *tables, FOOTER]) + "\n"
+
+
+def score_report(p: Parameters) -> str:
+    """Return the report as HTML that needs nothing else."""
+    from aldm.report import Code, Figures, Picture, Section, Table, Text, render_report
+
+    contest, scores = contest_of(p), p.folder / "scores"
+    figures = [(f"{contest.psnr_db:.2f} dB", "the new model")]
+    if contest.champion_psnr_db is not None:
+        figures.append((f"{contest.champion_psnr_db:.2f} dB", "the champion"))
+    columns = ["method", "PSNR (dB)", "NMSE", "SSIM"]
+    caption = "means over all subjects and all pairs of two different modalities"
+    tables = [Table(columns, rows, f"{region}: {caption}") for region in MASKS if (rows := _means(p, region))]
+    panels = sorted((scores / "pictures").glob("*.png"))[:MOST_PANELS]
+    pictures = [Picture(path, path.stem.replace("_", ", ")) for path in panels]
+    card = [Picture(scores / "quality.png", "quality and time")] if (scores / "quality.png").is_file() else []
+    times = [
+        [step, record.get("state"), record.get("seconds")] for step in STEP_NAMES if (record := read_step(step, p))
+    ]
+    return render_report(
+        f"aldm: {p.run_name}",
+        [
+            Section("Against the champion", [Text(contest.verdict(p.min_gain_db)), Figures(figures), *tables]),
+            Section("Pictures", [*card, *pictures]),
+            Section("Steps", [Table(["step", "state", "seconds"], times), Code(plan_page(p).replace("*", ""))]),
+        ],
+        footer=FOOTER,
+    )
+
+
+def _means(p: Parameters, region: str) -> list[list[Any]]:
+    """Return a row per method: its name and mean scores over translations in a region."""
+    from aldm.score_table import methods_of, read_csv, summarize
+
+    rows = [row for row in read_csv(p.folder / "scores" / "scores.csv") if row.region == region]
+    rows = [row for row in rows if row.source != row.target]
+    return [
+        [key.label(), *(round(value, 4) for value in summarize([row for row in rows if row.key == key]).mean)]
+        for key in methods_of(rows)
+    ]
+
+
+def write_text(path: str, text: str) -> None:
+    """Write an artifact's file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,181 @@
+"""aldm k8s roll: bring a registered model into a running RayService, or into its configuration file.
+
+    aldm k8s roll --model models:/translator@champion              # checks and tries it, says what would be done
+    aldm k8s roll --model models:/translator/7 --apply             # and gives it to the RayService
+    aldm k8s roll --model models:/translator/7 --out serve.yaml    # and writes the configuration instead
+
+1. An alias is resolved to a version once. The service is given the version, which never changes under it; an alias in
+   its configuration would be resolved anew by every start of a node.
+2. The model is downloaded and its weights are hashed anew; another hash than the registry's is refused.
+3. One translation of a simulated volume has to give a finite volume on the input's grid.
+4. `spec.serveConfigV2` of the RayService is patched (its `args.model` alone), with the version of the object that was
+   read, so that nobody else's change is lost, and the former model noted in the annotation aldm/previous-model. KubeRay
+   hands the configuration to Ray Serve, which starts new copies before it ends the old ones: running translations
+   finish.
+5. The new application has to be RUNNING; when it fails, or is not within --timeout-minutes, the former configuration is
+   put back and the command fails.
+
+To go back by hand, roll to the former version, which the last line of a roll names:
+
+    aldm k8s roll --model models:/translator/6 --apply
+    aldm promote --register translator --rollback        # and let the alias champion point to it again
+
+In a pod the service account is used, elsewhere the kubeconfig; it needs get and patch of rayservices in the namespace.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from aldm.errors import UserError
+from aldm.files import atomic_path
+from pipelines.arguments import JobParser, job_parser, select_device
+from pipelines.kubernetes_service import RayService
+from pipelines.registered import Registered, fetch, resolve
+from pipelines.serve_config import model_of, read_manifest, with_model
+from pipelines.tracking_server import tracking_uri
+
+SERVICE, NAMESPACE, APPLICATION = "aldm-translator", "aldm", "aldm"
+DESCRIPTION = """Check a registered model (its weights' hash, one translation of a simulated volume) and bring it into a
+RayService: the configuration is patched, the new application has to run, otherwise the former model is put back. With
+--out the changed configuration is written instead. Without --apply and --out nothing is changed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aldm k8s roll ARGUMENTS`.
+
+    Raises:
+        UserError: everything that the user can mend, a model that does not run among it.
+    """
+    args = _parser().parse_args(argv)
+    if args.apply and args.out is not None:
+        raise UserError("--apply changes the RayService and --out writes a file: give one of them")
+    if args.timeout_minutes <= 0:
+        raise UserError(f"--timeout-minutes is {args.timeout_minutes:g}, wanted a number above 0")
+    server = tracking_uri(args.out or Path.cwd() / "model")
+    model = resolve(args.model, server)
+    print(f"{args.model} is {model.address}, hash {model.hash[:12]}", flush=True)
+    if args.apply:
+        return _apply(args, model, server)
+    manifest = read_manifest(args.manifest)
+    changed = with_model(manifest, model.address, args.application)
+    try_out(model, server, args)
+    before = model_of(manifest, args.application)
+    if args.out is None or args.dry_run:
+        place = args.out or f"the RayService {args.service} in {args.namespace} (--apply)"
+        print(f"would change the model of {place}" + (f" from {before} to {model.address}" if args.out else ""))
+        return 0
+    with atomic_path(args.out, overwrite=True) as temporary:
+        temporary.write_text(changed)
+    print(f"{args.out}: model {model.address} (before: {before})")
+    return 0
+
+
+def try_out(model: Registered, server: str, args: argparse.Namespace) -> None:
+    """Download a model, check its weights, and make one translation with it.
+
+    Raises:
+        UserError: it is not what was registered, or does not work.
+    """
+    from pipelines.smoke_test import smoke_test
+
+    device = "cpu" if args.device == "auto" else str(select_device(args))
+    with tempfile.TemporaryDirectory(prefix="aldm-roll-") as folder:
+        found = fetch(model, Path(folder), server)
+        print(f"{model.address}: the weights are those registered", flush=True)
+        try:
+            print(smoke_test(found, device=device, max_memory_gb=args.max_memory_gb), flush=True)
+        except UserError as error:
+            raise UserError(f"{model.address} is not rolled out: {str(error).replace(str(found), 'it')}") from error
+
+
+def _apply(args: argparse.Namespace, model: Registered, server: str) -> int:
+    """Give the model to the RayService and wait until it runs."""
+    service = RayService.connect(args.namespace, args.service, args.context)
+    state = service.read()
+    before = model_of(state.config, args.application)
+    wanted = with_model(state.config, model.address, args.application)
+    if before == model.address and service.runs(state, args.application):
+        print(f"{args.service} serves {model.address} already (before: {state.former_model or 'nothing known'})")
+        return 0
+    try_out(model, server, args)
+    if args.dry_run:
+        print(f"would change the model of {args.service} in {args.namespace} from {before} to {model.address}")
+        return 0
+    former = state.config
+    if before == model.address:  # a roll that was stopped while it waited
+        before = state.former_model
+        former = with_model(state.config, before, args.application)
+    generation = service.change(wanted, former_model=before, version=state.version)
+    print(f"{args.service}: from {before} to {model.address}; waiting until it runs", flush=True)
+    try:
+        service.wait(generation, args.application, args.timeout_minutes * 60, args.poll_seconds)
+    except UserError as error:
+        generation = service.change(former, former_model=None, version=None)
+        raise UserError(f"{model.address} does not run: {error}. {_back(args, service, generation, before)}") from error
+    print(f"{args.service} serves {model.address}")
+    if before is not None:
+        print(
+            f"to go back: aldm k8s roll --model {before} --service {args.service} --namespace {args.namespace} --apply"
+        )
+    return 0
+
+
+def _back(args: argparse.Namespace, service: RayService, generation: int, before: str | None) -> str:
+    """Wait for the model that was put back; return what became of it."""
+    name = before or "the model inside the package"
+    try:
+        service.wait(generation, args.application, args.timeout_minutes * 60, args.poll_seconds)
+    except UserError as error:
+        return f"{name} was put back, but does not run either: {error}"
+    return f"{name} was put back and runs"
+
+
+def _parser() -> JobParser:
+    parser = job_parser("k8s roll", DESCRIPTION)
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="models:/NAME/VERSION|models:/NAME@ALIAS",
+        help="registered model, at MLFLOW_TRACKING_URI or in the file mlflow.db beside --out",
+    )
+    parser.add_argument("--apply", action="store_true", help="change the RayService, and wait until the model runs")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the changed --manifest here instead (default: nothing written)"
+    )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="with --out: manifest of a RayService, or configuration of Ray Serve, to change (default: the package's "
+        "serve/deploy.yaml)",
+    )
+    parser.add_argument("--service", default=SERVICE, metavar="NAME", help="the RayService")
+    parser.add_argument("--namespace", default=NAMESPACE, metavar="NAME", help="its namespace")
+    parser.add_argument("--application", default=APPLICATION, metavar="NAME", help="its application of Ray Serve")
+    parser.add_argument(
+        "--context",
+        metavar="NAME",
+        help="context of the kubeconfig (default: the current one; in a pod its own account)",
+    )
+    parser.add_argument(
+        "--timeout-minutes", type=float, default=30.0, metavar="M", help="the longest wait for the new model to run"
+    )
+    parser.add_argument("--poll-seconds", type=float, default=5.0, metavar="S", help="between two looks at its state")
+    parser.add_argument(
+        "--max-memory-gb",
+        type=float,
+        metavar="G",
+        help="most memory of the translation that is tried, GB (10^9 bytes) (default: no limit)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"aldm k8s roll: {error}", file=sys.stderr)
+        sys.exit(2)

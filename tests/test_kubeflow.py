@@ -1,0 +1,302 @@
+"""The Kubeflow pipeline: what it compiles to, that its commands are those of the jobs, and all of it run here."""
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import yaml
+
+from aldm import __version__
+from aldm.cli import JOBS
+from aldm.errors import UserError
+from pipelines import kubeflow, kubernetes_roll
+from pipelines.arguments import JobParser
+from pipelines.champion import NO_CHAMPION_DB
+from pipelines.kubeflow_steps import (
+    ALWAYS,
+    STEP_NAMES,
+    Parameters,
+    check,
+    commands,
+    is_done,
+    line_of,
+    read_step,
+    result_of,
+    run_step,
+    submit,
+)
+from pipelines.tracking_server import connect
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = Parameters(
+    data="/shared/dataset",
+    preset="brats",
+    settings=["train_vqgan.batch_size=4", "train_ms_spade.batch_size=4", "train_diffusion.batch_size=4"],
+    num_workers=4,
+    use_gpu=True,
+    ray_address="http://aldm-head-svc:8265",
+    tracking_uri="http://mlflow:5000",
+    service="aldm-translator",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pipeline's specification and what it asks of Kubernetes."""
+    file = tmp_path_factory.mktemp("compiled") / "aldm.yaml"
+    assert kubeflow.main(["--compile", str(file), "--image", "registry.example/aldm:1", "--run-name", "nightly"]) == 0
+    spec, platform = yaml.safe_load_all(file.read_text())
+    return spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def tasks_of(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All tasks by name, those under the condition too."""
+    tasks = dict(spec["root"]["dag"]["tasks"])
+    inner = next(name for name in tasks if name.startswith("condition"))
+    return tasks | spec["components"][tasks[inner]["componentRef"]["name"]]["dag"]["tasks"]
+
+
+def parsed(words: tuple[str, ...]) -> Any:
+    """What the job's own parser makes of the words after `aldm`."""
+
+    class Parsed(Exception):
+        pass
+
+    parse = JobParser.parse_args
+
+    def stop(self: JobParser, args: Any = None, namespace: Any = None) -> Any:
+        raise Parsed(parse(self, args, namespace))
+
+    job, *rest = words
+    main = kubernetes_roll.main if (job, rest[0]) == ("k8s", "roll") else None
+    if main is None:
+        main = __import__(JOBS[job][0], fromlist=["main"]).main
+    else:
+        rest = rest[1:]
+    with mock.patch.object(JobParser, "parse_args", stop), pytest.raises(Parsed) as found:
+        main(rest)
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize("p", [Parameters(), CLUSTER, Parameters(preset="tiny", layout="ixi", splits="/shared/s.csv")])
+def test_every_command_is_one_that_its_job_takes(p: Parameters) -> None:
+    check(p)
+    plan = commands(p)
+    assert tuple(plan) == STEP_NAMES
+    for words in plan.values():
+        if words is not None:
+            parsed(words)
+    assert (plan["simulate"] is None) == bool(p.data)
+    assert (plan["train-vqgan"] is None) == (p.config.codec.kind == "haar")
+    assert parsed(plan["evaluate"]).champion == "translator@champion"
+    assert parsed(plan["roll"]).apply == bool(p.service)
+
+
+def test_the_trainings_on_a_cluster_are_those_of_its_workers() -> None:
+    from pipelines.ray_training import cluster_of
+    from pipelines.train import parse
+
+    for step in ("train-vqgan", "train-ms-spade", "train-diffusion"):
+        _, stage, *words = commands(CLUSTER)[step]
+        args, config = parse(stage, words)
+        cluster = cluster_of(args, config, stage)
+        assert (cluster.max_workers, cluster.use_gpu) == (4, True)
+    words = submit(("info",), CLUSTER, "x-1")
+    assert words[words.index("--") + 1 :] == ["aldm", "info"]
+    assert words[words.index("--address") + 1] == "http://aldm-head-svc:8265"
+    assert json.loads(words[words.index("--runtime-env-json") + 1]) == {
+        "env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    }
+
+
+def test_it_compiles_to_the_steps_in_their_order(compiled) -> None:
+    spec, _ = compiled
+    tasks = tasks_of(spec)
+    condition = next(name for name in tasks if name.startswith("condition"))
+    assert set(tasks) == {"check", "to-beat", condition, *STEP_NAMES}
+    before = {name: task.get("dependentTasks", []) for name, task in tasks.items()}
+    outer = ["check", *(name for name in STEP_NAMES if name not in ALWAYS), "to-beat"]
+    for first, second in pairwise(outer):
+        assert first in before[second], second
+    assert "evaluate" in before[condition]
+    assert "register" in before["roll"]
+    for name in STEP_NAMES:
+        code = spec["deploymentSpec"]["executors"][f"exec-{name}"]["container"]["command"][-1]
+        assert f'step("{name}", parameters)' in code
+
+
+def test_only_a_better_model_is_registered_and_rolled_out(compiled) -> None:
+    spec, _ = compiled
+    root = spec["root"]["dag"]["tasks"]
+    assert not set(ALWAYS) & set(root)
+    (condition,) = [task["triggerPolicy"]["condition"] for task in root.values() if "triggerPolicy" in task]
+    left, right = (f"inputs.parameter_values['pipelinechannel--{name}-Output']" for name in ("evaluate", "to-beat"))
+    assert " ".join(condition.split()) == f"{left} > {right}"
+    assert NO_CHAMPION_DB < 0  # the least PSNR of images in [0, 1]
+
+
+def test_only_the_check_of_the_parameters_is_cached_and_not_tried_again(compiled) -> None:
+    spec, _ = compiled
+    tasks = tasks_of(spec)
+    assert [name for name, task in tasks.items() if task.get("cachingOptions", {}).get("enableCache")] == ["check"]
+    retries = {name: task["retryPolicy"]["maxRetryCount"] for name, task in tasks.items() if "retryPolicy" in task}
+    assert set(retries) == {"to-beat", *STEP_NAMES}
+    assert min(retries.values()) >= 1
+
+
+def test_its_parameters_and_their_defaults_are_those_of_the_steps(compiled) -> None:
+    from pipelines.kubeflow_pipeline import check as checking
+    from pipelines.kubeflow_pipeline import pipeline
+
+    spec, _ = compiled
+    names = [item.name for item in fields(Parameters)]
+    assert list(inspect.signature(pipeline.pipeline_func).parameters) == names
+    assert list(inspect.signature(checking.python_func).parameters)[1:] == names
+    given = spec["root"]["inputDefinitions"]["parameters"]
+    wanted = asdict(Parameters(run_name="nightly"))
+    assert {name: given[name].get("defaultValue", wanted[name]) for name in names} == wanted
+    own = {name: each.default for name, each in inspect.signature(pipeline.pipeline_func).parameters.items()}
+    assert own == asdict(Parameters())
+
+
+def test_every_pod_has_the_image_the_storage_and_limits_equal_to_its_requests(compiled) -> None:
+    spec, platform = compiled
+    executors = spec["deploymentSpec"]["executors"]
+    assert set(platform) == set(executors)
+    for name, executor in executors.items():
+        container = executor["container"]
+        assert container["image"] == "registry.example/aldm:1"
+        assert "pip install" not in " ".join(container["command"])
+        assert container["env"] == [{"name": "RAY_AUTH_MODE", "value": "token"}]
+        resources = container["resources"]
+        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"]
+        assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"]
+        (mount,), (secret,) = platform[name]["pvcMount"], platform[name]["secretAsEnv"]
+        assert (mount["constant"], mount["mountPath"]) == ("aldm-data", Parameters().shared)
+        assert (secret["secretName"], secret["keyToEnv"]) == (
+            "ray-auth-token",
+            [{"secretKey": "auth_token", "envVar": "RAY_AUTH_TOKEN"}],
+        )
+
+
+def test_the_image_is_that_of_this_version() -> None:
+    from pipelines.kubeflow_pipeline import IMAGE
+
+    assert f"aldm:{__version__}-cpu" == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "huge"}, "no preset 'huge'"),
+        ({"settings": ["sampling.nothing=1"]}, "nothing"),
+        ({"shared": "here"}, "wanted an absolute path"),
+        ({"data": "here"}, "wanted an absolute path"),
+        ({"run_name": "../x"}, "wanted the name of a folder"),
+        ({"num_workers": -1}, "wanted at least 0"),
+        ({"ray_address": "http://x:8265"}, "give the workers"),
+        ({"use_gpu": True}, "gives GPUs to workers"),
+    ],
+)
+def test_parameters_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(replace(Parameters(), **changes))
+
+
+def test_a_run_goes_on_with_its_own_parameters_only(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Where it runs may change; what it is made of may not."""
+    p = Parameters(shared=str(tmp_path), preset="tiny", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    ran = []
+
+    def run(step: str, words: Any, p: Parameters) -> tuple[int, str]:
+        ran.append(words)
+        result_of(step, p).mkdir(parents=True, exist_ok=True)
+        return (1, "no space left") if len(ran) == 2 else (0, "")
+
+    monkeypatch.setattr("pipelines.kubeflow_steps._run", run)
+    run_step("prepare", p)
+    with pytest.raises(UserError, match="train-vqgan: aldm train ended with code 1: no space left"):
+        run_step("train-vqgan", p)
+    assert read_step("train-vqgan", p)["state"] == "failed"
+    elsewhere = replace(p, num_workers=2, max_failures=1)
+    for step in ("prepare", "train-vqgan", "train-vqgan"):
+        run_step(step, elsewhere)
+    assert [words[-1] == "--resume" for words in ran] == [False, False, True]
+    assert len(ran) == 3
+    assert line_of("train-vqgan", elsewhere) == line_of("train-vqgan", p)
+    (result_of("prepare", p)).rmdir()
+    assert not is_done("prepare", p)  # its result has gone
+    with pytest.raises(UserError, match="a run with seed 0: give another run_name"):
+        run_step("encode", replace(p, seed=1))
+
+
+def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    assert kubeflow.main(["--dry-run", "--shared", str(tmp_path / "out"), "--preset", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": aldm ") == len(STEP_NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_kfp_it_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kfp"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kfp", None)
+    monkeypatch.delitem(sys.modules, "pipelines.kubeflow_pipeline", raising=False)
+    monkeypatch.delattr("pipelines.kubeflow_pipeline", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'aldm\[kubeflow\]'"):
+        kubeflow.main(["--compile", str(tmp_path / "x.yaml")])
+
+
+def local(shared: Path) -> subprocess.CompletedProcess[str]:
+    words = ["--local", "--shared", shared, "--preset", "tiny", "--layout", "ixi", "--num-subjects", "9"]
+    words += ["--set", "sampling.num_inference_steps=1", "--device", "cpu"]
+    program = [sys.executable, "-m", "pipelines.kubeflow", *map(str, words)]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def artifacts(run: Path, step: str, name: str) -> list[Path]:
+    """What the runs of a step left for the UI."""
+    return sorted(run.glob(f"kubeflow/*/{step}/{name}"))
+
+
+@pytest.mark.slow
+def test_all_of_it_on_this_machine(tmp_path: Path) -> None:
+    """From data to a registered model, with a step that fails first; then again, which replaces nothing."""
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "model").write_text("in the way of aldm export")
+    done = local(tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("python -m pipelines.kubeflow:")]
+    assert "the step export failed: aldm export: " in last
+    assert "is a file, wanted a folder to write" in last
+    begun = {step: read_step(step, Parameters(shared=str(tmp_path)))["begun"] for step in STEP_NAMES[:6]}
+
+    (run / "model").unlink()
+    done = local(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = {step: read_step(step, Parameters(shared=str(tmp_path))) for step in STEP_NAMES}
+    assert {step: records[step]["begun"] for step in begun} == begun  # none of them ran again
+    assert {record["state"] for record in records.values()} == {"done"}
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    champion = client.get_model_version_by_alias("translator", "champion")
+    assert champion.tags["hash"] == json.loads((run / "model" / "config.json").read_text())["hash"]
+    (application,) = yaml.safe_load((run / "serve.yaml").read_text())["applications"]
+    assert application["args"]["model"] == "models:/translator/1"
+    (scores,), (report,) = artifacts(run, "evaluate", "scores"), artifacts(run, "evaluate", "report")
+    assert "there is no champion yet" in scores.read_text()
+    assert "data:image/png;base64," in report.read_text()
+
+    (run / "steps" / "evaluate.json").unlink()  # measured again, against itself
+    done = local(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NOT better than the champion models:/translator/1" in artifacts(run, "evaluate", "scores")[-1].read_text()
+    assert len(client.search_model_versions("name = 'translator'")) == 1
+    assert read_step("roll", Parameters(shared=str(tmp_path))) == records["roll"]
