@@ -150,7 +150,7 @@ def test_patterns_of_dockerignore_are_read_as_docker_reads_them() -> None:
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Replay]:
-    """The CPU variant's environment, made by the Dockerfile's own instructions; not below /tmp, which a pod has anew."""
+    """The CPU variant's environment, made by the Dockerfile's own instructions; not in /tmp, which a pod has anew."""
     folder = Path(tempfile.mkdtemp(prefix="aldm-image-", dir="/var/tmp"))
     try:
         folder.chmod(0o755)
