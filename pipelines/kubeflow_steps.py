@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aldm.cli import JOBS, Terminated
+from aldm.cli import Terminated
 from aldm.config import Config, override
 from aldm.errors import UserError
 from aldm.files import atomic_path
@@ -319,8 +319,6 @@ def _run(step: str, words: Sequence[str], p: Parameters) -> tuple[int, str]:
     program = [sys.executable, "-m", "aldm.cli", *words]
     if submission is not None:
         program = submit(words, p, submission)
-    elif words[0] not in JOBS:  # the dispatcher of aldm k8s
-        program = [sys.executable, "-m", "pipelines.kubernetes_roll", *words[2:]]
     tail: deque[str] = deque(maxlen=1)
     previous = signal.signal(signal.SIGTERM, _terminate)
     process = subprocess.Popen(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 STAGES = {
     "render": ("pipelines.kubernetes_render", "fill in the manifests, check them, and say whether the preset fits"),
+    "roll": ("pipelines.kubernetes_roll", "let the translation service run another registered model"),
 }
 
 
