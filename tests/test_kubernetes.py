@@ -34,6 +34,9 @@ JOBS = {
 OF_THE_CLUSTER = {"model", "work_dir", "token_file", "num_replicas", "max_replicas", "use_gpu", "max_queue"}
 """Arguments of serve/deploy.yaml that a cluster sets for itself."""
 GATEWAY = "aldm-translator-gateway"
+STEP = {"pipelines.kubeflow.org/v2_component": "true"}
+MADE_BY_OPERATORS = ({"gateway.networking.k8s.io/gateway-name": GATEWAY}, STEP)
+"""Labels of pods that are not in the manifests: the Gateway's, and those of the Kubeflow pipeline's steps."""
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -161,11 +164,11 @@ def _rules(policy: dict[str, Any], side: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_policies_open_ports_that_are_there(name: str) -> None:
-    """Each policy selects pods (that of the Gateway those of its class), and a port by name is a receiver's."""
+    """Each policy selects pods, of the manifests or of operators, and a port by name is a receiver's."""
     for policy in all_of(name, "NetworkPolicy"):
         labels = policy["spec"]["podSelector"].get("matchLabels", {})
         receivers = selected(name, labels)
-        assert receivers or GATEWAY in labels.values(), name_of(policy)
+        assert receivers or labels in MADE_BY_OPERATORS, name_of(policy)
         for rule in _rules(policy, "ingress"):
             for port in rule.get("ports", []):
                 if isinstance(port["port"], str):
@@ -220,9 +223,13 @@ def test_what_needs_to_talk_may_and_what_need_not_may_not(name: str) -> None:
         (mlflow, database, "postgres"),
         (mlflow, store, "s3"),
         (gateway, translator, "serve"),
+        (STEP, head, "dashboard"),
+        (STEP, mlflow, "http"),
     ]
     assert [item for item in wanted if not _allowed(name, *item)] == []
     forbidden = [
+        (STEP, redis, "redis"),
+        (STEP, database, "postgres"),
         (worker, redis, "redis"),
         (worker, database, "postgres"),
         (head, store, "s3"),
