@@ -18,8 +18,8 @@ from aldm.presets import tiny
 from aldm.training import PlainEngine, fit
 
 SHAPE = (40, 56, 48)
-STEPS = 700
-MISALIGNMENT = 5.0
+STEPS = 1000
+MISALIGNMENT = 4.0
 """Degrees by which each end of a pair may be turned, and half the percents by which it may be shifted."""
 
 
@@ -50,15 +50,16 @@ def config() -> Config:
     reggan = replace(
         base.baselines.reggan,
         channels=8,
+        num_blocks=3,
         discriminator_channels=8,
         registration_channels=8,
-        registration_levels=3,
+        registration_levels=4,
         misalignment=MISALIGNMENT,
     )
     base = replace(base, baselines=replace(base.baselines, reggan=reggan, slice_shape=None))
     never = 10**6
     length = {"max_steps": STEPS, "validate_every": never, "checkpoint_every": never, "log_every": never}
-    return with_training(base, "reggan", batch_size=6, learning_rate=2e-3, **length)
+    return with_training(base, "reggan", batch_size=8, learning_rate=2e-3, **length)
 
 
 def error_on_aligned_pairs(kind: type[RegGANStage], store: VolumeStore) -> float:
