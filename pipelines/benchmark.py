@@ -59,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(line for entry in entries for line in entry.describe()))
         return 0
     _open_folder(contest)
-    from pipelines.tracking_server import default_server, tracking_uri
+    from pipelines.tracking_server import EXPERIMENT, answering, connect, default_server, experiment_id, tracking_uri
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(contest.out / "runs")
+    with answering(uri):  # once, before several trainings find no file and each makes one
+        experiment_id(connect(uri), uri, EXPERIMENT)
     with open_workers(args, use_gpus=True) as workers, default_server(uri):
         run = _Runner(uri, args.device)
         if workers is None:
