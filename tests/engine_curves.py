@@ -6,7 +6,9 @@ from typing import Any
 
 
 def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run the tasks on so many Ray Train workers."""
+    """Run the tasks on so many Ray Train workers; Ctrl-C is what it was afterwards, which Ray Train leaves its own."""
+    import signal
+
     import engine_curves
     from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
@@ -20,7 +22,11 @@ def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(name=f"workers-{num_workers}", storage_path=str(folder)),
     )
-    result: list[dict[str, Any]] = trainer.fit().return_value
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        result: list[dict[str, Any]] = trainer.fit().return_value
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     return result
 
 
