@@ -148,7 +148,8 @@ def test_targets_uncertainty_and_the_three_comparisons(page: Page) -> None:
     page.keyboard.press("Escape")  # nothing is running: nothing happens
     page.locator("h1").click()
     page.keyboard.press("u")
-    np.testing.assert_allclose(picture(page, "#result-view"), plain, atol=8)
+    changed = (np.abs(picture(page, "#result-view").astype(float) - plain) > 8).mean()
+    assert changed < 1e-3  # but for the edges of letters, which are not always drawn alike
     source = picture(page, "#source-view")
 
     page.keyboard.press("3")
