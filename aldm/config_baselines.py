@@ -94,7 +94,10 @@ class NiceGANConfig:
     """Weight of the way there and back."""
     reconstruction_weight: float = 10.0
     """Weight of an image decoded back into its own modality."""
-    training: TrainingConfig = field(default_factory=lambda: _training(32, 200, learning_rate=1e-4, weight_decay=1e-4))
+    training: TrainingConfig = field(
+        default_factory=lambda: _training(32, 200, max_steps=300_000, learning_rate=1e-4, weight_decay=1e-4)
+    )
+    """Its length is published in steps, so the epochs do not count."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "num_blocks", "discriminator_channels")

@@ -21,13 +21,14 @@ from pipelines.benchmark_plan import BENCHMARKED, LOG, RECORD, Contest, Entry, c
 from pipelines.ray_workers import add_worker_arguments, open_workers
 
 if TYPE_CHECKING:
+    from aldm.config import Config
     from aldm.data.store import VolumeStore
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Train methods under one time budget on one split, score them on the held-out subjects, and write one
 table with the rows that keep a model honest, pictures side by side and MLflow runs under one parent. Started again with
-the same --out it goes on where it stopped; more methods, seeds and subjects may be added then."""
+the same --out it goes on where it stopped; more methods and seeds may be added then, and the table holds all."""
 SETTINGS, TABLE = "benchmark.json", "benchmark.md"
 KILOBYTE = 1024
 """Unit of ru_maxrss."""
@@ -50,7 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     store = VolumeStore.open(args.store.absolute())
     _check_pair(store, args.source, args.target)
-    contest = Contest(args.store.absolute(), args.out.absolute(), (args.source, args.target), args.budget, _flags(args))
+    contest = Contest(
+        args.store.absolute(),
+        store.fingerprint,
+        args.out.absolute(),
+        (args.source, args.target),
+        args.budget,
+        _flags(args),
+        None if args.vit_weights is None else args.vit_weights.absolute(),
+    )
     entries = [plan_entry(method, seed, contest, config) for seed in range(args.seeds) for method in args.methods]
     hours = len(entries) * args.budget / 60
     print(f"{len(entries)} trainings of {args.budget:g} minutes: about {hours:.1f} h one after another")
@@ -75,9 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pass
     from pipelines.benchmark_table import write_benchmark
 
-    print(write_benchmark(contest, entries, store))
+    print(write_benchmark(contest, _finished(contest, config), store))
     print(f"\neverything: {args.out / TABLE}")
     return 0
+
+
+def _finished(contest: Contest, config: "Config") -> list[Entry]:
+    """Return what is finished in the contest's folder, those of earlier starts with other methods among it."""
+    found = []
+    for record in sorted(contest.out.glob(f"*/seed-*/{RECORD}")):
+        method, seed = record.parent.parent.name, int(record.parent.name.removeprefix("seed-"))
+        entry = plan_entry(method, seed, contest, config)
+        if all(" ".join(command) in json.loads(record.read_text())["done"] for command in entry.commands()):
+            found.append(entry)
+    return sorted(found, key=lambda entry: (entry.seed, BENCHMARKED.index(entry.method)))
 
 
 @dataclass(frozen=True)
@@ -133,7 +153,7 @@ def _again(command: Sequence[str]) -> list[str]:
         run = Path(command[command.index("--run-dir") + 1])
         return ["--resume"] if (run / "last").exists() else ["--overwrite"] if run.exists() else []
     out = Path(command[command.index("--out") + 1])
-    return ["--overwrite"] if out.exists() and command[0] != "encode" else []
+    return ["--overwrite"] if out.exists() else []
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -200,9 +220,11 @@ def _open_folder(contest: Contest) -> None:
 def _settings(contest: Contest) -> dict[str, Any]:
     return {
         "store": str(contest.store),
+        "store_fingerprint": contest.fingerprint,
         "pair": list(contest.pair),
         "minutes": contest.minutes,
         "flags": list(contest.flags),
+        "vit_weights": None if contest.vit_weights is None else str(contest.vit_weights),
     }
 
 
@@ -220,6 +242,9 @@ def _parser() -> JobParser:
         help=f"of {', '.join(BENCHMARKED)} (default: all)",
     )
     parser.add_argument("--budget", type=float, default=10, metavar="MINUTES", help="training time of each method")
+    parser.add_argument(
+        "--vit-weights", type=Path, metavar="FILE", help="as of aldm train resvit (default: random, and said so)"
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each method, seeds 0 to N - 1")
     add_worker_arguments(parser, "a method with one seed")
     return parser

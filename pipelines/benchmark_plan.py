@@ -47,18 +47,22 @@ class Contest:
     """What is equal for all methods."""
 
     store: Path
+    fingerprint: str
+    """Of the store: subjects that are added make another contest."""
     out: Path
     pair: tuple[str, str]
     minutes: float
     """Training time of a method, all its trainings together."""
     flags: tuple[str, ...]
     """--preset and the like, handed to every training."""
+    vit_weights: Path | None = None
+    """ImageNet weights of ResViT's transformer."""
     split: str = "test"
 
     @property
     def group(self) -> str:
-        """Name of the parent run in MLflow."""
-        return self.out.name
+        """The parent run in MLflow: the whole path, for others have a folder of that name too."""
+        return str(self.out)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entr
         trainings.append(train("diffusion", left * ALDM_SHARES["diffusion"], *own, *ms_spade))
         parts: Sequence[Any] = ("--codec", codec, *ms_spade, "--diffusion", folder / "diffusion")
     elif name == "resvit":
-        first = ("--pretrained", folder / "resvit-cnn")
+        first: tuple[object, ...] = ("--pretrained", folder / "resvit-cnn")
+        first += () if contest.vit_weights is None else ("--vit-weights", contest.vit_weights)
         trainings = [train("resvit-cnn", RESVIT_SHARES["resvit-cnn"], *store, *pair, *endless)]
         trainings.append(train("resvit", RESVIT_SHARES["resvit"], *store, *pair, *endless, *first))
         parts = ("--baseline", folder / "resvit")

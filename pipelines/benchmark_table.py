@@ -21,9 +21,10 @@ ALL_SCORES, PICTURE = "scores.csv", "methods.png"
 VALUES = ("psnr_db", "nmse", "ssim")
 NOTE = """Mean over the held-out subjects, and the 95 % interval of that mean (t, over subjects; with several seeds a
 subject's value is its mean over them). `samples` are the volumes, or the slices of 2D methods, that the trainings saw.
-`minutes` is the time that the trainings of a method took, validation and checkpoints included, `peak` the most memory
-of one of them, Python and libraries included; `s / volume` is the median time of a translation. Synthetic images, for
-research use only."""
+`parameters` are those of what translates: no discriminators, nor RegGAN's registration; both directions where a method
+learns both. `minutes` is the time that the trainings of a method took, validation and checkpoints included, `host peak`
+the most memory of the host (not of a GPU) that one of them took, Python and libraries included; `s / volume` is the
+median time of a translation. Synthetic images, for research use only."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeSt
     lead = (
         f"{len(store.subjects('train'))} training subjects, {seeds} seed(s), configuration {' '.join(contest.flags)}."
     )
+    if "resvit" in costs:
+        weights = "from random weights" if contest.vit_weights is None else f"from {contest.vit_weights.name}"
+        lead += f" The transformer of resvit began {weights}."
     (contest.out / "benchmark.md").write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
     _draw(contest, entries, store)
     return tables
 
 
 def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
-    """Return (seed, row) of all entries; the rows that every evaluation repeats are taken once."""
+    """Return (seed, row) of all entries, their trained codecs among them; rows that all evaluations repeat once."""
     from dataclasses import replace
 
     from aldm.score_table import read_csv
@@ -70,12 +74,15 @@ def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     rows: list[tuple[int, ScoreRow]] = []
     company: dict[tuple[str, str, str], ScoreRow] = {}
     for entry in entries:
+        codec_is_trained = any(training[1] == "vqgan" for training in entry.trainings)
         for row in read_csv(entry.folder / SCORES / "scores.csv"):
-            if row.method in ("identity", "training-mean", "reconstruction"):
+            if row.method in ("identity", "training-mean"):
                 company.setdefault((row.method, row.subject_id, row.region), row)
-            else:
+            elif row.method != "reconstruction":
                 rows.append((entry.seed, replace(row, method=entry.method)))
-    return [(0, row) for row in company.values() if row.method != "reconstruction"] + rows
+            elif codec_is_trained:  # else there is none, or it is lossless
+                rows.append((entry.seed, replace(row, method=f"reconstruction of {entry.method}")))
+    return [(0, row) for row in company.values()] + rows
 
 
 def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:
@@ -94,7 +101,7 @@ def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[st
     lines = [
         f"## {region}",
         "",
-        "| method | PSNR (dB) | NMSE | SSIM | parameters | samples | minutes | s / volume | peak (GB) |",
+        "| method | PSNR (dB) | NMSE | SSIM | parameters | samples | minutes | s / volume | host peak (GB) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for method in sorted(summaries, key=lambda name: -summaries[name][0][0]):
@@ -141,11 +148,10 @@ def cost_of(entries: Sequence[Entry]) -> Cost:
 
 
 def _parameters(model: Path) -> int:
-    """Return the numbers in a translator folder's weights, from the file's header."""
-    from safetensors import safe_open
+    """Return the parameters of a translator folder's networks, statistics of batch norms and the like not counted."""
+    from aldm.translate import Translator
 
-    with safe_open(model / "weights.safetensors", framework="np") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    return sum(parameter.numel() for parameter in Translator.load(model).predictor.parameters())
 
 
 def _samples(training: Sequence[str]) -> int:

@@ -203,6 +203,7 @@ def _method(
         inputs |= {"pretrained": str(args.pretrained), "pretrained_hash": first.hash, "vit_weights": weights}
         if args.vit_weights is None:
             logger.warning("no --vit-weights: the transformer starts from random weights, not from ImageNet's")
+    built.samples("train")  # data that the method cannot learn from are refused before anything is written
     return built
 
 
@@ -365,6 +366,8 @@ def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.N
 def _no_stage(arguments: list[str]) -> int:
     wanted = "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items())
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    if arguments and not asked:
+        print(f"aldm train: there is no stage {arguments[0]!r}", file=sys.stderr)
     print(
         f"usage: aldm train STAGE [ARGUMENTS]\n\nstages:\n{wanted}\n\naldm train STAGE --help explains the arguments.",
         file=sys.stdout if asked else sys.stderr,

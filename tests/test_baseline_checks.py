@@ -75,6 +75,7 @@ def test_the_published_schedules() -> None:
         assert found == published[method], method
         assert (training.betas, training.gradient_clip) == ((0.5, 0.999), None)
         assert training.weight_decay == (1e-4 if method == "nicegan" else 0)
+        assert training.max_steps == (300_000 if method == "nicegan" else None)
 
 
 def test_pix2pix_learns_from_pairs(store: VolumeStore) -> None:

@@ -9,13 +9,16 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import psutil
 import pytest
 from scipy import stats
 
+from aldm.baselines.methods import method_network
 from aldm.cli import main
 from aldm.data.store import VolumeStore
 from aldm.presets import small, tiny
@@ -26,7 +29,7 @@ PAIR = ("--source", "t1", "--target", "t2")
 
 
 def contest_of(tmp_path: Path) -> Contest:
-    return Contest(tmp_path / "store", tmp_path / "out", ("t1", "t2"), 10.0, ("--preset", "small"))
+    return Contest(tmp_path / "store", "", tmp_path / "out", ("t1", "t2"), 10.0, ("--preset", "small"))
 
 
 @pytest.mark.parametrize("method", BENCHMARKED)
@@ -62,9 +65,10 @@ def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore,
     assert main([*words, "--methods", "pix2pix"]) == 0
     record = tmp_path / "out" / "pix2pix" / "seed-0" / "record.json"
     before = record.read_bytes()
-    assert main([*words, "--methods", "pix2pix", "aldm-regression"]) == 0
+    assert main([*words, "--methods", "aldm-regression"]) == 0
     assert record.read_bytes() == before  # nothing of it ran again
-    done = json.loads((tmp_path / "out" / "aldm-regression" / "seed-0" / "record.json").read_text())["done"]
+    own = tmp_path / "out" / "aldm-regression" / "seed-0" / "record.json"
+    done = json.loads(own.read_text())["done"]
     assert [line.split()[0] for line in done] == ["train", "encode", "train", "train", "export", "evaluate"]
     assert all(each["peak_bytes"] > 10**8 for each in done.values())
     with (tmp_path / "out" / "scores.csv").open() as stream:
@@ -72,11 +76,32 @@ def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore,
     values = defaultdict(list)
     for row in rows:
         values[row["method"]].append(float(row["psnr_db"]))
-    assert set(values) == {"identity", "training-mean", "pix2pix", "aldm-regression"}
+    codec = "reconstruction of aldm-regression"
+    assert set(values) == {"identity", "training-mean", "pix2pix", "aldm-regression", codec}
     page = (tmp_path / "out" / "benchmark.md").read_text()
     for method, numbers in values.items():
         assert f"| {method} | {np.mean(numbers):.2f}" in page
+    parameters = sum(
+        each.numel() for each in method_network(replace(tiny(), pair=("t1", "t2")), "pix2pix").parameters()
+    )
+    cells = next(line for line in page.splitlines() if "| pix2pix |" in line).split("|")
+    seconds = json.loads(before)["done"]
+    (took,) = (each for line, each in seconds.items() if line.startswith("train"))
+    assert cells[5].strip() == f"{parameters:,}"
+    metrics = (record.parent / "pix2pix" / "metrics.jsonl").read_text().splitlines()
+    elapsed = max(json.loads(line).get("elapsed_s", 0.0) for line in metrics)
+    assert 0 < elapsed < took["seconds"]
+    assert cells[7].strip() == f"{elapsed / 60:.1f}"
+    assert cells[9].strip() == f"{took['peak_bytes'] / 1e9:.2f}"
     assert (tmp_path / "out" / "methods.png").stat().st_size > 10_000
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert len({run.data.tags["mlflow.parentRunId"] for run in runs if "mlflow.parentRunId" in run.data.tags}) == 1
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+    line = next(line for line in done if line.startswith("encode"))
+    own.write_text(json.dumps({"done": {name: each for name, each in done.items() if name != line}}))
+    assert main([*words, "--methods", "aldm-regression"]) == 0  # stopped after it had ended and before that was noted
+    assert line in json.loads(own.read_text())["done"]
     capsys.readouterr()
     assert main([*words[:-1], "1", "--methods", "pix2pix"]) == 2
     assert "holds a benchmark with other settings" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """What pix2pix, ResViT and Ea-GAN share: one generator, and a discriminator that sees the source beside the image.
 
-A step runs the discriminator first, then the generator, both on the same generated image. Tensors are as in pairs.py.
+A step runs the discriminator first, then the generator, both on the same generated image: each turn makes it anew,
+because a turn's graph belongs to its own engine. Tensors are as in pairs.py.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,7 @@ class ConditionalStage(PairStage):
 
     def _discriminator_loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         source, target = ends(batch)
-        with torch.no_grad():
+        with torch.no_grad(), _without_statistics(self.generator):
             restart_layers()
             fake = self.generator(source)
         real = self.adversarial(model(self.judged(source, target)).float(), True, info)
@@ -67,3 +69,16 @@ class ConditionalStage(PairStage):
         added, values = self.added_loss(fake.float(), target, info)
         loss = adversarial + self.l1_weight * l1 + added
         return loss, {"adversarial_loss": adversarial.detach(), "l1": l1.detach(), **values}
+
+
+@contextlib.contextmanager
+def _without_statistics(network: nn.Module) -> Iterator[None]:
+    """Let batch norms leave their running statistics as they are: they count an image once, in the generator's turn."""
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -268,7 +268,7 @@ class ImagePool(nn.Module):
 
     Until it is full, it keeps and returns each image. Then every second image, by chance, changes places with a random
     one of the past. What it returns carries no graph: it may feed a discriminator's step only, never a generator's.
-    The images are buffers, so a checkpoint holds them; they may lie on another device than the images that come in.
+    The images are buffers: a checkpoint holds them, and they lie where the discriminator does.
 
     Args:
         size: images that it holds; 0 returns what comes in, with its graph.

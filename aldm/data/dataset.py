@@ -3,9 +3,7 @@
 No sample keeps a random state: `sample(index, generator)` makes all its choices from the generator that it is given.
 """
 
-from bisect import bisect_right
 from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -239,7 +237,7 @@ class SlicePairs:
     nothing in it is replaced by another of the same subject.
 
     Args:
-        store: prepared volumes; slices come from the whole grid.
+        store: prepared volumes; slices are those of the model's box.
         pair: (source, target).
         shape: voxels X, Y; the model's box lies in their middle.
         flip_probability: probability of a flip along each axis.
@@ -288,7 +286,7 @@ class SlicePairs:
             first = self._store.axial_slice(subject_id, modalities[0], place, self._shape)
             if first.max() > EMPTY:
                 break
-            place = int(torch.randint(self._store.subject(subject_id).grid_shape[2], (), generator=generator))
+            place = int(torch.randint(self._store.preprocess.spatial_shape[2], (), generator=generator))
         rest = [self._store.axial_slice(subject_id, name, place, self._shape) for name in modalities[1:]]
         return [torch.from_numpy(image)[None] for image in (first, *rest)]
 
@@ -302,14 +300,14 @@ class _SliceList:
         ]
         if not self._records:
             raise _no_subject(modalities, pair)
-        self._ends = list(accumulate(record.grid_shape[2] for record in self._records))
+        self._height = store.preprocess.spatial_shape[2]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._records) * self._height
 
     def __getitem__(self, index: int) -> tuple[str, int]:
-        number = bisect_right(self._ends, index)
-        return self._records[number].subject_id, index - (self._ends[number - 1] if number else 0)
+        number, place = divmod(index, self._height)
+        return self._records[number].subject_id, place
 
 
 def draw_pair(

@@ -181,13 +181,15 @@ class VolumeStore:
         return self._box(subject_id, modality, -1.0).astype(np.float32)
 
     def axial_slice(self, subject_id: str, modality: str, index: int, shape: tuple[int, int]) -> np.ndarray:
-        """Return slice `index` of the whole grid, (shape) float32 in [-1, 1], placed as `volume` is: the model's box
-        lies in its middle; -1 where it leaves the grid."""
+        """Return slice `index` of the model's box in the middle of (shape), float32 in [-1, 1]; -1 around it.
+
+        Nothing outside the box is shown: a translation has the box alone to go by.
+        """
         whole, start = self._array(subject_id, modality), self.subject(subject_id).crop_start
         box = self.preprocess.spatial_shape
-        begin = (start[0] - (shape[0] - box[0]) // 2, start[1] - (shape[1] - box[1]) // 2, 0)
-        plane = Volume(whole[:, :, index : index + 1], np.eye(4))
-        return crop_or_pad(plane, begin, (*shape, 1), -1.0).data[:, :, 0].astype(np.float32)
+        inner = crop_or_pad(Volume(whole, np.eye(4)), (*start[:2], start[2] + index), (*box[:2], 1), -1.0)
+        begin = (-((shape[0] - box[0]) // 2), -((shape[1] - box[1]) // 2))
+        return crop_or_pad(inner, (*begin, 0), (*shape, 1), -1.0).data[:, :, 0].astype(np.float32)
 
     def mask(self, subject_id: str) -> np.ndarray:
         """Return the region's mask in the model's box, (spatial_shape) bool."""
