@@ -150,7 +150,7 @@ def small() -> Config:
 
 
 def _small_baselines() -> BaselinesConfig:
-    """The comparison methods at an eighth to a quarter of their width, in batches that a CPU trains on."""
+    """The comparison methods at an eighth to a quarter of their width, with fewer layers, in batches for a CPU."""
 
     def training(base: TrainingConfig, batch_size: int) -> TrainingConfig:
         return replace(base, batch_size=batch_size, max_steps=3000, validate_every=200, checkpoint_every=200)

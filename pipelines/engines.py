@@ -40,7 +40,10 @@ class DDPEngine(PlainEngine):
         return mean_over_ranks(value)
 
     def save(self, folder: Path) -> None:
-        """Rank 0 writes engine.pt: the ranks are equal, so any number of workers can go on from it."""
+        """Rank 0 writes engine.pt, from which any number of workers can go on.
+
+        The ranks are equal, but for the statistics of batch norms and CycleGAN's pools: rank 0's are kept.
+        """
         if self.rank == 0:
             super().save(folder)
 
