@@ -19,6 +19,7 @@ class FakeKubernetes:
     Attributes:
         service: the object.
         patches: bodies of the changes that were taken.
+        before_patch: called before each change with how many were taken, as somebody else who works on the service.
         outcome: model -> the state that its application gets, and a message.
         looks_until_seen: GETs after a change until the operator has seen it.
     """
@@ -30,6 +31,7 @@ class FakeKubernetes:
             "status": {},
         }
         self.patches: list[dict[str, Any]] = []
+        self.before_patch: Callable[[int], None] = lambda taken: None
         self.outcome, self.looks_until_seen, self._looks = outcome, looks_until_seen, 0
         self._operate()
 
@@ -38,6 +40,20 @@ class FakeKubernetes:
         """The model that the service is given."""
         (application,) = yaml.safe_load(self.service["spec"]["serveConfigV2"])["applications"]
         return application["args"]["model"]
+
+    @property
+    def note(self) -> str | None:
+        """The annotation that names the model before."""
+        found: str | None = self.service["metadata"].get("annotations", {}).get("aldm/previous-model")
+        return found
+
+    def edit(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Change the arguments of the service's application, as somebody else does."""
+        config = yaml.safe_load(self.service["spec"]["serveConfigV2"])
+        change(config["applications"][0]["args"])
+        self.service["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+        meta = self.service["metadata"]
+        meta["generation"], meta["resourceVersion"] = meta["generation"] + 1, str(int(meta["resourceVersion"]) + 1)
 
     def kubeconfig(self, path: Path) -> Path:
         """Write the kubeconfig of a client."""
@@ -64,6 +80,7 @@ class FakeKubernetes:
         """Answer a PATCH as the API does for a custom resource."""
         if kind != "application/merge-patch+json":
             return 415, {"message": f"cannot take {kind}"}
+        self.before_patch(len(self.patches))
         meta = self.service["metadata"]
         if body["metadata"].get("resourceVersion", meta["resourceVersion"]) != meta["resourceVersion"]:
             return 409, {"message": "the object has been modified"}
