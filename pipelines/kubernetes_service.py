@@ -14,6 +14,8 @@ FORMER = "aldm/previous-model"
 BUILT_IN = ""
 MERGE_PATCH = "application/merge-patch+json"
 """The kind of patch that custom resources take."""
+FIELD_MANAGER = "aldm-k8s-roll"
+"""The name under which Kubernetes remembers who has set the configuration, for those who apply manifests again."""
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
 CALL_TIMEOUT_S = 30
 LOOKS = 2
@@ -101,7 +103,9 @@ class RayService:
         meta = {"annotations": {FORMER: former_model}, "resourceVersion": version}
         body = {"metadata": meta, "spec": {"serveConfigV2": config}}
         with self._answering("change"):
-            made = self._api.patch_namespaced_custom_object(*self._place(), body, _request_timeout=CALL_TIMEOUT_S)
+            made = self._api.patch_namespaced_custom_object(
+                *self._place(), body, field_manager=FIELD_MANAGER, _request_timeout=CALL_TIMEOUT_S
+            )
         return int(made["metadata"]["generation"])
 
     def runs(self, state: State, application: str) -> bool:

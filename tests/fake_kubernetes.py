@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
@@ -19,6 +20,7 @@ class FakeKubernetes:
     Attributes:
         service: the object.
         patches: bodies of the changes that were taken.
+        managers: names of those who wanted to change something.
         before_patch: called before each change with how many were taken, as somebody else who works on the service.
         outcome: model -> the state that its application gets, and a message.
         looks_until_seen: GETs after a change until the operator has seen it.
@@ -31,6 +33,7 @@ class FakeKubernetes:
             "status": {},
         }
         self.patches: list[dict[str, Any]] = []
+        self.managers: set[str] = set()
         self.before_patch: Callable[[int], None] = lambda taken: None
         self.outcome, self.looks_until_seen, self._looks = outcome, looks_until_seen, 0
         self._operate()
@@ -118,12 +121,13 @@ class FakeKubernetes:
             def _refused(self) -> tuple[int, dict[str, Any]] | None:
                 if self.headers["Authorization"] != "Bearer secret":
                     return 401, {}
-                return None if self.path == PATH else (404, {})
+                return None if self.path.partition("?")[0] == PATH else (404, {})
 
             def do_GET(self) -> None:
                 self._answer(self._refused() or fake.get())
 
             def do_PATCH(self) -> None:
+                fake.managers |= set(parse_qs(urlsplit(self.path).query)["fieldManager"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 self._answer(self._refused() or fake.patch(self.headers["Content-Type"], body))
 

@@ -25,6 +25,7 @@ from pipelines.kubernetes_fill import GPU_LABEL, Setup, demand_of, filled
 from pipelines.kubernetes_fit import GPUS_GIB, Fit, check_fits, fits_of
 from pipelines.kubernetes_quantities import quantity, said
 from pipelines.kubernetes_schemas import Manifest, pod_templates
+from pipelines.serve_config import with_model
 
 IMAGE = "registry.example:5000/team/aldm:0.1.0-cuda"
 GPU_WORDS = ("k8s", "render", "--overlay", "gpu", "--image", IMAGE)
@@ -111,6 +112,8 @@ def test_the_service_is_given_the_model_and_keeps_all_else() -> None:
     made = filled(overlay("gpu"), setup_of(model="models:/translator/7"))
     assert config(made) == wanted
     assert manifest_errors(made, image=IMAGE) == []
+    (text,) = [item["spec"]["serveConfigV2"] for item in made if item["kind"] == "RayService"]
+    assert with_model(text, "models:/translator/7", "aldm") == text  # what a roll writes: kubectl sees no conflict
 
 
 def test_quantities() -> None:

@@ -158,6 +158,7 @@ def test_a_model_that_works_is_given_to_the_service(applied, capsys) -> None:
         assert fake.patches == []
         assert applied(fake, "models:/translator@champion") == 0
         (patch,) = fake.patches
+        assert fake.managers == {"aldm-k8s-roll"}  # docs/cluster.md has what kubectl says of it
         assert patch["metadata"]["annotations"] == {"aldm/previous-model": "models:/translator/0"}
         assert yaml.safe_load(patch["spec"]["serveConfigV2"]) == yaml.safe_load(with_served("models:/translator/1"))
         assert fake.service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
