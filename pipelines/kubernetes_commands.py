@@ -19,6 +19,7 @@ from aldm.config import Config
 from aldm.errors import UserError
 from pipelines.arguments import resolve_config
 from pipelines.kubernetes_schemas import Manifest
+from pipelines.registered import REGISTRY, is_version
 
 TOKENS_SECRET = "aldm-service-tokens"
 _CLUSTER_OF = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
@@ -107,8 +108,16 @@ def service_errors(service: Manifest) -> list[str]:
     found = version_errors(cluster)
     (group,) = cluster["workerGroupSpecs"]
     copies = settings.max_replicas or settings.num_replicas
-    if group["maxReplicas"] < copies:
-        found.append(f"serveConfigV2: {copies} copies of the model, and at most {group['maxReplicas']} workers")
+    if group["maxReplicas"] < 2 * copies:  # serve.app.SURGE_PERCENT
+        found.append(
+            f"serveConfigV2: {copies} copies of the model, as many of the next one beside them when it is rolled out, "
+            f"and at most {group['maxReplicas']} workers"
+        )
+    if (settings.model or "").startswith(REGISTRY) and not is_version(settings.model):
+        found.append(
+            f"serveConfigV2: model {settings.model} may be another one at the next start: wanted models:/NAME/VERSION "
+            "(aldm k8s render --model)"
+        )
     gpus = "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
     if gpus != settings.use_gpu:
         found.append(f"serveConfigV2: use_gpu is {settings.use_gpu}, and the workers have {'a' if gpus else 'no'} GPU")

@@ -12,6 +12,7 @@ from pipelines.kubernetes_checks import OURS, containers_of, of_kind
 from pipelines.kubernetes_commands import cluster_spec, words_of
 from pipelines.kubernetes_quantities import quantity, said
 from pipelines.kubernetes_schemas import Manifest, pod_templates
+from pipelines.serve_config import APPLICATION, FIELD, with_model
 
 TRAININGS = {"aldm-train-vqgan": "vqgan", "aldm-train-ms-spade": "ms-spade", "aldm-train-diffusion": "diffusion"}
 CODEC = "/shared/runs/codec"
@@ -31,6 +32,7 @@ class Setup:
         num_workers: of every job.
         layout: of the data set.
         gpu: name of the GPU model, of a node label; None takes any.
+        model: that the service runs, models:/NAME/VERSION; None leaves the overlay's.
     """
 
     image: str
@@ -41,6 +43,7 @@ class Setup:
     num_workers: int
     layout: str
     gpu: str | None = None
+    model: str | None = None
 
     def batch_size(self, stage: str) -> int:
         """Return a training's batch: the one that was asked for, else the preset's, made divisible by the workers."""
@@ -65,6 +68,9 @@ def filled(manifests: Sequence[Manifest], setup: Setup) -> list[Manifest]:
         job["spec"]["entrypoint"] = shlex.join(_command(words_of(job), setup))
         for group in cluster_spec(job).get("workerGroupSpecs", []):
             group["replicas"] = group["minReplicas"] = group["maxReplicas"] = setup.num_workers
+    for service in of_kind(made, "RayService"):
+        if setup.model is not None:
+            service["spec"][FIELD] = with_model(service["spec"][FIELD], setup.model, APPLICATION)
     for manifest in [*of_kind(made, "RayCluster"), *of_kind(made, "RayJob"), *of_kind(made, "RayService")]:
         for group in cluster_spec(manifest).get("workerGroupSpecs", []):
             if manifest["kind"] == "RayCluster":

@@ -18,6 +18,7 @@ from pipelines.kubernetes_checks import manifest_errors
 from pipelines.kubernetes_fill import GPU, Setup, filled
 from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_workers, fits_of
 from pipelines.kubernetes_schemas import Manifest, name_of
+from pipelines.registered import is_version
 
 DESCRIPTION = """Fill in the manifests of an overlay (image, preset, workers, batches, GPU), check every object, every
 command and what goes together, and print them. The memory planner says whether the preset fits a worker; a setup that
@@ -137,6 +138,11 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
         raise UserError(f"--gpu is {args.gpu!r}, wanted one of {', '.join(GPUS_GIB)}")
     if args.gpu is not None and GPU not in str(manifests):
         raise UserError(f"--gpu {args.gpu}: the workers of overlay {args.overlay} have no GPU: say --overlay gpu")
+    if args.model is not None and not is_version(args.model):
+        raise UserError(
+            f"--model is {args.model!r}, wanted models:/NAME/VERSION, which never changes under a service: the version "
+            "of an alias is what aldm k8s roll --model models:/NAME@ALIAS prints"
+        )
     args.preset = preset
     return Setup(
         image=args.image,
@@ -147,6 +153,7 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
         num_workers=args.num_workers,
         layout=args.layout or ("ixi" if preset == "ixi" else "brats"),
         gpu=args.gpu,
+        model=args.model,
     )
 
 
@@ -194,6 +201,12 @@ def _parser() -> JobParser:
         metavar="NAME",
         help=f"GPU of the workers, whose memory the preset has to fit: {', '.join(GPUS_GIB)}; their nodes carry the "
         "label aldm/gpu=NAME (default: any, and nothing is compared)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="models:/NAME/VERSION",
+        help="registered model of the service: the one that is served now where there is one, see aldm k8s roll "
+        "(default: the overlay's, models:/translator/1, the first version)",
     )
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="of /shared/dataset (default: ixi for that preset, else brats)"

@@ -4,16 +4,20 @@
     aldm k8s roll --model models:/translator/7 --apply             # and gives it to the RayService
     aldm k8s roll --model models:/translator/7 --out serve.yaml    # and writes the configuration instead
 
-1. An alias is resolved to a version once. The service is given the version, which never changes under it; an alias in
-   its configuration would be resolved anew by every start of a node.
+1. An alias is resolved to a version once. The service is given the version, which never changes under it. An alias in
+   its configuration would be resolved by Ray Serve itself, without any of these checks, whenever the service's cluster
+   or its configuration is made anew.
 2. The model is downloaded and its weights are hashed anew; another hash than the registry's is refused.
 3. One translation of a simulated volume has to give a finite volume on the input's grid.
 4. `spec.serveConfigV2` of the RayService is patched (its `args.model` alone), with the version of the object that was
    read, so that nobody else's change is lost, and the former model noted in the annotation aldm/previous-model. KubeRay
-   hands the configuration to Ray Serve, which starts new copies before it ends the old ones: running translations
-   finish.
-5. The new application has to be RUNNING; when it fails, or is not within --timeout-minutes, the former configuration is
-   put back and the command fails.
+   hands the configuration to Ray Serve, which starts new copies and ends the old ones when those are loaded and warm
+   (`serve.app.SURGE_PERCENT`): requests are answered all along, running translations finish. The cluster needs room for
+   both; without it the old copies go on, and the new ones wait until --timeout-minutes are over.
+5. The new application has to be RUNNING; when it fails, or is not within --timeout-minutes, the former model is put
+   back into the configuration as it is then, and the command fails. Nothing is put back where somebody else has given
+   the service yet another model meanwhile, or where the former model is not known (this roll goes on with one that was
+   stopped, and the annotation is gone).
 
 To go back by hand, roll to the former version, which the last line of a roll names:
 
@@ -26,18 +30,21 @@ In a pod the service account is used, elsewhere the kubeconfig; it needs get and
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser, select_device
-from pipelines.kubernetes_service import RayService
+from pipelines.kubernetes_service import BUILT_IN, RayService
 from pipelines.registered import Registered, fetch, resolve
-from pipelines.serve_config import model_of, read_manifest, with_model
+from pipelines.serve_config import APPLICATION, model_of, read_manifest, with_model
 from pipelines.tracking_server import tracking_uri
 
-SERVICE, NAMESPACE, APPLICATION = "aldm-translator", "aldm", "aldm"
+SERVICE, NAMESPACE = "aldm-translator", "aldm"
+PUT_BACK_TRIES = 5
+"""Others may change the service just then, or the API server be away; each try begins with what there is then."""
 DESCRIPTION = """Check a registered model (its weights' hash, one translation of a simulated volume) and bring it into a
 RayService: the configuration is patched, the new application has to run, otherwise the former model is put back. With
 --out the changed configuration is written instead. Without --apply and --out nothing is changed."""
@@ -95,42 +102,74 @@ def _apply(args: argparse.Namespace, model: Registered, server: str) -> int:
     """Give the model to the RayService and wait until it runs."""
     service = RayService.connect(args.namespace, args.service, args.context)
     state = service.read()
-    before = model_of(state.config, args.application)
-    wanted = with_model(state.config, model.address, args.application)
-    if before == model.address and service.runs(state, args.application):
-        print(f"{args.service} serves {model.address} already (before: {state.former_model or 'nothing known'})")
+    now = model_of(state.config, args.application)
+    stopped = now == model.address  # a roll that was stopped while it waited, if it does not run
+    former = state.former_model if stopped else (now or BUILT_IN)
+    if stopped and service.runs(state, args.application):
+        print(f"{args.service} serves {model.address} already (before: {_named(former)})")
         return 0
     try_out(model, server, args)
     if args.dry_run:
-        print(f"would change the model of {args.service} in {args.namespace} from {before} to {model.address}")
+        print(f"would change the model of {args.service} in {args.namespace} from {_named(former)} to {model.address}")
         return 0
-    former = state.config
-    if before == model.address:  # a roll that was stopped while it waited
-        before = state.former_model
-        former = with_model(state.config, before, args.application)
-    generation = service.change(wanted, former_model=before, version=state.version)
-    print(f"{args.service}: from {before} to {model.address}; waiting until it runs", flush=True)
+    wanted = with_model(state.config, model.address, args.application)
+    generation = service.change(wanted, former_model=former, version=state.version)
+    print(f"{args.service}: from {_named(former)} to {model.address}; waiting until it runs", flush=True)
     try:
         service.wait(generation, args.application, args.timeout_minutes * 60, args.poll_seconds)
     except UserError as error:
-        generation = service.change(former, former_model=None, version=None)
-        raise UserError(f"{model.address} does not run: {error}. {_back(args, service, generation, before)}") from error
+        # what was served before the former one is known only where this roll has replaced the note of it
+        outcome = _back(args, service, model, former, None if stopped else state.former_model)
+        raise UserError(f"{model.address} does not run: {error}. {outcome}") from error
     print(f"{args.service} serves {model.address}")
-    if before is not None:
+    if former:
         print(
-            f"to go back: aldm k8s roll --model {before} --service {args.service} --namespace {args.namespace} --apply"
+            f"to go back: aldm k8s roll --model {former} --service {args.service} --namespace {args.namespace} --apply"
         )
     return 0
 
 
-def _back(args: argparse.Namespace, service: RayService, generation: int, before: str | None) -> str:
-    """Wait for the model that was put back; return what became of it."""
-    name = before or "the model inside the package"
+def _back(
+    args: argparse.Namespace, service: RayService, model: Registered, former: str | None, note: str | None
+) -> str:
+    """Put the former model back and wait for it, unless that is no longer wanted; return what became of it.
+
+    Args:
+        args: of the command.
+        service: to change.
+        model: that this command has given it.
+        former: model before that; None where it is not known.
+        note: the annotation before that.
+    """
+    if former is None or former == model.address:
+        return (
+            "Nothing was put back: the model before it is not known, so the configuration is left as it is; roll to a "
+            f"version that works: aldm k8s roll --model models:/{model.name}/VERSION --apply"
+        )
+    name = _named(former)
+    for left in reversed(range(PUT_BACK_TRIES)):
+        try:
+            state = service.read()
+            now = model_of(state.config, args.application)
+            if now != model.address:
+                return f"Nothing was put back: somebody else has given the service {_named(now or BUILT_IN)} meanwhile"
+            back = with_model(state.config, former or None, args.application)
+            generation = service.change(back, former_model=note, version=state.version)
+            break
+        except UserError as error:
+            if not left:
+                return f"{name} could not be put back, so the service is left with {model.address}: {error}"
+            time.sleep(args.poll_seconds)
     try:
         service.wait(generation, args.application, args.timeout_minutes * 60, args.poll_seconds)
     except UserError as error:
         return f"{name} was put back, but does not run either: {error}"
     return f"{name} was put back and runs"
+
+
+def _named(former: str | None) -> str:
+    """Return the words for a model as the annotation has it."""
+    return {None: "a model that is not known", BUILT_IN: "the model inside the package"}.get(former, str(former))
 
 
 def _parser() -> JobParser:

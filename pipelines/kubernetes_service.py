@@ -10,9 +10,12 @@ from aldm.errors import UserError
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayservices"
 FORMER = "aldm/previous-model"
-"""Annotation: the model that was served before."""
+"""Annotation: the model that was served before; BUILT_IN for the one inside the package."""
+BUILT_IN = ""
 MERGE_PATCH = "application/merge-patch+json"
 """The kind of patch that custom resources take."""
+FIELD_MANAGER = "aldm-k8s-roll"
+"""The name under which Kubernetes remembers who has set the configuration, for those who apply manifests again."""
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
 CALL_TIMEOUT_S = 30
 LOOKS = 2
@@ -86,23 +89,23 @@ class RayService:
         generation, version = int(meta["generation"]), str(meta["resourceVersion"])
         return State(spec["serveConfigV2"], former, generation, version, found.get("status") or {})
 
-    def change(self, config: str, *, former_model: str | None, version: str | None) -> int:
+    def change(self, config: str, *, former_model: str | None, version: str) -> int:
         """Give the service another configuration; return the generation that has it.
 
         Args:
             config: text of spec.serveConfigV2.
             former_model: noted in the annotation; None removes that.
-            version: of the object that the change was made from; None changes it whatever it is now.
+            version: of the object that the change was made from.
 
         Raises:
             UserError: it was changed by somebody else meanwhile, or the API does not take it.
         """
-        meta: dict[str, Any] = {"annotations": {FORMER: former_model}}
-        if version is not None:
-            meta["resourceVersion"] = version
+        meta = {"annotations": {FORMER: former_model}, "resourceVersion": version}
         body = {"metadata": meta, "spec": {"serveConfigV2": config}}
         with self._answering("change"):
-            made = self._api.patch_namespaced_custom_object(*self._place(), body, _request_timeout=CALL_TIMEOUT_S)
+            made = self._api.patch_namespaced_custom_object(
+                *self._place(), body, field_manager=FIELD_MANAGER, _request_timeout=CALL_TIMEOUT_S
+            )
         return int(made["metadata"]["generation"])
 
     def runs(self, state: State, application: str) -> bool:

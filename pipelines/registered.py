@@ -23,6 +23,7 @@ from pipelines.tracking_server import answering, connect, default_server, impati
 
 REGISTRY = "models:/"
 HASH_TAG = "hash"
+_ADDRESS = re.compile(r"models:/([\w-]+)(?:@([\w-]+)|/(\d+))", flags=re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Registered:
         return f"{REGISTRY}{self.name}/{self.version}"
 
 
+def is_version(address: str) -> bool:
+    """Whether an address is models:/NAME/VERSION, which never changes."""
+    match = _ADDRESS.fullmatch(address)
+    return match is not None and match[3] is not None
+
+
 def resolve(address: str, server: str) -> Registered:
     """Return the version that models:/NAME/VERSION or models:/NAME@ALIAS means now.
 
@@ -50,7 +57,7 @@ def resolve(address: str, server: str) -> Registered:
     Raises:
         UserError: not such an address, no such version, or one without a hash.
     """
-    match = re.fullmatch(r"models:/([\w-]+)(?:@([\w-]+)|/(\d+))", address, flags=re.ASCII)
+    match = _ADDRESS.fullmatch(address)
     if match is None:
         raise UserError(f"{address!r} is no registered model: wanted models:/NAME/VERSION or models:/NAME@ALIAS")
     name, alias, version = match.groups()

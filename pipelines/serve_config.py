@@ -8,6 +8,8 @@ from aldm.errors import UserError
 DEPLOY = Path(__file__).resolve().parent.parent / "serve" / "deploy.yaml"
 """The package's own configuration."""
 KIND, FIELD = "RayService", "serveConfigV2"
+APPLICATION = "aldm"
+"""Its name in serve/deploy.yaml and in the manifests."""
 
 
 def read_manifest(file: Path | None) -> str:

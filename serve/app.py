@@ -1,5 +1,6 @@
 """The Ray Serve application: `serve run serve.app:build_app model=DIR token_file=FILE`, or a `serve deploy` config."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,19 @@ GROW_S, SHRINK_S = 5.0, 300.0
 """Jobs wait for so long before a copy is added, and copies are idle for so long before one goes."""
 LONGEST_JOB_S = 1800.0
 """A copy of the model that is replaced may finish its batch for so long."""
+SURGE_PERCENT = 100
+"""Deployed again, as many new copies as there are old ones are started before the old ones end. Ray Serve's own 0 would
+end the only copy first. Without room for them the old copies go on, and the new ones wait for it."""
+WAIT_S = 0.5
 
 
 def build_app(args: Settings) -> "Application":
     """Return the application: one ingress, and `num_replicas` copies of the model.
 
     Without a token file only clients on the machine of the HTTP proxy are answered, whatever it listens on.
+
+    Deployed again with another model, the old ingress answers and the old copies work until a copy of the new model is
+    loaded and warm; then the new ingress takes over.
 
     Args:
         args: how the service is run; `serve run` and `serve deploy` make it of their arguments.
@@ -43,12 +51,15 @@ def build_app(args: Settings) -> "Application":
         if not tokens:
             check_no_proxy()
         store = start_store(args)
+        while not store.call("may_serve", model.hash):  # or it would take jobs that nobody makes; the old one goes on
+            time.sleep(WAIT_S)
         store.call("configure", settings, {"name": model.name, "hash": model.hash})
         return build_api(args, model, tokens, store)
 
     worker = serve.deployment(Worker).options(
         name="model",
         **_copies(args),
+        max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if args.use_gpu else 0},
         graceful_shutdown_timeout_s=LONGEST_JOB_S,
         health_check_period_s=2,
@@ -58,6 +69,7 @@ def build_app(args: Settings) -> "Application":
         name="api",
         max_ongoing_requests=MAX_REQUESTS,
         max_queued_requests=MAX_REQUESTS,
+        max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
         logging_config={"enable_access_log": False},

@@ -69,6 +69,7 @@ class JobStore:
         self._tally = Tally()
         self._draining = self._halted = False
         self._workers: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
         self._recover()
 
     # ------------------------------------------------------------------------------------------------ for the ingress
@@ -171,6 +172,7 @@ class JobStore:
             model_hash: of the worker's model.
         """
         self._workers[worker] = time.time()
+        self._asked[model_hash] = time.time()
         held = [self._jobs[job_id] for job_id, lease in self._leases.items() if lease.worker == worker]
         if lent := [job for job in held if job.claim == claim and job.state == RUNNING]:
             return lent
@@ -219,6 +221,11 @@ class JobStore:
         self._leases.pop(job_id, None)
 
     # -------------------------------------------------------------------------------------------------- for operators
+
+    def may_serve(self, model_hash: str) -> bool:
+        """Whether `configure` may be told of a model: the first, the one that is served, or one with an idle copy."""
+        known = self._model is None or self._model["hash"] == model_hash
+        return known or time.time() - self._asked.get(model_hash, 0.0) < LEASE_S
 
     def configure(self, settings: dict[str, Any], model: dict[str, str]) -> None:
         """Take the limits and the model of a service that was started or deployed again.

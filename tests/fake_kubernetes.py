@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
@@ -19,6 +20,8 @@ class FakeKubernetes:
     Attributes:
         service: the object.
         patches: bodies of the changes that were taken.
+        managers: names of those who wanted to change something.
+        before_patch: called before each change with how many were taken, as somebody else who works on the service.
         outcome: model -> the state that its application gets, and a message.
         looks_until_seen: GETs after a change until the operator has seen it.
     """
@@ -30,6 +33,8 @@ class FakeKubernetes:
             "status": {},
         }
         self.patches: list[dict[str, Any]] = []
+        self.managers: set[str] = set()
+        self.before_patch: Callable[[int], None] = lambda taken: None
         self.outcome, self.looks_until_seen, self._looks = outcome, looks_until_seen, 0
         self._operate()
 
@@ -38,6 +43,20 @@ class FakeKubernetes:
         """The model that the service is given."""
         (application,) = yaml.safe_load(self.service["spec"]["serveConfigV2"])["applications"]
         return application["args"]["model"]
+
+    @property
+    def note(self) -> str | None:
+        """The annotation that names the model before."""
+        found: str | None = self.service["metadata"].get("annotations", {}).get("aldm/previous-model")
+        return found
+
+    def edit(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Change the arguments of the service's application, as somebody else does."""
+        config = yaml.safe_load(self.service["spec"]["serveConfigV2"])
+        change(config["applications"][0]["args"])
+        self.service["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+        meta = self.service["metadata"]
+        meta["generation"], meta["resourceVersion"] = meta["generation"] + 1, str(int(meta["resourceVersion"]) + 1)
 
     def kubeconfig(self, path: Path) -> Path:
         """Write the kubeconfig of a client."""
@@ -64,6 +83,7 @@ class FakeKubernetes:
         """Answer a PATCH as the API does for a custom resource."""
         if kind != "application/merge-patch+json":
             return 415, {"message": f"cannot take {kind}"}
+        self.before_patch(len(self.patches))
         meta = self.service["metadata"]
         if body["metadata"].get("resourceVersion", meta["resourceVersion"]) != meta["resourceVersion"]:
             return 409, {"message": "the object has been modified"}
@@ -101,12 +121,13 @@ class FakeKubernetes:
             def _refused(self) -> tuple[int, dict[str, Any]] | None:
                 if self.headers["Authorization"] != "Bearer secret":
                     return 401, {}
-                return None if self.path == PATH else (404, {})
+                return None if self.path.partition("?")[0] == PATH else (404, {})
 
             def do_GET(self) -> None:
                 self._answer(self._refused() or fake.get())
 
             def do_PATCH(self) -> None:
+                fake.managers |= set(parse_qs(urlsplit(self.path).query)["fieldManager"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 self._answer(self._refused() or fake.patch(self.headers["Content-Type"], body))
 

@@ -14,7 +14,7 @@ from pipelines.kubernetes_checks import containers_of, manifest_errors
 from pipelines.kubernetes_commands import cluster_spec, parsed, words_of
 from pipelines.kubernetes_schemas import json_errors, name_of, strict
 from pipelines.training_metrics import LOSS, SAMPLES_PER_SECOND
-from serve.app import LONGEST_JOB_S
+from serve.app import LONGEST_JOB_S, SURGE_PERCENT
 from serve.metrics import Tally, prometheus_text
 from serve.settings import Settings
 
@@ -113,6 +113,14 @@ def test_a_translation_may_finish_before_its_pod_or_cluster_goes(name: str) -> N
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     ]
     assert spec["terminationGracePeriodSeconds"] > float(drained) >= LONGEST_JOB_S
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_copies_of_a_new_model_have_room_beside_the_old_ones(name: str) -> None:
+    service = one(name, "RayService", "aldm-translator")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    (group,) = cluster_spec(service)["workerGroupSpecs"]
+    assert group["maxReplicas"] >= application["args"]["max_replicas"] * (100 + SURGE_PERCENT) / 100
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -145,8 +145,13 @@ FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
     "a GPU that is not there": (SERVICE, moved("use_gpu: false", "use_gpu: true"), "the workers have no GPU"),
     "more copies than workers": (
         SERVICE,
-        moved("max_replicas: 2", "max_replicas: 9"),
-        "9 copies of the model, and at most 2",
+        moved("max_replicas: 2", "max_replicas: 3"),
+        "3 copies of the model, as many of the next one beside them when it is rolled out, and at most 4 workers",
+    ),
+    "a model that may change": (
+        SERVICE,
+        moved("models:/translator/1", "models:/translator@champion"),
+        "model models:/translator@champion may be another one at the next start: wanted models:/NAME/VERSION",
     ),
     "tokens that are not mounted": (
         SERVICE,

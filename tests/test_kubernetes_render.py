@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipelines.kubernetes_fill import GPU_LABEL, Setup, demand_of, filled
 from pipelines.kubernetes_fit import GPUS_GIB, Fit, check_fits, fits_of
 from pipelines.kubernetes_quantities import quantity, said
 from pipelines.kubernetes_schemas import Manifest, pod_templates
+from pipelines.serve_config import with_model
 
 IMAGE = "registry.example:5000/team/aldm:0.1.0-cuda"
 GPU_WORDS = ("k8s", "render", "--overlay", "gpu", "--image", IMAGE)
@@ -99,6 +101,21 @@ def test_the_queue_has_room_for_the_largest_job() -> None:
         assert all(quota[name] >= amount for name, amount in demand_of(job).items())
 
 
+def test_the_service_is_given_the_model_and_keeps_all_else() -> None:
+    def config(manifests: Sequence[Manifest]) -> Any:
+        (service,) = [item for item in manifests if item["kind"] == "RayService"]
+        return yaml.safe_load(service["spec"]["serveConfigV2"])
+
+    wanted = config(overlay("gpu"))
+    assert config(filled(overlay("gpu"), setup_of())) == wanted
+    wanted["applications"][0]["args"]["model"] = "models:/translator/7"
+    made = filled(overlay("gpu"), setup_of(model="models:/translator/7"))
+    assert config(made) == wanted
+    assert manifest_errors(made, image=IMAGE) == []
+    (text,) = [item["spec"]["serveConfigV2"] for item in made if item["kind"] == "RayService"]
+    assert with_model(text, "models:/translator/7", "aldm") == text  # what a roll writes: kubectl sees no conflict
+
+
 def test_quantities() -> None:
     assert [quantity(text) for text in ("250m", "2", "64Gi", "1.5K")] == [0.25, 2, 64 * 2**30, 1500]
     assert said(64.25 * 2**30, like="8Gi") == "65Gi"
@@ -116,6 +133,7 @@ def test_quantities() -> None:
         (("--image", "registry.example/other:1"), "an image named aldm"),
         (("--preset", "brat"), "no preset 'brat'"),
         (("--num-workers", "0"), "--num-workers is 0, wanted at least 1"),
+        (("--model", "models:/translator@champion"), "wanted models:/NAME/VERSION, which never changes"),
         (("--gpu", "h100"), "--gpu is 'h100', wanted one of l4-24gb"),
         (("--overlay", "dev", "--gpu", "h100-80gb"), "workers of overlay dev have no GPU: say --overlay gpu"),
         (("--device", "cuda"), "the overlay says where jobs compute"),

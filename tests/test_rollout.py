@@ -15,7 +15,8 @@ from untrained import save_untrained
 from aldm.checkpoint import load_checkpoint, save_checkpoint
 from aldm.errors import UserError
 from pipelines import kubernetes_roll
-from pipelines.registered import fetch, find_alias, resolve
+from pipelines.kubernetes_service import RayService
+from pipelines.registered import fetch, find_alias, is_version, resolve
 from pipelines.registry import register
 from pipelines.serve_config import DEPLOY, model_of, with_model
 from pipelines.smoke_test import smoke_test
@@ -66,6 +67,8 @@ def test_an_alias_is_resolved_to_a_version_and_what_is_none_is_refused(server: s
             resolve(address, server)
     with pytest.raises(UserError, match="cannot be used"):
         resolve("models:/translator/99", server)
+    assert is_version("models:/translator/7")
+    assert not any(map(is_version, ("models:/translator@champion", "models:/translator", "runs/model", "")))
 
 
 def test_weights_that_are_not_those_registered_are_refused(server: str, tmp_path: Path, monkeypatch) -> None:
@@ -155,6 +158,7 @@ def test_a_model_that_works_is_given_to_the_service(applied, capsys) -> None:
         assert fake.patches == []
         assert applied(fake, "models:/translator@champion") == 0
         (patch,) = fake.patches
+        assert fake.managers == {"aldm-k8s-roll"}  # docs/cluster.md has what kubectl says of it
         assert patch["metadata"]["annotations"] == {"aldm/previous-model": "models:/translator/0"}
         assert yaml.safe_load(patch["spec"]["serveConfigV2"]) == yaml.safe_load(with_served("models:/translator/1"))
         assert fake.service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
@@ -164,19 +168,74 @@ def test_a_model_that_works_is_given_to_the_service(applied, capsys) -> None:
         assert len(fake.patches) == 1
 
 
-@pytest.mark.parametrize("before", ["models:/translator/0", None])
-def test_a_model_that_fails_in_the_service_is_taken_back(applied, before: str | None) -> None:
-    def outcome(model: str | None) -> tuple[str, str]:
-        return ("DEPLOY_FAILED", "no\nmemory") if model == "models:/translator/1" else ("RUNNING", "")
+def fails(*models: str):
+    """What becomes of an application: these models fail."""
+    return lambda model: ("DEPLOY_FAILED", "no\nmemory") if model in models else ("RUNNING", "")
 
-    with FakeKubernetes(with_served(before), outcome) as fake:
+
+@pytest.mark.parametrize("before", ["models:/translator/0", None])
+@pytest.mark.parametrize("note", ["models:/translator/9", None])
+def test_a_model_that_fails_in_the_service_is_taken_back(applied, before: str | None, note: str | None) -> None:
+    with FakeKubernetes(with_served(before), fails("models:/translator/1")) as fake:
+        fake.service["metadata"]["annotations"] = {"aldm/previous-model": note} if note else {}
         with pytest.raises(
             UserError, match=r"models:/translator/1 does not run: .*DEPLOY_FAILED no memory.* was put back"
         ):
             applied(fake, "models:/translator/1")
         assert fake.model == before
         assert fake.service["spec"]["serveConfigV2"] == with_served(before)
+        assert fake.note == note
         assert len(fake.patches) == 2
+
+
+def test_taking_a_model_back_keeps_what_others_have_changed_meanwhile(applied) -> None:
+    """One change is made while the roll waits, another between the reading and the changing of the put-back."""
+    with FakeKubernetes(with_served("models:/translator/0"), fails("models:/translator/1")) as fake:
+        taken = fake.patch
+        changes = [{"max_queue": 5}, {"keep_hours": 2}]
+
+        def patch(kind, body):
+            answer = taken(kind, body)
+            if len(fake.patches) == 1 and answer[0] == 200:
+                fake.edit(lambda args: args.update(changes.pop(0)))
+            return answer
+
+        fake.patch = patch
+        fake.before_patch = lambda n: (
+            fake.edit(lambda args: args.update(changes.pop(0))) if n == 1 and changes else None
+        )
+        with pytest.raises(UserError, match="models:/translator/0 was put back and runs"):
+            applied(fake, "models:/translator/1")
+        assert changes == []
+        wanted = yaml.safe_load(with_served("models:/translator/0"))
+        wanted["applications"][0]["args"] |= {"max_queue": 5, "keep_hours": 2}
+        assert yaml.safe_load(fake.service["spec"]["serveConfigV2"]) == wanted
+        assert fake.note is None
+
+
+def test_a_model_that_somebody_else_gave_the_service_meanwhile_stays(applied) -> None:
+    both = fails("models:/translator/1", "models:/translator/8")
+    with FakeKubernetes(with_served("models:/translator/0"), both) as fake:
+        taken = fake.patch
+
+        def patch(kind, body):
+            answer = taken(kind, body)
+            fake.edit(lambda args: args.update(model="models:/translator/8"))
+            return answer
+
+        fake.patch = patch
+        with pytest.raises(UserError, match="somebody else has given the service models:/translator/8"):
+            applied(fake, "models:/translator/1")
+        assert fake.model == "models:/translator/8"
+        assert len(fake.patches) == 1
+
+
+def test_a_service_that_always_changes_is_left_and_that_is_said(applied) -> None:
+    with FakeKubernetes(with_served("models:/translator/0"), fails("models:/translator/1")) as fake:
+        fake.before_patch = lambda taken: fake.edit(lambda args: None) if taken else None
+        with pytest.raises(UserError, match="could not be put back, so the service is left with models:/translator/1"):
+            applied(fake, "models:/translator/1")
+        assert fake.model == "models:/translator/1"
 
 
 def test_a_model_that_never_runs_is_taken_back(applied) -> None:
@@ -196,12 +255,33 @@ def test_a_state_from_before_the_change_is_not_taken_for_its_success(applied) ->
         applied(fake, "models:/translator/1", "--timeout-minutes", 0.005)
 
 
-def test_a_roll_that_was_stopped_goes_on_and_still_knows_the_former_model(applied) -> None:
-    with FakeKubernetes(with_served("models:/translator/1"), lambda model: ("DEPLOY_FAILED", "")) as fake:
-        fake.service["metadata"]["annotations"] = {"aldm/previous-model": "models:/translator/0"}
-        with pytest.raises(UserError, match="models:/translator/0 was put back"):
+@pytest.mark.parametrize("before", ["models:/translator/0", None])
+def test_a_roll_that_was_stopped_goes_on_and_still_knows_the_former_model(applied, before: str | None) -> None:
+    """The one inside the package as well, which has no address."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with FakeKubernetes(with_served(before), lambda model: ("DEPLOYING", "")) as fake:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RayService, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                applied(fake, "models:/translator/1")
+        assert fake.model == "models:/translator/1"
+        fake.outcome = fails("models:/translator/1")
+        with pytest.raises(UserError, match="was put back and runs"):
             applied(fake, "models:/translator/1")
-        assert fake.model == "models:/translator/0"
+        assert fake.model == before
+        assert fake.note is None
+
+
+def test_without_a_known_former_model_nothing_is_put_back(applied) -> None:
+    """It would be the model inside the package, which nobody has asked for."""
+    with FakeKubernetes(with_served("models:/translator/1"), fails("models:/translator/1")) as fake:
+        with pytest.raises(UserError, match="Nothing was put back: the model before it is not known"):
+            applied(fake, "models:/translator/1")
+        assert fake.service["spec"]["serveConfigV2"] == with_served("models:/translator/1")
+        assert fake.note is None
 
 
 def test_a_broken_model_never_reaches_the_service(applied) -> None:

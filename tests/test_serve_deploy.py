@@ -5,6 +5,7 @@ import json
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +18,18 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from kubernetes_objects import one
 from ray_head import RayHead
 from service import free_port
 from test_serve import image_of, same_image
 from test_translate_job import write
 from untrained import save_untrained
 
+from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkpoint
 from aldm.cli import main
 from aldm.presets import tiny
+from pipelines.registry import register
+from pipelines.serve_config import with_model
 from serve.security import new_token
 from serve.settings import Settings
 from serve.store import IDLE_S
@@ -39,6 +44,55 @@ def config_with(port: int, **args: Any) -> dict[str, Any]:
     (application,) = config["applications"]
     application["args"] = {**application["args"], **args}
     return config
+
+
+def overlay_config(port: int, **args: Any) -> dict[str, Any]:
+    """The configuration that the overlay dev gives KubeRay, with another port and other arguments."""
+    config = yaml.safe_load(one("dev", "RayService", "aldm-translator")["spec"]["serveConfigV2"])
+    config["http_options"]["port"] = port
+    (application,) = config["applications"]
+    application["args"] |= args
+    return config
+
+
+class Watch:
+    """Asks a running service again and again, until its `with` block ends.
+
+    Attributes:
+        seen: every answer: path, status (or what went wrong), seconds that it took, hash of the model or "".
+    """
+
+    PATHS = ("/v1/health/ready", "/v1/models")
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        """Take where the service is, and what is sent with every request."""
+        self.seen: list[tuple[str, int | str, float, str]] = []
+        self._url, self._headers, self._end = url, headers, threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._end.wait(0.05):
+            for path in self.PATHS:
+                begin = time.monotonic()
+                try:
+                    answer = httpx.get(self._url + path, headers=self._headers, timeout=30)
+                    found: tuple[int | str, str] = (answer.status_code, hash_of(answer) if path == "/v1/models" else "")
+                except httpx.TransportError as error:
+                    found = (repr(error), "")
+                self.seen.append((path, found[0], time.monotonic() - begin, found[1]))
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def hash_of(answer: httpx.Response) -> str:
+    """The hash of the model that an answer of /v1/models tells of."""
+    return str(answer.json()["models"][0]["hash"]) if answer.status_code == 200 else ""
 
 
 def deploy(head: RayHead, path: Path, config: dict[str, Any]) -> None:
@@ -76,9 +130,31 @@ def test_its_arguments_are_those_of_the_settings() -> None:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with RayHead(num_cpus=4) as head:
-        yield head
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two translators, 1 and 2, which are these versions of `translator` in its mlflow.db."""
+    folder = tmp_path_factory.mktemp("registry")
+    first = load_checkpoint(save_untrained(folder / "1", diffusion=replace(tiny().diffusion, num_train_timesteps=1000)))
+    weights = {name: weight / 2 if weight.is_floating_point() else weight for name, weight in first.weights.items()}
+    save_checkpoint(folder / "2", kind=first.kind, config=first.config, weights=weights, meta=first.meta)
+    for name in "12":
+        register(folder / name, "translator", None, f"sqlite:///{folder}/mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(registry: Path) -> Iterator[RayHead]:
+    """A cluster whose nodes know the registry by their environment, as those of k8s/ do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registry}/mlflow.db")
+        with RayHead(num_cpus=4) as head:
+            yield head
+
+
+def by_hand(model: Path, scan: Path, out: Path) -> nibabel.Nifti1Image:
+    """What `aldm translate` makes of a scan."""
+    words = ["translate", scan, out, "--model", model, "--source", "t1", "--target", "t2"]
+    assert main([str(word) for word in words]) == 0
+    return nibabel.load(out)
 
 
 def titles(head: RayHead) -> list[str]:
@@ -99,45 +175,45 @@ def nothing_stays(head: RayHead) -> None:
 
 
 @pytest.mark.slow
-def test_deployed_used_and_deployed_again(head: RayHead, tmp_path: Path) -> None:
-    diffusion = replace(tiny().diffusion, num_train_timesteps=1000)
-    model, port = save_untrained(tmp_path / "model", diffusion=diffusion), free_port()
-    tokens = tmp_path / "tokens"
-    token = new_token(tokens, "ward")
-    url, away = f"http://127.0.0.1:{port}", f"http://{own_address()}:{port}"
+def test_deployed_used_and_deployed_again_without_a_gap(head: RayHead, registry: Path, tmp_path: Path) -> None:
+    """The overlay's configuration, then that of a roll: its next version of the model."""
+    port, tokens, work = free_port(), tmp_path / "tokens", tmp_path / "work"
+    headers = {"Authorization": f"Bearer {new_token(tokens, 'ward')}"}
+    url = f"http://{own_address()}:{port}"
     scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
-    out = tmp_path / "t2.nii.gz"
-    words = ["translate", scan, out, "--model", model, "--source", "t1", "--target", "t2"]
-    assert main([str(word) for word in words]) == 0
-    work = str(tmp_path / "work")
-    deploy(head, tmp_path / "a.yaml", config_with(port, model=str(model), work_dir=work, token_file=None))
+    fields, files = {"source": "t1", "target": "t2"}, {"volume": (scan.name, scan.read_bytes())}
+    config = overlay_config(port, work_dir=str(work), token_file=str(tokens))
+    deploy(head, tmp_path / "a.yaml", config)
     wait_for(f"{url}/v1/health/ready", 200)
-    assert httpx.get(f"{away}/v1/models").status_code == 403  # open to this machine alone, whatever it listens on
-    fields = {"source": "t1", "target": "t2"}
-    files = {"volume": (scan.name, scan.read_bytes())}
-    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, timeout=120)
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
-    same_image(image_of(answer.content), nibabel.load(out))
+    same_image(image_of(answer.content), by_hand(registry / "1", scan, tmp_path / "first.nii.gz"))
 
     long = fields | {"sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "2"}
-    job = httpx.post(f"{url}/v1/translations", files=files, data=long, timeout=120).json()
-    again = config_with(port, model=str(model), work_dir=work, token_file=str(tokens), max_queue=3)
-    deploy(head, tmp_path / "b.yaml", again)
-    wait_for(f"{url}/v1/models", 401)
-    headers = {"Authorization": f"Bearer {token}"}
-    limits = wait_for(f"{away}/v1/models", 200, headers=headers).json()["limits"]
-    assert limits["max_queue"] == 3
-    wait_for(f"{away}/v1/health/ready", 200)
-    record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
+    job = httpx.post(f"{url}/v1/translations", files=files, data=long, headers=headers, timeout=120).json()
+    later = {"Authorization": f"Bearer {new_token(tokens, 'ward-2')}"}
+    assert httpx.get(f"{url}/v1/models", headers=later).status_code == 401
+    config["applications"][0]["args"]["max_queue"] = 3
+    text = with_model(yaml.safe_dump(config), "models:/translator/2", "aldm")
+    with Watch(url, headers) as watch:
+        deploy(head, tmp_path / "b.yaml", yaml.safe_load(text))
+        answer = wait_for(f"{url}/v1/models", 200, headers=later)
+        time.sleep(5)  # until the former copies have been told to go
+    assert answer.json()["limits"]["max_queue"] == 3
+    assert {status for _, status, *_ in watch.seen} == {200}, [each for each in watch.seen if each[1] != 200]
+    hashes = [found for _, _, _, found in watch.seen if found]
+    assert [hashes[0], hashes[-1]] == [read_checkpoint_record(registry / name)["hash"] for name in "12"]
+    record = json.loads((work / "jobs" / job["id"] / "job.json").read_text())
     assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
-    answer = httpx.post(f"{away}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
+    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
-    same_image(image_of(answer.content), nibabel.load(out))
+    same_image(image_of(answer.content), by_hand(registry / "2", scan, tmp_path / "second.nii.gz"))
     until = time.monotonic() + 120
     while record["state"] == "running":
         assert time.monotonic() < until
         time.sleep(0.5)
-        record = json.loads((tmp_path / "work" / "jobs" / job["id"] / "job.json").read_text())
+        record = json.loads((work / "jobs" / job["id"] / "job.json").read_text())
     assert (record["state"], record["attempt"]) == ("done", 1)
     assert any("StoreActor" in title for title in titles(head))
     words = ["serve", "shutdown", "--yes", "--address", head.address]
@@ -154,6 +230,8 @@ def test_a_waiting_job_adds_a_copy_of_the_model(head: RayHead, tmp_path: Path) -
     config = config_with(port, model=str(model), work_dir=str(work), token_file=None, num_replicas=1, max_replicas=2)
     deploy(head, tmp_path / "a.yaml", config)
     wait_for(f"{url}/v1/health/ready", 200)
+    away = f"http://{own_address()}:{port}"
+    assert httpx.get(f"{away}/v1/models").status_code == 403  # without tokens open to this machine alone
     scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
     fields = {"source": "t1", "target": "t2", "sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "4"}
     jobs = []

@@ -296,6 +296,19 @@ def test_a_job_is_made_by_the_model_that_it_was_meant_for(tmp_path: Path, clock:
     assert again.get(left.id, "me")["state"] == RUNNING
 
 
+def test_another_model_may_serve_once_a_copy_of_it_asks_for_work(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    assert store.may_serve("h")  # the first
+    store.configure(store.settings.model_dump(), {"name": "old", "hash": "h"})
+    assert store.may_serve("h")
+    assert not store.may_serve("g")
+    claim(store, "v", 1, model="g")
+    assert store.may_serve("g")
+    clock.now += LEASE_S + 1
+    assert store.may_serve("h")
+    assert not store.may_serve("g")  # that copy has died
+
+
 def test_a_restarted_store_knows_the_last_limits(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     store.configure(settings_of(tmp_path, max_queue=7).model_dump(), {"name": "m", "hash": "h"})
