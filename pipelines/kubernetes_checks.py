@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aldm import __version__
-from pipelines.kubernetes_commands import command_errors, service_errors
+from pipelines.kubernetes_commands import RAY_CLUSTER_IN, command_errors, service_errors
 from pipelines.kubernetes_schemas import Manifest, name_of, pod_templates, schema_errors
 
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 ENFORCE = "pod-security.kubernetes.io/enforce"
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|CREDENTIAL|_KEY(_ID)?$|^KEY$", re.IGNORECASE)
 _CONTAINER = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True}
+RELEASE = re.compile(r"(?P<version>\d+\.\d+\.\d+)(?:-(?P<variant>cpu|cuda))?")
+"""Tag of an image that k8s/Dockerfile made, as its first lines say to name it."""
 OURS = re.compile(r"(?:.*/)?aldm(?::[\w.-]+)?(?:@sha256:[0-9a-f]{64})?")
 
 
@@ -30,6 +32,7 @@ def manifest_errors(manifests: Sequence[Manifest], *, image: str | None = None) 
         for place, template in pod_templates(manifest):
             found += [f"{name_of(manifest)}: {place}: {line}" for line in _pod_errors(template["spec"])]
     found += _image_errors(manifests, image)
+    found += _budget_errors(manifests)
     found += _twice(manifests)
     for job in of_kind(manifests, "RayJob"):
         found += [f"{name_of(job)}: {line}" for line in [*_queue_errors(job, manifests), *command_errors(job)]]
@@ -127,7 +130,27 @@ def _image_errors(manifests: Sequence[Manifest], image: str | None) -> list[str]
 
 
 def _version_of(image: str) -> str:
-    return image.rpartition("/")[2].partition(":")[2].partition("-")[0]
+    return tag_of(image).partition("-")[0]
+
+
+def tag_of(image: str) -> str:
+    """Return the tag of an image's name; nothing where it has none."""
+    return image.rpartition("/")[2].partition("@")[0].partition(":")[2]
+
+
+def _budget_errors(manifests: Sequence[Manifest]) -> list[str]:
+    """Budgets of Ray's pods count with minAvailable: their owner, a RayCluster, has no scale to take the rest from."""
+    ray = [item for item in manifests if item["kind"] in RAY_CLUSTER_IN]
+    pods = [template["metadata"].get("labels", {}) for item in ray for _, template in pod_templates(item)]
+    found = []
+    for budget in of_kind(manifests, "PodDisruptionBudget"):
+        wanted = budget["spec"].get("selector", {}).get("matchLabels", {})
+        selects = any(wanted.items() <= labels.items() for labels in pods)
+        if selects and not isinstance(budget["spec"].get("minAvailable"), int):
+            found.append(
+                f"{name_of(budget)}: selects pods of Ray clusters, which have no scale: say minAvailable: NUMBER"
+            )
+    return found
 
 
 def _queue_errors(job: Manifest, manifests: Sequence[Manifest]) -> list[str]:

@@ -22,13 +22,14 @@ from pipelines.kubernetes_schemas import Manifest
 from pipelines.registered import REGISTRY, is_version
 
 TOKENS_SECRET = "aldm-service-tokens"
-_CLUSTER_OF = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+GPU = "nvidia.com/gpu"
+RAY_CLUSTER_IN = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 
 
 def cluster_spec(manifest: Manifest) -> dict[str, Any]:
     """Return the description of the Ray cluster in a Ray object."""
     spec: dict[str, Any] = manifest["spec"]
-    name = _CLUSTER_OF[manifest["kind"]]
+    name = RAY_CLUSTER_IN[manifest["kind"]]
     return spec[name] if name else spec
 
 
@@ -88,9 +89,25 @@ def command_errors(job: Manifest) -> list[str]:
             )
         elif wanted is not None and sizes != {int(wanted)}:
             found.append(f"--num-workers {wanted} on {group['replicas']} workers")
+        found += _gpu_errors(args, has_gpu(group))
     if wanted is not None and not groups:
         found.append(f"--num-workers {wanted}, and no worker group")
     return found
+
+
+def has_gpu(group: dict[str, Any]) -> bool:
+    """Whether each worker of a group has a GPU."""
+    return GPU in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def _gpu_errors(args: Any, there: bool) -> list[str]:
+    """A command says that it computes on GPUs exactly where the workers have them."""
+    asked = getattr(args, "use_gpu", False) or args.device == "cuda"
+    if asked and not there:
+        return ["the command asks for GPUs, and the workers have none"]
+    if there and not asked:
+        return ["the workers have GPUs, and the command says neither --use-gpu nor --device cuda"]
+    return []
 
 
 def service_errors(service: Manifest) -> list[str]:
@@ -118,7 +135,7 @@ def service_errors(service: Manifest) -> list[str]:
             f"serveConfigV2: model {settings.model} may be another one at the next start: wanted models:/NAME/VERSION "
             "(aldm k8s render --model)"
         )
-    gpus = "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = has_gpu(group)
     if gpus != settings.use_gpu:
         found.append(f"serveConfigV2: use_gpu is {settings.use_gpu}, and the workers have {'a' if gpus else 'no'} GPU")
     for part in (cluster["headGroupSpec"], group):

@@ -9,14 +9,12 @@ from typing import Any
 
 from aldm.config import Config, training_name, training_of
 from pipelines.kubernetes_checks import OURS, containers_of, of_kind
-from pipelines.kubernetes_commands import cluster_spec, words_of
+from pipelines.kubernetes_commands import cluster_spec, has_gpu, words_of
 from pipelines.kubernetes_quantities import quantity, said
 from pipelines.kubernetes_schemas import Manifest, pod_templates
 from pipelines.serve_config import APPLICATION, FIELD, with_model
 
-TRAININGS = {"aldm-train-vqgan": "vqgan", "aldm-train-ms-spade": "ms-spade", "aldm-train-diffusion": "diffusion"}
-CODEC = "/shared/runs/codec"
-GPU, GPU_LABEL = "nvidia.com/gpu", "aldm/gpu"
+GPU_LABEL = "aldm/gpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def filled(manifests: Sequence[Manifest], setup: Setup) -> list[Manifest]:
         for group in cluster_spec(manifest).get("workerGroupSpecs", []):
             if manifest["kind"] == "RayCluster":
                 group["maxReplicas"] = max(group["maxReplicas"], setup.num_workers)
-            if setup.gpu is not None:
+            if setup.gpu is not None and has_gpu(group):
                 group["template"]["spec"]["nodeSelector"] = {GPU_LABEL: setup.gpu}
     _raise_quota(made)
     return made

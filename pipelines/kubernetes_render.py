@@ -11,12 +11,14 @@ from typing import Any
 
 import yaml
 
+from aldm import __version__
 from aldm.errors import UserError
 from aldm.presets import PRESETS, load_preset
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.kubernetes_checks import manifest_errors
-from pipelines.kubernetes_fill import GPU, Setup, filled
-from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_workers, fits_of
+from pipelines.kubernetes_checks import RELEASE, manifest_errors, tag_of
+from pipelines.kubernetes_commands import GPU
+from pipelines.kubernetes_fill import Setup, filled
+from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_workers, fits_of, told
 from pipelines.kubernetes_schemas import Manifest, name_of
 from pipelines.registered import is_version
 
@@ -50,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found:
         raise UserError(f"overlay {args.overlay} is not in order: " + "\n  ".join(["", *found]))
     fits = fits_of(made, setup)
-    told = [f"overlay {args.overlay}, preset {setup.preset}, {setup.num_workers} workers, image {setup.image}"]
-    print("\n".join([*told, *(f"  {fit.describe()}" for fit in fits)]), file=sys.stderr)
+    head = f"overlay {args.overlay}, preset {setup.preset}, {setup.num_workers} workers, image {setup.image}"
+    lines = [*told(fits), *_unsaid_of(setup.image, _variant(manifests))]
+    print("\n  ".join([head, *lines]), file=sys.stderr)
     check_fits(fits, setup, args.overlay)
     chosen = _chosen(made, args.only)
     if args.dry_run:
@@ -119,13 +122,7 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
     Raises:
         UserError: a value that cannot be used, or two that contradict each other.
     """
-    match = IMAGE.fullmatch(args.image)
-    if match is None:
-        raise UserError(f"--image is {args.image!r}, wanted REGISTRY/NAME:TAG or NAME@sha256:DIGEST in lower case")
-    if not match["version"] or match["version"] == ":latest":
-        raise UserError(f"--image {args.image} names no version: wanted NAME:TAG (not latest), or NAME@sha256:DIGEST")
-    if match["name"].rpartition("/")[2] != "aldm":
-        raise UserError(f"--image {args.image}: wanted an image named aldm, the one that k8s/Dockerfile makes")
+    _check_image(args.image, _variant(manifests), args.overlay)
     preset = args.preset or PRESET.get(args.overlay, "small")
     if preset not in PRESETS:
         load_preset(preset)  # a name that is none is said so
@@ -136,7 +133,7 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
         raise UserError(f"--num-workers is {args.num_workers}, wanted at least 1")
     if args.gpu is not None and args.gpu not in GPUS_GIB:
         raise UserError(f"--gpu is {args.gpu!r}, wanted one of {', '.join(GPUS_GIB)}")
-    if args.gpu is not None and GPU not in str(manifests):
+    if args.gpu is not None and _variant(manifests) == "cpu":
         raise UserError(f"--gpu {args.gpu}: the workers of overlay {args.overlay} have no GPU: say --overlay gpu")
     if args.model is not None and not is_version(args.model):
         raise UserError(
@@ -155,6 +152,42 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
         gpu=args.gpu,
         model=args.model,
     )
+
+
+def _check_image(image: str, variant: str, overlay: str) -> None:
+    """Refuse an image whose name is none, or says that something else is in it.
+
+    Raises:
+        UserError: so.
+    """
+    match = IMAGE.fullmatch(image)
+    if match is None:
+        raise UserError(f"--image is {image!r}, wanted REGISTRY/NAME:TAG or NAME@sha256:DIGEST in lower case")
+    if not match["version"] or match["version"] == ":latest":
+        raise UserError(f"--image {image} names no version: wanted NAME:TAG (not latest), or NAME@sha256:DIGEST")
+    if match["name"].rpartition("/")[2] != "aldm":
+        raise UserError(f"--image {image}: wanted an image named aldm, the one that k8s/Dockerfile makes")
+    said = RELEASE.fullmatch(tag_of(image))
+    wanted = f"wanted {match['name']}:{__version__}-{variant}"
+    if said is not None and said["version"] != __version__:
+        raise UserError(
+            f"--image {image}: its tag says aldm {said['version']}, these manifests are of {__version__}: {wanted}"
+        )
+    if said is not None and said["variant"] not in (None, variant):
+        raise UserError(f"--image {image}: its tag says {said['variant']}, overlay {overlay} takes {variant}: {wanted}")
+
+
+def _unsaid_of(image: str, variant: str) -> list[str]:
+    """Return a word where the tag does not say version and variant, which nobody checks then."""
+    said = RELEASE.fullmatch(tag_of(image))
+    if said is not None and said["variant"] is not None:
+        return []
+    return [f"image: its name does not say VERSION-VARIANT: see to it that it is aldm {__version__}, {variant}"]
+
+
+def _variant(manifests: Sequence[Manifest]) -> str:
+    """Return the variant of the image that an overlay takes: cuda where there are GPUs."""
+    return "cuda" if GPU in str(manifests) else "cpu"
 
 
 def _chosen(manifests: Sequence[Manifest], only: Sequence[str]) -> list[Manifest]:
@@ -200,7 +233,7 @@ def _parser() -> JobParser:
         "--gpu",
         metavar="NAME",
         help=f"GPU of the workers, whose memory the preset has to fit: {', '.join(GPUS_GIB)}; their nodes carry the "
-        "label aldm/gpu=NAME (default: any, and nothing is compared)",
+        "label aldm/gpu=NAME (default: any node; then it is said which of these GPUs it takes)",
     )
     parser.add_argument(
         "--model",

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from kubernetes_objects import OVERLAYS, ROOT, all_of, one, overlay, pods, ports
 import aldm
 from aldm.config import Config
 from pipelines.kubernetes_checks import containers_of, manifest_errors
-from pipelines.kubernetes_commands import cluster_spec, parsed, words_of
+from pipelines.kubernetes_commands import cluster_spec, has_gpu, parsed, words_of
+from pipelines.kubernetes_render import MANIFESTS, kustomized
 from pipelines.kubernetes_schemas import json_errors, name_of, strict
 from pipelines.training_metrics import LOSS, SAMPLES_PER_SECOND
 from serve.app import LONGEST_JOB_S, SURGE_PERCENT
@@ -28,6 +31,7 @@ JOBS = {
     "train-diffusion",
     "export",
     "evaluate",
+    "promote",
     "tune",
     "benchmark",
 }
@@ -42,6 +46,43 @@ MADE_BY_OPERATORS = ({"gateway.networking.k8s.io/gateway-name": GATEWAY}, STEP)
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_in_order(name: str) -> None:
     assert manifest_errors(overlay(name)) == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_bucket_elsewhere_goes_with_an_overlay(name: str, tmp_path: Path) -> None:
+    """With components/external-s3 named where it says, MinIO is gone and MLflow asks the bucket elsewhere alone."""
+    shutil.copytree(MANIFESTS, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / name / "kustomization.yaml"
+    before = "  - ../../components/pods\n"
+    assert file.read_text().count(before) == 1
+    file.write_text(file.read_text().replace(before, f"  - ../../components/external-s3\n{before}"))
+    made = kustomized(file.parent)
+    assert manifest_errors(made) == []
+    assert {name_of(item) for item in overlay(name)} - {name_of(item) for item in made} == {
+        f"{kind} artifact-store" for kind in ("StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy")
+    }
+    (mlflow,) = [item for item in made if name_of(item) == "Deployment mlflow"]
+    assert "http://artifact-store" not in str(mlflow)
+    for container in containers_of(mlflow["spec"]["template"]["spec"]):
+        variables = {item["name"]: item for item in container["env"]}
+        assert "https://s3.example.org" in [item.get("value") for item in variables.values()]
+        assert variables["AWS_SECRET_ACCESS_KEY"]["valueFrom"]["secretKeyRef"]["name"] == "artifact-store"
+    (policy,) = [item for item in made if name_of(item) == "NetworkPolicy mlflow"]
+    assert {"ports": [{"port": 443, "protocol": "TCP"}]} in policy["spec"]["egress"]
+    database = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow-database"}}}
+    assert database in [peer for rule in policy["spec"]["egress"] for peer in rule.get("to", [])]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_whose_workers_have_gpus(name: str) -> None:
+    """On the overlay gpu those of every job that computes on them; none waits for files to be prepared."""
+    with_gpus = {
+        job["metadata"]["name"]
+        for job in all_of(name, "RayJob")
+        if any(has_gpu(group) for group in cluster_spec(job).get("workerGroupSpecs", []))
+    }
+    without = {"prepare", "export", "promote"}
+    assert with_gpus == ({f"aldm-{job}" for job in JOBS - without} if name == "gpu" else set())
 
 
 @pytest.mark.skipif(

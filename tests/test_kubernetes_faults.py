@@ -138,6 +138,16 @@ FAULTS: dict[str, tuple[tuple[str, str], Change, str]] = {
         lambda j: cluster_spec(j)["workerGroupSpecs"][0].update(minReplicas=0),
         "Kueue counts a cluster of a fixed size",
     ),
+    "GPUs that are not there": (
+        JOB,
+        renamed("--num-workers 2", "--num-workers 2 --use-gpu"),
+        "the command asks for GPUs, and the workers have none",
+    ),
+    "GPUs that nobody asked for": (
+        JOB,
+        lambda j: [worker(j)["resources"][kind].update({"nvidia.com/gpu": "1"}) for kind in ("limits", "requests")],
+        "the workers have GPUs, and the command says neither --use-gpu nor --device cuda",
+    ),
     "another Ray": (JOB, lambda j: cluster_spec(j).update(rayVersion="2.9.0"), "rayVersion is 2.9.0"),
     "no such application": (SERVICE, moved("serve.app:build_app", "serve.app:make_app"), "make_app"),
     "no such module": (SERVICE, moved("serve.app:", "serve.application:"), "serve.application"),
@@ -180,6 +190,18 @@ def test_a_fault_is_caught_by_name(fault: str) -> None:
 def test_two_of_one_name_are_caught() -> None:
     manifest = one("dev", *MLFLOW)
     assert manifest_errors([manifest, manifest]) == ["Deployment mlflow: there are two of it"]
+
+
+@pytest.mark.parametrize("asked", [{"maxUnavailable": 1}, {"maxUnavailable": 0}, {"minAvailable": "50%"}])
+def test_a_budget_that_needs_a_scale_is_caught_where_it_selects_rays_pods(asked: dict[str, Any]) -> None:
+    budget, cluster = copy.deepcopy(one("dev", "PodDisruptionBudget", "ray-heads")), one("dev", *CLUSTER)
+    selector = {"selector": budget["spec"]["selector"]}
+    assert manifest_errors([budget, cluster]) == []
+    budget["spec"] = selector | asked
+    (found,) = manifest_errors([budget, cluster])
+    assert found.startswith("PodDisruptionBudget ray-heads: selects pods of Ray clusters, which have no scale")
+    budget["spec"]["selector"] = {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}
+    assert manifest_errors([budget, cluster, one("dev", *MLFLOW)]) == []
 
 
 def test_a_priority_that_is_not_there_is_caught() -> None:

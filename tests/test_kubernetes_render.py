@@ -1,5 +1,6 @@
 """aldm k8s render: what it fills in, what it refuses, and that an installed package is enough."""
 
+import math
 import os
 import re
 import shutil
@@ -20,9 +21,9 @@ from aldm.errors import UserError
 from aldm.presets import PRESETS
 from pipelines import kubernetes_render
 from pipelines.kubernetes_checks import containers_of, manifest_errors
-from pipelines.kubernetes_commands import cluster_spec, parsed, words_of
+from pipelines.kubernetes_commands import cluster_spec, has_gpu, parsed, words_of
 from pipelines.kubernetes_fill import GPU_LABEL, Setup, demand_of, filled
-from pipelines.kubernetes_fit import GPUS_GIB, Fit, check_fits, fits_of
+from pipelines.kubernetes_fit import GPUS_GIB, Fit, check_fits, fits_of, smallest_gpu, told
 from pipelines.kubernetes_quantities import quantity, said
 from pipelines.kubernetes_schemas import Manifest, pod_templates
 from pipelines.serve_config import with_model
@@ -65,7 +66,8 @@ def test_what_is_filled_in_is_in_order_and_everywhere(preset: str) -> None:
             assert config.preset == preset, name
         for group in cluster_spec(job).get("workerGroupSpecs", []):
             assert group["replicas"] == 16
-            assert group["template"]["spec"]["nodeSelector"] == {GPU_LABEL: "h100-80gb"}
+            selector = {GPU_LABEL: "h100-80gb"} if has_gpu(group) else None
+            assert group["template"]["spec"].get("nodeSelector") == selector, name
         if setup.config.codec.kind == "haar" and hasattr(args, "codec"):
             assert args.codec == "haar"
     assert before == list(overlay("gpu"))
@@ -116,8 +118,23 @@ def test_the_service_is_given_the_model_and_keeps_all_else() -> None:
     assert with_model(text, "models:/translator/7", "aldm") == text  # what a roll writes: kubectl sees no conflict
 
 
-def test_quantities() -> None:
-    assert [quantity(text) for text in ("250m", "2", "64Gi", "1.5K")] == [0.25, 2, 64 * 2**30, 1500]
+@pytest.mark.parametrize("unit", ["", "m", "k", *"MGTPE", *(f"{unit}i" for unit in "KMGTPE")])
+def test_quantities_are_what_kubernetes_takes_them_for(unit: str) -> None:
+    parse = pytest.importorskip("kubernetes.utils.quantity").parse_quantity
+    for number in ("0", "1", "2", "250", "1.5", "0.125", "1000000"):
+        assert quantity(number + unit) == pytest.approx(float(parse(number + unit)))
+        assert quantity(said(quantity(number + unit), like=f"8{unit}")) == pytest.approx(
+            math.ceil(float(number)) * quantity(f"1{unit}")
+        )
+
+
+@pytest.mark.parametrize("text", ["1K", "64GiB", "1e", "mi", "-1", "1 Gi", "1.2.3", "1ki", "."])
+def test_what_is_no_quantity_is_none(text: str) -> None:
+    with pytest.raises(AssertionError):
+        quantity(text)
+
+
+def test_a_number_is_said_rounded_up() -> None:
     assert said(64.25 * 2**30, like="8Gi") == "65Gi"
     assert said(8.1, like="8") == "9"
 
@@ -131,11 +148,21 @@ def test_quantities() -> None:
         (("--image", "Registry/ALDM:1"), "in lower case"),
         (("--image", "aldm:1 --privileged"), "wanted REGISTRY/NAME:TAG"),
         (("--image", "registry.example/other:1"), "an image named aldm"),
+        (("--image", "aldm:0.1.0-cpu"), "its tag says cpu, overlay gpu takes cuda: wanted aldm:0.1.0-cuda"),
+        (
+            ("--image", "r.io/aldm:0.2.0-cuda"),
+            "its tag says aldm 0.2.0, these manifests are of 0.1.0: wanted r.io/aldm:",
+        ),
+        (("--image", "aldm:0.2.0@sha256:" + 64 * "0"), "its tag says aldm 0.2.0"),
+        (("--overlay", "dev", "--image", "aldm:0.1.0-cuda"), "overlay dev takes cpu: wanted aldm:0.1.0-cpu"),
         (("--preset", "brat"), "no preset 'brat'"),
         (("--num-workers", "0"), "--num-workers is 0, wanted at least 1"),
         (("--model", "models:/translator@champion"), "wanted models:/NAME/VERSION, which never changes"),
         (("--gpu", "h100"), "--gpu is 'h100', wanted one of l4-24gb"),
-        (("--overlay", "dev", "--gpu", "h100-80gb"), "workers of overlay dev have no GPU: say --overlay gpu"),
+        (
+            ("--overlay", "dev", "--image", "aldm:0.1.0-cpu", "--gpu", "h100-80gb"),
+            "workers of overlay dev have no GPU: say --overlay gpu",
+        ),
         (("--device", "cuda"), "the overlay says where jobs compute"),
         (("--set", "train_diffusion.batchsize=3"), "batchsize"),
         (("--num-workers", "16", "--set", "train_vqgan.batch_size=24"), "say --set train_vqgan.batch_size=32"),
@@ -155,6 +182,16 @@ def test_a_file_as_preset_is_refused(unplanned: None, capsys: pytest.CaptureFixt
     (tmp_path / "my.yaml").write_text("preset: brats\n")
     assert main([*GPU_WORDS, "--preset", str(tmp_path / "my.yaml")]) == 2
     assert "a file is not in the image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [(":0.1.0-cuda", False), (":0.1.0", True), (":nightly", True), ("@sha256:" + 64 * "a", True)]
+)
+def test_an_image_whose_name_says_nothing_is_taken_with_a_word(
+    unplanned: None, capsys: pytest.CaptureFixture[str], version: str, said: bool
+) -> None:
+    assert main([*GPU_WORDS[:4], "--image", f"r.io/aldm{version}", "--dry-run"]) == 0
+    assert ("see to it that it is aldm 0.1.0, cuda" in capsys.readouterr().err) == said
 
 
 def test_files_and_output_hold_the_same(unplanned: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -185,21 +222,38 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
     fits = [Fit("train diffusion", 60.0, 40.0), Fit("translate", 3.0, 40.0)]
     with pytest.raises(
         UserError, match=r"preset brats does not fit a GPU a100-40gb: train diffusion.*DOES NOT FIT"
-    ) as told:
+    ) as refused:
         check_fits(fits, setup_of(gpu="a100-40gb"), "gpu")
-    assert "--gpu a100-80gb" in str(told.value)
-    assert "translate" not in str(told.value)
+    assert "--gpu h100-80gb" in str(refused.value)
+    assert "translate" not in str(refused.value)
     with pytest.raises(UserError, match=r"does not fit a worker of overlay dev: .* or --overlay gpu"):
         check_fits(fits, setup_of(gpu=None), "dev")
-    check_fits([Fit("train diffusion", 60.0, None)], setup_of(gpu=None), "gpu")
+    check_fits([Fit("tune", 60.0, 40.0, beside=True)], setup_of(gpu="a100-40gb"), "gpu")
 
 
-def test_the_planner_is_asked_about_every_training_and_the_service() -> None:
+def test_where_no_gpu_is_named_the_least_that_is_enough_is_told() -> None:
+    """A part fits the GPU that is told and none with less memory; what fits none is refused."""
+    for needed in (1.0, 19.0, 21.0, 36.0, 70.0, 140.0):
+        gpu = smallest_gpu(needed)
+        assert gpu is not None
+        rooms = {name: (gib - 1) * 0.9 for name, gib in GPUS_GIB.items()}
+        assert rooms[gpu] == min(room for room in rooms.values() if room >= needed)
+    fits = [Fit("train diffusion", 60.0, None), Fit("translate", 3.0, None), Fit("tune", 150.0, None, beside=True)]
+    check_fits(fits, setup_of(gpu=None), "gpu")
+    assert told(fits)[0] == "train diffusion: 60.0 GiB: fits h100-80gb"
+    assert "no --gpu: h100-80gb or a larger one takes the chain and the service" in "\n".join(told(fits))
+    huge = [Fit("train diffusion", 200.0, None)]
+    with pytest.raises(UserError, match=r"does not fit any GPU that is known: train diffusion: .* FITS NO GPU"):
+        check_fits(huge, setup_of(gpu=None), "gpu")
+
+
+def test_the_planner_is_asked_about_the_chain_the_sweep_and_the_service() -> None:
     """Where a worker has little memory nothing fits; a worker's share of the batch counts, not the batch."""
     setup = setup_of("tiny", num_workers=2, gpu=None)
     fits = fits_of(overlay("dev"), setup)
-    assert [fit.what.split(",")[0] for fit in fits][:3] == ["train diffusion", "train ms-spade", "train vqgan"]
-    assert fits[-1].what == "translate one volume (the service)"
+    trainings = [f"train {stage}" for stage in ("diffusion", "ms-spade", "vqgan")]
+    assert [fit.what.split(",")[0] for fit in fits] == ["encode", "evaluate", *trainings, "tune", "the service"]
+    assert [fit.what for fit in fits if fit.beside] == ["tune, a trial with a batch of 1"]
     assert all(fit.fits and fit.room_gib == 3.0 for fit in fits)
     on_gpu = fits_of([item for item in overlay("gpu") if item["kind"] == "RayService"], setup_of("tiny", gpu="l4-24gb"))
     assert [fit.room_gib for fit in on_gpu] == [pytest.approx((GPUS_GIB["l4-24gb"] - 1) * 0.9)]
@@ -226,5 +280,5 @@ def test_an_installed_package_renders(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aldm.cli", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("^kind: RayJob", done.stdout, re.MULTILINE)) == 9
-    assert "translate one volume (the service):" in done.stderr
+    assert len(re.findall("^kind: RayJob", done.stdout, re.MULTILINE)) == 10
+    assert "the service, one volume:" in done.stderr
