@@ -6,8 +6,9 @@
 
 The flags are the pipeline's parameters; in the compiled file they are the defaults, which a run in Kubeflow may change.
 A run whose step failed goes on where it stopped: start it again with the same parameters, here or in Kubeflow (another
-run with the same run_name). What is kept, and when a step is run again, says `pipelines/kubeflow_steps.py`; what is
-cached and retried, `pipelines/kubeflow_pipeline.py`; what the champion is, `pipelines/champion.py`.
+run with the same run_name). What is kept says `pipelines/kubeflow_steps.py`; how a step is run, and run again,
+`pipelines/kubeflow_run.py`; what is cached and retried, `pipelines/kubeflow_pipeline.py`; what the champion is,
+`pipelines/champion.py`.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from typing import Any
 
 import psutil
 
-from aldm.cli import EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
+from aldm.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
+from pipelines.kubeflow_run import END_WAIT_S
 from pipelines.kubeflow_steps import STEP_NAMES, Parameters, check, commands, read_step
 
 DESCRIPTION = """The pipeline simulate or prepare, train vqgan, encode, train ms-spade, train diffusion, export,
@@ -117,13 +119,14 @@ def _run_here(p: Parameters) -> int:
         raise UserError(f"{p.folder} cannot be made: {error.strerror}") from error
     runner = local.SubprocessRunner(use_venv=False)
     local.init(runner=runner, pipeline_root=str(p.folder / "kubeflow"), raise_on_error=True)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         made.pipeline(**asdict(p))
     except RuntimeError as error:
         raise UserError(_failure(p, error)) from error
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     print(f"everything: {p.folder}; MLflow: {p.server}")
     return 0
 
@@ -135,13 +138,22 @@ def _without_retries(spec: Any) -> None:
             task.ClearField("retry_policy")
 
 
-def _terminate(*_: object) -> None:
-    """End the step that runs, which ends its command, and then this process."""
-    for child in psutil.Process().children(recursive=True):
+def _stop(number: int, _: object) -> None:
+    """End the step that runs, which ends its command, wait until both have ended, and then end this process.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    started = psutil.Process().children(recursive=True)
+    for child in started:
         with contextlib.suppress(psutil.Error):
             if EXECUTOR in child.cmdline():
                 child.terminate()
-    raise Terminated
+    _, left = psutil.wait_procs(started, timeout=2 * END_WAIT_S)
+    for child in left:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _failure(p: Parameters, error: Exception) -> str:
@@ -200,3 +212,6 @@ if __name__ == "__main__":
     except Terminated:
         print("python -m pipelines.kubeflow: terminated", file=sys.stderr)
         sys.exit(EXIT_TERMINATED)
+    except KeyboardInterrupt:
+        print("python -m pipelines.kubeflow: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

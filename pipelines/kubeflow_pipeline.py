@@ -1,14 +1,15 @@
 """The Kubeflow pipeline itself: components and their order. Needs kfp; `pipelines/kubeflow.py` is how it is used.
 
 Every component is a few lines that Kubeflow puts into the pod as they stand (so they import inside): they run one step
-of `pipelines/kubeflow_steps.py`, which is an `aldm` command, and show what it made.
+(`pipelines/kubeflow_run.py`), which is an `aldm` command, and show what it made.
 
 Caching. Kubeflow remembers a step by its inputs, and would call it done though the folder on shared storage that it
-wrote is gone or holds another run's. So only `check` is cached, which reads its inputs alone and writes nothing to
-shared storage. All others are not, and ask the storage instead (`is_done`): a step whose result is there, made by the
-same command, ends within seconds. By step:
+wrote is gone or holds another run's. So only `check` is cached, which looks at the parameters (and a preset's file)
+alone, never at the run's folder. All others are not, and ask the storage instead (`is_done`): a step whose result is
+there, made by the same command, ends within seconds. By step:
 
-    check                  cached: a function of the parameters and the image
+    check                  cached: a function of the parameters and the image; whether the run's folder goes with them
+                           every other step checks for itself
     simulate, prepare,     not cached: the result is a folder on shared storage; skipped there if complete
     encode, export
     train-*                not cached: as above; a retry goes on from the last checkpoint
@@ -29,6 +30,8 @@ from aldm import __version__
 
 IMAGE = f"aldm:{__version__}-cpu"
 """The steps' image: trainings run on the cluster's GPUs, their steps submit and wait."""
+USER = 10001
+"""That of all pods, as the image has it and the files on shared storage are owned."""
 VOLUME, SECRETS = "aldm-data", {"ray-auth-token": {"auth_token": "RAY_AUTH_TOKEN"}}
 """Claim of the shared storage; Secret -> its key -> environment variable."""
 RETRIES, BACKOFF_S = 3, "60s"
@@ -67,7 +70,7 @@ def check(
     import collections
 
     from pipelines.kubeflow_report import plan_page, write_text
-    from pipelines.kubeflow_steps import checked
+    from pipelines.kubeflow_run import checked
 
     write_text(plan.path, plan_page(checked(values)))
     return collections.namedtuple("Checked", ["parameters"])(values)
@@ -76,7 +79,7 @@ def check(
 @component
 def simulate(parameters: dict):
     """Write simulated subjects, where there is no data set (aldm phantom)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("simulate", parameters)
 
@@ -84,7 +87,7 @@ def simulate(parameters: dict):
 @component
 def prepare(parameters: dict):
     """Check the data set and make a store of it (aldm prepare)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("prepare", parameters)
 
@@ -93,7 +96,7 @@ def prepare(parameters: dict):
 def train_vqgan(parameters: dict, metrics: Output[Metrics]):
     """Stage 1 (aldm train vqgan); nothing to do for the lossless codec."""
     from pipelines.kubeflow_report import training_numbers
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     for name, value in training_numbers("vqgan", step("train-vqgan", parameters)).items():
         metrics.log_metric(name, value)
@@ -102,7 +105,7 @@ def train_vqgan(parameters: dict, metrics: Output[Metrics]):
 @component
 def encode(parameters: dict):
     """Encode the store into latents (aldm encode)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("encode", parameters)
 
@@ -111,7 +114,7 @@ def encode(parameters: dict):
 def train_ms_spade(parameters: dict, metrics: Output[Metrics]):
     """Stage 2 (aldm train ms-spade)."""
     from pipelines.kubeflow_report import training_numbers
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     for name, value in training_numbers("ms-spade", step("train-ms-spade", parameters)).items():
         metrics.log_metric(name, value)
@@ -121,7 +124,7 @@ def train_ms_spade(parameters: dict, metrics: Output[Metrics]):
 def train_diffusion(parameters: dict, metrics: Output[Metrics]):
     """Stage 3 (aldm train diffusion)."""
     from pipelines.kubeflow_report import training_numbers
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     for name, value in training_numbers("diffusion", step("train-diffusion", parameters)).items():
         metrics.log_metric(name, value)
@@ -130,7 +133,7 @@ def train_diffusion(parameters: dict, metrics: Output[Metrics]):
 @component
 def export(parameters: dict):
     """Put the trained stages together (aldm export)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("export", parameters)
 
@@ -139,7 +142,7 @@ def export(parameters: dict):
 def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]) -> float:
     """Measure the new model and the champion (aldm evaluate --champion); return the new one's mean PSNR, dB."""
     from pipelines.kubeflow_report import contest_of, score_numbers, score_page, score_report, write_text
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     p = step("evaluate", parameters)
     for name, value in score_numbers(p).items():
@@ -162,7 +165,7 @@ def to_beat(parameters: dict) -> float:
 @component
 def register(parameters: dict):
     """Register the new model as the champion (aldm promote)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("register", parameters)
 
@@ -170,7 +173,7 @@ def register(parameters: dict):
 @component
 def roll(parameters: dict):
     """Check the champion and bring it into the service (aldm k8s roll)."""
-    from pipelines.kubeflow_steps import step
+    from pipelines.kubeflow_run import step
 
     step("roll", parameters)
 
@@ -181,8 +184,10 @@ def _in_pod(task: Any, *, memory: str, retries: int) -> Any:
     if retries:
         task.set_retry(retries, backoff_duration=BACKOFF_S, backoff_factor=2.0)
     task.set_env_variable("RAY_AUTH_MODE", "token")
-    # what the package kfp-kubernetes writes (mount_pvc, use_secret_as_env), without that package
+    # what the package kfp-kubernetes writes (mount_pvc, use_secret_as_env, set_security_context), without that package.
+    # The rest of PodSecurity's `restricted` Kubeflow sets by itself, since 2.16: no more can be said here.
     task.platform_config["kubernetes"] = {
+        "securityContext": {"runAsUser": str(USER), "runAsGroup": str(USER), "runAsNonRoot": True},
         "pvcMount": [{"constant": VOLUME, "pvcNameParameter": _constant(VOLUME), "mountPath": "/shared"}],
         "secretAsEnv": [
             {

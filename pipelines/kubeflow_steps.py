@@ -1,34 +1,24 @@
-"""The steps of the pipeline without Kubeflow: their `aldm` commands, and how one is run, skipped or gone on with.
+"""The steps of the pipeline without Kubeflow: their parameters and `aldm` commands, and which of them are done.
 
 Everything that a run makes lies in one folder on shared storage, SHARED/runs/RUN_NAME:
 
     pipeline.json     what the run is made of: data, preset, settings, seeds; a run with others is refused
-    steps/NAME.json   of each step: its command, whether it runs, is done or failed, and how long it took
+    steps/NAME.json   of each step: its command, whether it runs, is done or failed, how long it took, its job on Ray
     data store latents vqgan ms-spade diffusion model scores serve.yaml     what the commands write
 
-A step whose record says `done`, with the same command, and whose result is there is skipped. One that was stopped or
-failed is run again so that it goes on: trainings with --resume, `aldm prepare` as it is, the others with --overwrite.
-Where a step runs (workers, cluster, service) is no part of its command here: that may change from start to start.
+A step whose record says `done`, with the same command, and whose result is there is skipped; how the others are run or
+gone on with says `pipelines/kubeflow_run.py`. Where a step runs (workers, cluster, service) is no part of its command
+here: that may change from start to start. Only a training in the middle keeps to what it began with, workers or none:
+an engine cannot go on from what another one has written.
 """
 
-import contextlib
 import json
-import os
-import secrets
-import signal
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aldm.cli import Terminated
 from aldm.config import Config, override
 from aldm.errors import UserError
-from aldm.files import atomic_path
 from aldm.presets import load_preset
 from pipelines.champion import is_current
 from pipelines.tracking_server import STORE_FILE, default_server
@@ -53,8 +43,6 @@ ALWAYS = ("register", "roll")
 """These find out by themselves that there is nothing to do, which may be otherwise tomorrow."""
 MADE_OF = ("data", "layout", "preset", "settings", "splits", "num_subjects", "seed")
 """The parameters that a run's models depend on; a run goes on with the same ones only."""
-END_WAIT_S = 60.0
-"""For so long a command that is no longer waited for may write its last checkpoint."""
 
 
 def _parameter(default: Any, text: str) -> Any:
@@ -77,7 +65,7 @@ class Parameters:
     split: str = _parameter("test", "subjects on which the new model and the champion are measured")
     device: str = _parameter("auto", "where to compute: auto, cpu, cuda")
     num_workers: int = _parameter(0, "workers on Ray of each step; 0 works in one process without Ray")
-    use_gpu: bool = _parameter(False, "give every worker of a training a GPU")
+    use_gpu: bool = _parameter(False, "give a GPU to every worker that trains, encodes or evaluates")
     max_failures: int = _parameter(3, "restarts of a training whose worker died, where there are workers")
     ray_address: str = _parameter("", "Ray's job server, such as http://aldm-head-svc:8265; empty: work in the step")
     tracking_uri: str = _parameter("", "MLflow server, such as http://mlflow:5000; empty: SHARED/mlflow.db")
@@ -121,14 +109,18 @@ def commands(p: Parameters) -> dict[str, tuple[str, ...] | None]:
     run, config = p.folder, p.config
     haar = config.codec.kind == "haar"
     setup = ("--preset", p.preset, *(word for text in p.settings for word in ("--set", text)))
-    device = ("--device", p.device)
-    workers = ("--num-workers", p.num_workers) if p.num_workers else ()
+    # the cluster may be an idle one: what it has now says nothing about the nodes and GPUs that it adds when asked
+    growing = ("--autoscaling",) if p.ray_address else ()
+    workers = ("--num-workers", p.num_workers, *growing) if p.num_workers else ()
+    device = ("--device", "cuda" if p.use_gpu else p.device)
 
     def train(stage: str, *inputs: object) -> tuple[object, ...]:
-        engine = (*workers, "--max-failures", p.max_failures) if workers else ("--engine", "plain")
-        gpu = ("--use-gpu",) if p.use_gpu else ()
-        words = ("train", stage, *inputs, "--run-dir", run / stage, *setup, "--seed", p.seed, *device)
-        return (*words, "--group", run, *engine, *gpu)
+        words = ("train", stage, *inputs, "--run-dir", run / stage, *setup, "--seed", p.seed)
+        if not workers:
+            return (*words, *device, "--group", run, "--engine", "plain")
+        # never --device cuda: it asks for a GPU where the job was submitted to as well, which is the head
+        where = ("--use-gpu",) if "cuda" in device else device
+        return (*words, *where, "--group", run, *workers, "--max-failures", p.max_failures)
 
     codec = "haar" if haar else run / "vqgan"
     store, latents, model = ("--store", run / "store"), ("--latents", run / "latents"), ("--model", run / "model")
@@ -182,10 +174,21 @@ def result_of(step: str, p: Parameters) -> Path:
 
 
 def check(p: Parameters) -> None:
-    """Refuse parameters that cannot work, before any step.
+    """Refuse parameters that cannot work, or not with what the run's folder holds, before any step.
 
     Raises:
-        UserError: one of them, or a run of this name that is made of other ones.
+        UserError: one of them, a run of this name that is made of other ones, or a training that cannot go on so.
+    """
+    check_parameters(p)
+    has_begun(p)
+    _check_engines(p)
+
+
+def check_parameters(p: Parameters) -> None:
+    """Refuse parameters that cannot work whatever is in the run's folder, which is not looked at.
+
+    Raises:
+        UserError: one of them.
     """
     commands(p)  # a wrong preset or setting is said so
     if not Path(p.shared).is_absolute():
@@ -202,10 +205,11 @@ def check(p: Parameters) -> None:
         )
     if p.use_gpu and not p.num_workers:
         raise UserError("use_gpu gives GPUs to workers, and num_workers is 0: give both, or device cuda alone")
-    _check_folder(p)
+    if p.use_gpu and p.device == "cpu":
+        raise UserError("use_gpu and device cpu contradict each other: give one of them")
 
 
-def _check_folder(p: Parameters) -> bool:
+def has_begun(p: Parameters) -> bool:
     """Return whether the run has begun before.
 
     Raises:
@@ -214,15 +218,33 @@ def _check_folder(p: Parameters) -> bool:
     file = p.folder / SETTINGS
     if not file.is_file():
         return False
-    before, now = json.loads(file.read_text()), _made_of(p)
+    before, now = json.loads(file.read_text()), made_of(p)
     changed = [f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name]]
     if changed:
         raise UserError(f"{p.folder} holds a run with {', '.join(changed)}: give another run_name, or the same again")
     return True
 
 
-def _made_of(p: Parameters) -> dict[str, Any]:
+def made_of(p: Parameters) -> dict[str, Any]:
+    """Return the parameters that the run's models depend on."""
     return {name: value for name, value in asdict(p).items() if name in MADE_OF}
+
+
+def _check_engines(p: Parameters) -> None:
+    """Refuse to go on with a training by another engine; one that is done, or will be started anew, may have any.
+
+    Raises:
+        UserError: there is such a training.
+    """
+    for step in STEP_NAMES:
+        before = read_step(step, p).get("num_workers")
+        if before is None or bool(before) == bool(p.num_workers) or is_done(step, p) or not goes_on(step, p):
+            continue
+        raise UserError(
+            f"{step} of {p.folder} has begun with num_workers {before} and cannot go on with {p.num_workers}: training "
+            "in one process and training on workers keep their states differently. Give "
+            f"{'at least 1' if before else '0'} until it is done, or another run_name"
+        )
 
 
 def _anywhere(p: Parameters) -> Parameters:
@@ -243,6 +265,12 @@ def read_step(step: str, p: Parameters) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
+def goes_on(step: str, p: Parameters) -> bool:
+    """Return whether a step is a training that was stopped and goes on from its last checkpoint."""
+    same = read_step(step, p).get("command") == line_of(step, p)
+    return step.startswith("train-") and same and result_of(step, p).exists()
+
+
 def is_done(step: str, p: Parameters) -> bool:
     """Return whether a step need not be run again.
 
@@ -256,130 +284,3 @@ def is_done(step: str, p: Parameters) -> bool:
         return False
     with default_server(p.server):
         return step != "evaluate" or is_current(p.folder / "scores", p.model_name, p.alias)
-
-
-def run_step(step: str, p: Parameters) -> None:
-    """Run the command of a step, go on with it where it was stopped, or leave it where it is done.
-
-    Raises:
-        UserError: the command failed; the record keeps the last line that it printed.
-    """
-    check(p)
-    words = commands(p)[step]
-    if words is None:
-        print(f"{step}: nothing to do", flush=True)
-        return
-    if is_done(step, p):
-        print(f"{step}: done before, {result_of(step, p)}", flush=True)
-        return
-    begun = bool(read_step(step, p))
-    _open(p)
-    words = (*words, *(_again(step, p) if begun else ()))
-    print(f"$ aldm {' '.join(words)}", flush=True)
-    begin = time.time()
-    _note(step, p, state="running", begun=begin)
-    code, last = _run(step, words, p)
-    seconds = round(time.time() - begin, 1)
-    if code:
-        _note(step, p, state="failed", begun=begin, seconds=seconds, message=last)
-        raise UserError(f"{step}: aldm {words[0]} ended with code {code}: {last}")
-    _note(step, p, state="done", begun=begin, seconds=seconds)
-
-
-def _again(step: str, p: Parameters) -> tuple[str, ...]:
-    """Return the flag with which a step that began before is run again."""
-    if step.startswith("train-"):
-        if read_step(step, p)["command"] != line_of(step, p):
-            return ("--overwrite",)
-        return ("--resume",) if result_of(step, p).exists() else ("--overwrite",)
-    return ("--overwrite",) if step in ("simulate", "encode", "export", "evaluate") else ()
-
-
-def _open(p: Parameters) -> None:
-    """Make the run's folder."""
-    if _check_folder(p):
-        return
-    try:
-        (p.folder / STEPS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{p.folder} cannot be made: {error.strerror}") from error
-    with atomic_path(p.folder / SETTINGS, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(_made_of(p), indent=1) + "\n")
-
-
-def _note(step: str, p: Parameters, **values: Any) -> None:
-    with atomic_path(p.folder / STEPS / f"{step}.json", overwrite=True) as temporary:
-        temporary.write_text(json.dumps({"command": line_of(step, p), **values}, indent=1) + "\n")
-
-
-def _run(step: str, words: Sequence[str], p: Parameters) -> tuple[int, str]:
-    """Run a command, show what it prints, and return its exit code and last line."""
-    environment = os.environ | {"MLFLOW_TRACKING_URI": p.server}
-    submission = f"{step}-{secrets.token_hex(4)}" if p.ray_address and step in ON_RAY else None
-    program = [sys.executable, "-m", "aldm.cli", *words]
-    if submission is not None:
-        program = submit(words, p, submission)
-    tail: deque[str] = deque(maxlen=1)
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    process = subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors="replace"
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail.extend([line.strip()] if line.strip() else [])
-        return process.wait(), "".join(tail)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        if process.poll() is None:
-            _end(process, p, submission)
-
-
-def submit(words: Sequence[str], p: Parameters, submission: str) -> list[str]:
-    """Return the command that runs `aldm WORDS` as a job of the cluster and waits for it."""
-    environment = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": p.server}})
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", p.ray_address]
-    return [*ray, "--submission-id", submission, "--runtime-env-json", environment, "--", "aldm", *words]
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
-def _end(process: "subprocess.Popen[str]", p: Parameters, submission: str | None) -> None:
-    """End a command that is no longer waited for, and its job: ending the client does not end that."""
-    process.send_signal(signal.SIGTERM)
-    if submission is not None:
-        words = ["job", "stop", "--address", p.ray_address, submission]
-        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=False, timeout=END_WAIT_S)
-    try:
-        process.wait(END_WAIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def step(name: str, parameters: dict[str, Any]) -> Parameters:
-    """Run a step in its pod, as `run_step`, and return the parameters; see `_explained`."""
-    with _explained():
-        p = Parameters.of(parameters)
-        run_step(name, p)
-        return p
-
-
-def checked(parameters: dict[str, Any]) -> Parameters:
-    """Return parameters that can work, in a pod; see `_explained`."""
-    with _explained():
-        p = Parameters.of(parameters)
-        check(p)
-        return p
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Let what the user can mend end the process with one line and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"pipeline: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error

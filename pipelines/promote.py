@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aldm.errors import UserError
-from pipelines.arguments import JobParser, job_parser
+from pipelines.arguments import JobParser, job_parser, select_device
 from pipelines.champion import ALIAS, FORMER, Contest, find_hash, read_contest, set_champion, swap_back
 from pipelines.registered import Registered, find_alias
 from pipelines.registry import check_names, register
@@ -14,7 +14,8 @@ from pipelines.tracking_server import check_server, tracking_uri
 DESCRIPTION = f"""Register a translator and let the champion's alias point to it, if it beat the champion in an
 evaluation (aldm evaluate --champion NAME@ALIAS): its mean PSNR over the subjects and all pairs of two different
 modalities that both translate, inside the brain or foreground, is higher. Where there is no champion yet it becomes
-one. The champion that it replaces keeps its version and gets the alias {FORMER}. Run again it does nothing."""
+one. A model that cannot translate a small simulated volume is refused. The champion that it replaces keeps its version
+and gets the alias {FORMER}. Run again it does nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not contest.wins(args.min_gain_db):
         print(f"not registered: {args.register}@{args.alias} stays as it is")
         return 0
+    _try_out(args.model, args)
     if args.dry_run:
         print(f"would register {args.model} as {args.register} and make it the {args.alias}")
         return 0
@@ -66,6 +68,21 @@ def _checked(args: argparse.Namespace) -> Contest:
     if contest.model_hash != read_checkpoint_record(args.model)["hash"]:
         raise UserError(f"{args.scores} is an evaluation of another model than {args.model}: evaluate this one")
     return contest
+
+
+def _try_out(model: Path, args: argparse.Namespace) -> None:
+    """Make one translation with the model, as `aldm k8s roll` does: nobody is pointed to one that does not work.
+
+    Raises:
+        UserError: it does not work.
+    """
+    from pipelines.smoke_test import smoke_test
+
+    device = "cpu" if args.device == "auto" else str(select_device(args))
+    try:
+        print(smoke_test(model, device=device), flush=True)
+    except UserError as error:
+        raise UserError(f"not registered: {error}") from error
 
 
 def _register(args: argparse.Namespace, contest: Contest, server: str) -> Registered:

@@ -203,6 +203,10 @@ class Submission:
         """Whether the client still waits for its job."""
         return self._process.poll() is None
 
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
     def wait(self, timeout_s: float = 240) -> int:
         """Wait for its end; returns the exit code."""
         try:

@@ -2,16 +2,20 @@
 
 import inspect
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import yaml
+from ray_runs import command_of
 
 from aldm import __version__
 from aldm.cli import JOBS
@@ -19,8 +23,10 @@ from aldm.errors import UserError
 from pipelines import kubeflow, kubernetes_roll
 from pipelines.arguments import JobParser
 from pipelines.champion import NO_CHAMPION_DB
+from pipelines.kubeflow_run import checked, run_step
 from pipelines.kubeflow_steps import (
     ALWAYS,
+    ON_RAY,
     STEP_NAMES,
     Parameters,
     check,
@@ -29,8 +35,6 @@ from pipelines.kubeflow_steps import (
     line_of,
     read_step,
     result_of,
-    run_step,
-    submit,
 )
 from pipelines.tracking_server import connect
 
@@ -107,13 +111,21 @@ def test_the_trainings_on_a_cluster_are_those_of_its_workers() -> None:
         _, stage, *words = commands(CLUSTER)[step]
         args, config = parse(stage, words)
         cluster = cluster_of(args, config, stage)
-        assert (cluster.max_workers, cluster.use_gpu) == (4, True)
-    words = submit(("info",), CLUSTER, "x-1")
-    assert words[words.index("--") + 1 :] == ["aldm", "info"]
-    assert words[words.index("--address") + 1] == "http://aldm-head-svc:8265"
-    assert json.loads(words[words.index("--runtime-env-json") + 1]) == {
-        "env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-    }
+        assert (cluster.max_workers, cluster.use_gpu, cluster.autoscaling) == (4, True, True)
+        assert args.device == "auto"  # the head, where the job begins, has no GPU
+
+
+def test_an_idle_cluster_is_asked_for_workers() -> None:
+    """As test_kubeflow_ray.py sees it done; and where a step runs is no part of what it makes."""
+    alone = replace(CLUSTER, num_workers=0, use_gpu=False, ray_address="")
+    for step in ON_RAY:
+        args = parsed(commands(CLUSTER)[step])
+        assert (int(args.num_workers), args.autoscaling) == (4, True)
+        if step in ("encode", "evaluate"):
+            assert args.device == "cuda"  # auto asks the cluster what it has now
+            assert parsed(commands(replace(CLUSTER, use_gpu=False))[step]).device == "auto"
+        assert not parsed(commands(replace(CLUSTER, ray_address=""))[step]).autoscaling  # a machine does not grow
+        assert line_of(step, CLUSTER) == line_of(step, alone)
 
 
 def test_it_compiles_to_the_steps_in_their_order(compiled) -> None:
@@ -178,6 +190,12 @@ def test_every_pod_has_the_image_the_storage_and_limits_equal_to_its_requests(co
         resources = container["resources"]
         assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"]
         assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"]
+        # as kfp-kubernetes writes whole numbers; Kubeflow takes these three and no more
+        assert platform[name]["securityContext"] == {
+            "runAsUser": "10001",
+            "runAsGroup": "10001",
+            "runAsNonRoot": True,
+        }
         (mount,), (secret,) = platform[name]["pvcMount"], platform[name]["secretAsEnv"]
         assert (mount["constant"], mount["mountPath"]) == ("aldm-data", Parameters().shared)
         assert (secret["secretName"], secret["keyToEnv"]) == (
@@ -203,6 +221,7 @@ def test_the_image_is_that_of_this_version() -> None:
         ({"num_workers": -1}, "wanted at least 0"),
         ({"ray_address": "http://x:8265"}, "give the workers"),
         ({"use_gpu": True}, "gives GPUs to workers"),
+        ({"use_gpu": True, "num_workers": 2, "device": "cpu"}, "contradict each other"),
     ],
 )
 def test_parameters_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -215,26 +234,31 @@ def test_a_run_goes_on_with_its_own_parameters_only(tmp_path: Path, monkeypatch,
     p = Parameters(shared=str(tmp_path), preset="tiny", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     ran = []
 
-    def run(step: str, words: Any, p: Parameters) -> tuple[int, str]:
+    def run(words: Any, p: Parameters) -> tuple[int, str]:
         ran.append(words)
+        step = words[0] if words[0] == "prepare" else f"train-{words[1]}"
         result_of(step, p).mkdir(parents=True, exist_ok=True)
         return (1, "no space left") if len(ran) == 2 else (0, "")
 
-    monkeypatch.setattr("pipelines.kubeflow_steps._run", run)
+    monkeypatch.setattr("pipelines.kubeflow_run._run", run)
     run_step("prepare", p)
     with pytest.raises(UserError, match="train-vqgan: aldm train ended with code 1: no space left"):
         run_step("train-vqgan", p)
     assert read_step("train-vqgan", p)["state"] == "failed"
-    elsewhere = replace(p, num_workers=2, max_failures=1)
+    on_workers = replace(p, num_workers=2)
+    with pytest.raises(UserError, match=r"begun with num_workers 0 and cannot go on with 2: .*Give 0 until it is done"):
+        run_step("prepare", on_workers)
     for step in ("prepare", "train-vqgan", "train-vqgan"):
-        run_step(step, elsewhere)
+        run_step(step, replace(p, device="cpu"))
+    run_step("train-vqgan", on_workers)  # it is done, and the next one may be trained by others
     assert [words[-1] == "--resume" for words in ran] == [False, False, True]
     assert len(ran) == 3
-    assert line_of("train-vqgan", elsewhere) == line_of("train-vqgan", p)
+    assert line_of("train-vqgan", on_workers) == line_of("train-vqgan", p)
     (result_of("prepare", p)).rmdir()
     assert not is_done("prepare", p)  # its result has gone
     with pytest.raises(UserError, match="a run with seed 0: give another run_name"):
         run_step("encode", replace(p, seed=1))
+    checked(asdict(replace(p, seed=1)))  # Kubeflow remembers this step: what the folder holds is not its business
 
 
 def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path: Path, capsys) -> None:
@@ -252,6 +276,26 @@ def test_without_kfp_it_says_what_to_install(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.delattr("pipelines.kubeflow_pipeline", raising=False)
     with pytest.raises(UserError, match=r"pip install 'aldm\[kubeflow\]'"):
         kubeflow.main(["--compile", str(tmp_path / "x.yaml")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_ends_what_it_started(tmp_path: Path, number: int, code: int) -> None:
+    p = Parameters(shared=str(tmp_path), preset="tiny", layout="ixi", num_subjects=40)
+    words = ["--local", "--shared", str(tmp_path), "--preset", "tiny", "--layout", "ixi", "--num-subjects", "40"]
+    program = [sys.executable, "-m", "pipelines.kubeflow", *words]
+    run = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started: list[psutil.Process] = []
+    while not any("aldm.cli" in command_of(each) for each in started):
+        assert run.poll() is None
+        started = psutil.Process(run.pid).children(recursive=True)
+        time.sleep(0.05)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=180)
+    assert run.returncode == code, output
+    assert output.splitlines()[-1] == f"python -m pipelines.kubeflow: {'terminated' if code == 143 else 'interrupted'}"
+    assert psutil.wait_procs(started, timeout=0)[1] == []
+    assert (read_step("simulate", p)["state"], is_done("simulate", p)) == ("running", False)
 
 
 def local(shared: Path) -> subprocess.CompletedProcess[str]:

@@ -1,25 +1,27 @@
 """aldm promote: the champion's alias goes to a model that an evaluation found better, and back again."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from untrained import save_untrained
 
-from aldm.checkpoint import load_checkpoint, save_checkpoint
+from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkpoint
 from aldm.cli import main
 from aldm.data.store import VolumeStore
+from pipelines.evaluate import RECORD
 from pipelines.registered import find_alias
 from pipelines.tracking_server import connect
 
 
-def constant_model(folder: Path, intensity: float) -> Path:
-    """A regression U-Net that says the same everywhere; inside the head 0 is nearer than the background's -1."""
+def nearly_constant_model(folder: Path, intensity: float) -> Path:
+    """A regression U-Net that says about the same everywhere; inside the head 0 is nearer than -0.8."""
     folder.mkdir()
     fresh = load_checkpoint(save_untrained(folder / "fresh", kind="unet"))
     weights = {name: weight.clone() for name, weight in fresh.weights.items()}
     last = [name for name, weight in weights.items() if weight.shape == (1,) and name.endswith("bias")][-1]
-    weights[last.removesuffix("bias") + "weight"].zero_()
+    weights[last.removesuffix("bias") + "weight"].normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
     weights[last] = torch.tensor([intensity])
     save_checkpoint(folder / "model", kind=fresh.kind, config=fresh.config, weights=weights, meta=fresh.meta)
     return folder / "model"
@@ -34,7 +36,15 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    return {name: constant_model(tmp_path / name, value) for name, value in (("bad", -1.0), ("good", 0.0))}
+    return {name: nearly_constant_model(tmp_path / name, value) for name, value in (("bad", -0.8), ("good", 0.0))}
+
+
+def broken_model(folder: Path, model: Path) -> Path:
+    """The same model with weights that are no numbers."""
+    found = load_checkpoint(model)
+    weights = {name: torch.full_like(weight, torch.nan) for name, weight in found.weights.items()}
+    save_checkpoint(folder, kind=found.kind, config=found.config, weights=weights, meta=found.meta)
+    return folder
 
 
 def evaluate(model: Path, store: VolumeStore, out: Path) -> Path:
@@ -87,6 +97,25 @@ def test_the_better_model_is_the_champion(
     assert version_of("champion", server) == 2
     assert promote("--rollback") == 0
     assert (version_of("champion", server), version_of("previous", server)) == (1, 2)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_work_is_not_registered(
+    models: dict[str, Path], ixi_store: VolumeStore, tmp_path: Path, server: str, capsys
+) -> None:
+    """Whatever its evaluation says: it may have been measured where it worked."""
+    scores = evaluate(models["good"], ixi_store, tmp_path / "scores")
+    broken = broken_model(tmp_path / "broken", models["good"])
+    record = json.loads((scores / RECORD).read_text())
+    record["models"][0]["hash"] = read_checkpoint_record(broken)["hash"]
+    (scores / RECORD).write_text(json.dumps(record))
+    capsys.readouterr()
+    for words in ([], ["--dry-run"]):
+        assert promote("--model", broken, "--scores", scores, *words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"aldm promote: not registered: {broken} does not work: ")
+        assert message.count("\n") == 1
+    assert connect(server).search_registered_models() == []
 
 
 def test_what_cannot_be_promoted_is_refused(server: str, tmp_path: Path, capsys) -> None:
