@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -330,7 +331,7 @@ def _locked(path: Path) -> IO[str]:
 
 
 def check_same_run(path: Path, stage: str, config: Config, engine: str, storage: str | None) -> None:
-    """Check what only resuming asks for: the same configuration but for length and cadence, engine and storage.
+    """Check what only resuming asks for: a configuration with the same results, the same engine and storage.
 
     Raises:
         UserError: another configuration, another engine (each keeps its states in its own way), or another storage,
@@ -358,7 +359,10 @@ def _check_stage(path: Path, stage: str) -> None:
 
 
 def _check_same(path: Path, stage: str, config: Config) -> None:
-    """Refuse to resume with another configuration; the stage's length and cadence may differ."""
+    """Refuse to resume with another configuration; what changes no step's result may differ.
+
+    That is the stage's length and cadence, and whether activations are recomputed: the way out when memory was short.
+    """
     import yaml
 
     try:
@@ -369,6 +373,7 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
         raise UserError(f"{path / CONFIG_FILE} is damaged ({error}): {_WAY_OUT}") from error
     training = training_of(config, stage)
     before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
+    before = replace(before, activation_checkpointing=config.activation_checkpointing)
     different = _differences(to_dict(before), to_dict(config))
     if different:
         raise UserError(

@@ -118,11 +118,12 @@ def test_resume_or_start_is_a_command_that_may_be_run_again(
     assert "--resume-or-start decides by itself" in capsys.readouterr().err
 
 
-def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [[], ["--activation-checkpointing"]])
+def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_path: Path, changed: list[str]) -> None:
     words = ("train", "ms-spade", "--latents", latents, *TINY, "--set", "train_ms_spade.decay=constant")
     assert run(*words, "--run-dir", tmp_path / "whole", "--max-steps", 6) == 0
     assert run(*words, "--run-dir", tmp_path / "parts", "--max-steps", 2) == 0
-    assert run(*words, "--run-dir", tmp_path / "parts", "--max-steps", 6, "--resume") == 0
+    assert run(*words, "--run-dir", tmp_path / "parts", "--max-steps", 6, "--resume", *changed) == 0
     parts = [{**record, "num_steps": 6} if "num_steps" in record else record for record in metrics(tmp_path / "parts")]
     assert parts == metrics(tmp_path / "whole")
     hashes = {load_checkpoint(tmp_path / name / "last").hash for name in ("whole", "parts")}
