@@ -111,6 +111,26 @@ def _from_target_like(
     return alpha * epsilon - sigma * z_target
 
 
+def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor) -> Tensor | None:
+    """Return the weights (B, C) of the squared error of a prediction; None where all are 1.
+
+    Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level asks
+    the same of the network (Karras et al. 2022: 1 / c_out^2). Without that epsilon hardly depends on the network where
+    the noise is high, although what is coarse in a sample is decided there.
+
+    Args:
+        config: the objective, and residual_std.
+        schedule: make_schedule(config).
+        t: (B,) time steps.
+    """
+    if config.objective not in PREDICTS_NOISE or config.residual_std is None:
+        return None
+    std = torch.tensor(config.residual_std or [1.0], device=t.device).view(1, -1)
+    alpha, sigma = (value.view(-1, 1) for value in schedule.alpha_sigma_between(t, t))
+    weights = (alpha**2 * std**2 + sigma**2) / std**2
+    return weights / alpha**2 if config.objective == "epsilon" else weights
+
+
 def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:
     """Return the regression U-Net's prediction of the target volume.
 

@@ -95,11 +95,11 @@ def adaptive_weight(
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, channel_weights: Tensor | None = None) -> Tensor:
-    """Return the mean squared error, each channel times its weight ((C,); None for ones)."""
+    """Return the mean squared error, each channel times its weight ((C,), or (B, C) for each sample; None for ones)."""
     squares = (prediction.float() - target.float()).square()
     if channel_weights is None:
         return squares.mean()
-    return (squares * channel_weights.view(1, -1, 1, 1, 1)).mean()
+    return (squares * channel_weights.view(-1, squares.shape[1], 1, 1, 1)).mean()
 
 
 def weighted_l1(prediction: Tensor, target: Tensor, channel_weights: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aldm.config import Config
 from aldm.data.dataset import LatentPairs, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_ms_spade, build_unet, denoise
+from aldm.denoising import build_ms_spade, build_unet, denoise, loss_weights
 from aldm.diffusion import make_schedule, training_loss_inputs
 from aldm.errors import UserError
 from aldm.latents import LatentStore, data_record
@@ -365,7 +365,10 @@ class DiffusionStage:
         ]
         z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         prediction = self._predict(model, batch, z_target_like, z_t, t)
-        return weighted_mse(prediction, wanted, self._weights), {}
+        weights = loss_weights(self.config.diffusion, self._schedule, t)
+        if weights is not None and self._weights is not None:
+            weights = weights * self._weights
+        return weighted_mse(prediction, wanted, self._weights if weights is None else weights), {}
 
     def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         ids = batch["target"], batch["source"]

@@ -16,10 +16,11 @@ from aldm.checkpoint import load_weights
 from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
+from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, loss_weights, regress
 from aldm.diffusion import make_schedule, noised, to_x0, training_target
 from aldm.errors import UserError
 from aldm.latents import LatentStore, encode_store, unstandardise
+from aldm.losses import weighted_mse
 from aldm.models.codecs import build_codec
 from aldm.players import Batch, StepInfo
 from aldm.presets import brats, small, tiny
@@ -312,6 +313,14 @@ def test_what_the_network_has_to_output_has_unit_variance(objective: str) -> Non
         wanted = (training_target(objective, schedule, z_target, times, noise) - zero) / (one - zero)
         for each in (seen[0], wanted):
             torch.testing.assert_close(each.std(dim=(0, 2, 3, 4)), torch.ones(2), rtol=0.03, atol=0.03)
+        # an error of the output counts the same at every noise level and in every channel
+        weights = loss_weights(diffusion, schedule, times)
+        assert weights is not None
+        assert float(weighted_mse(one, zero, weights)) == pytest.approx(1, rel=1e-3)
+        for channel in range(2):
+            torch.testing.assert_close(
+                (one - zero)[0, channel].square().mean() * weights[0, channel], torch.tensor(1.0)
+            )
 
 
 def test_how_far_stage_2_is_from_the_target_is_measured(latents: LatentStore) -> None:
