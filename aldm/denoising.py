@@ -114,9 +114,9 @@ def _from_target_like(
 def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor) -> Tensor | None:
     """Return the weights (B, C) of the squared error of a prediction; None where all are 1.
 
-    Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level asks
-    the same of the network (Karras et al. 2022: 1 / c_out^2). Without that epsilon hardly depends on the network where
-    the noise is high, although what is coarse in a sample is decided there.
+    Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level
+    asks the same of the network (Karras et al. 2022: 1 / c_out^2). Without that epsilon hardly depends on the network
+    where the noise is high, although what is coarse in a sample is decided there.
 
     Args:
         config: the objective, and residual_std.
