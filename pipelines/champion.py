@@ -123,7 +123,7 @@ def read_contest(scores: Path) -> Contest:
         UserError: no such folder, or a model that gave no numbers.
     """
     from aldm.score_table import read_csv
-    from pipelines.evaluate import RECORD, SCORES
+    from pipelines.evaluation_files import RECORD, SCORES
 
     if not (scores / RECORD).is_file() or not (scores / SCORES).is_file():
         raise UserError(f"{scores} is no evaluation: make one with aldm evaluate --out {scores}")

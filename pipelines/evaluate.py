@@ -1,42 +1,42 @@
 """`aldm evaluate`: score a translator, and what stands beside it, over all pairs of modalities of a store."""
 
 import argparse
-import csv
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import SAMPLERS, Config, SamplingConfig, to_dict
+from aldm.config import SAMPLERS, Config, SamplingConfig
 from aldm.errors import UserError
 from aldm.files import atomic_folder, check_folder
 from aldm.progress import progress
 from pipelines.arguments import JobParser, job_parser
+from pipelines.evaluation_files import (
+    CARD,
+    PICTURES,
+    RECORD,
+    SCORES,
+    TABLES,
+    TIMES,
+    draw_panel,
+    write_record,
+    write_results,
+)
 from pipelines.ray_workers import add_worker_arguments, open_workers
 from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
 if TYPE_CHECKING:
-    from aldm.data.store import SubjectRecord, VolumeStore
-    from aldm.evaluation import Candidate, Evaluation, Example
-    from aldm.score_table import MethodKey
+    from aldm.data.store import SubjectRecord
+    from aldm.evaluation import Candidate
     from aldm.translate import Translator
     from pipelines.ray_workers import RayWorkers
     from pipelines.registered import Registered
 
 logger = logging.getLogger(__name__)
 
-SCORES, TABLES, TIMES, CARD, RECORD, PICTURES = (
-    "scores.csv",
-    "scores.md",
-    "times.csv",
-    "quality.png",
-    "evaluation.json",
-    "pictures",
-)
 DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a store's split that it was trained for:
 PSNR, NMSE and SSIM over the whole volume, the brain and, where there is a segmentation, the lesion. Beside it stand the
 source itself (identity), the training set's mean volume, the codec alone (reconstruction) and other translators
@@ -102,15 +102,15 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
                     subjects,
                     candidates,
                     seed=args.seed,
-                    on_example=partial(_draw, pictured=pictured, store=store, folder=folder.absolute()),
+                    on_example=partial(draw_panel, pictured=pictured, store=store, folder=folder.absolute()),
                     on_volume=None if bar is None else bar.update,
                     pair=pair,
                     workers=workers,
                     load=load,
                 )
             remove_leftovers(folder)
-            _write(folder, result, store, args)
-            _write_record(folder / RECORD, candidates, store, args, champion)
+            write_results(folder, result, store, args)
+            write_record(folder / RECORD, candidates, store, args, champion)
     regions = dict.fromkeys(row.region for row in result.rows)
     print("\n\n".join(overview(result.rows, region) for region in regions))
     print(f"\nall tables: {args.out / TABLES}")
@@ -241,101 +241,6 @@ def _dry_run(
     if workers is not None:
         print(workers.describe())
     return 0
-
-
-def _draw(example: "Example", *, pictured: set[str], store: "VolumeStore", folder: Path) -> None:
-    """Write the panel of a translation, where it is one of those wanted."""
-    from aldm.pictures import save_translation_panel
-
-    if example.subject_id not in pictured or example.source_name == example.target_name:
-        return
-    (folder / PICTURES).mkdir(exist_ok=True)
-    name = f"{example.subject_id}_{example.key.method}_{example.source_name}-to-{example.target_name}.png"
-    save_translation_panel(
-        folder / PICTURES / name,
-        source=example.source,
-        prediction=example.prediction,
-        target=example.target,
-        uncertainty=example.uncertainty,
-        source_name=example.source_name,
-        target_name=example.target_name,
-        spacing_mm=store.preprocess.spacing_mm,
-        title=f"{example.subject_id}, {example.key.label()}",
-    )
-
-
-def _write(folder: Path, result: "Evaluation", store: "VolumeStore", args: argparse.Namespace) -> None:
-    """Write all files but the panels and the record."""
-    from aldm.score_table import document, write_csv
-
-    write_csv(folder / SCORES, result.rows)
-    _write_times(folder / TIMES, result.seconds)
-    tables = document(
-        result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
-    )
-    (folder / TABLES).write_text(tables)
-    _draw_card(folder / CARD, result)
-
-
-def _write_record(
-    path: Path,
-    candidates: Sequence["Candidate"],
-    store: "VolumeStore",
-    args: argparse.Namespace,
-    champion: "Registered | None",
-) -> None:
-    """Write what was measured with what, so that the scores explain themselves."""
-    from aldm.run_folder import git_state
-    from pipelines.champion import record_of
-
-    record = {
-        "store": str(args.store),
-        "store_fingerprint": store.fingerprint,
-        "layout": store.layout,
-        "split": args.split,
-        "max_subjects": args.max_subjects,
-        "seed": args.seed,
-        "champion": record_of(champion),
-        **git_state(),
-        "models": [
-            {
-                "method": candidate.method,
-                "kind": candidate.translator.kind,
-                "hash": candidate.translator.model_hash,
-                "samplings": [to_dict(sampling) for sampling in candidate.samplings],
-                "config": to_dict(candidate.translator.config),
-            }
-            for candidate in candidates
-        ],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _write_times(path: Path, seconds: Mapping["MethodKey", Sequence[float]]) -> None:
-    """Write times.csv: a line per translated volume."""
-    with path.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["method", "sampler", "num_inference_steps", "seconds"])
-        for key, values in seconds.items():
-            writer.writerows([*key, f"{value:.4f}"] for value in values)
-
-
-def _draw_card(path: Path, result: "Evaluation") -> None:
-    """Draw mean PSNR of the translations (source and target differ) against the median time of a volume."""
-    import numpy as np
-
-    from aldm.pictures import CardPoint, save_quality_card
-
-    regions = {row.region for row in result.rows}
-    region = next((name for name in ("brain", "foreground") if name in regions), "volume")
-    points = []
-    for key, values in result.seconds.items():
-        rows = [r for r in result.rows if r.key == key and r.region == region and r.source != r.target]
-        if rows:
-            mean_db = float(np.mean([row.psnr_db for row in rows]))
-            points.append(CardPoint(*key, seconds=float(np.median(values)), psnr_db=mean_db))
-    if points:  # a store of one modality has no translation to show
-        save_quality_card(path, points, title="quality and latency", region=region)
 
 
 def _parser() -> JobParser:

@@ -53,7 +53,7 @@ def log_evaluation(
     from mlflow.entities import Metric
 
     from aldm.score_table import read_csv
-    from pipelines.evaluate import RECORD, SCORES, TIMES
+    from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     uri = uri or tracking_uri(out)
     record = json.loads((out / RECORD).read_text())

@@ -92,7 +92,7 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no evaluation, or one of another model.
     """
-    from pipelines.evaluate import RECORD, SCORES, TIMES
+    from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     try:
         record = json.loads((folder / RECORD).read_text())

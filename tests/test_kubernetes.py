@@ -50,7 +50,7 @@ def test_an_overlay_is_in_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_bucket_elsewhere_goes_with_an_overlay(name: str, tmp_path: Path) -> None:
-    """With components/external-s3 named where it says, MinIO is gone and MLflow asks the bucket elsewhere alone."""
+    """With components/external-s3 among its components MinIO is gone and MLflow asks the bucket elsewhere alone."""
     shutil.copytree(MANIFESTS, tmp_path / "k8s")
     file = tmp_path / "k8s" / "overlays" / name / "kustomization.yaml"
     before = "  - ../../components/pods\n"

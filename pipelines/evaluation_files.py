@@ -1,0 +1,120 @@
+"""The folder that `aldm evaluate` writes: scores, tables, times, card, panels, and the record of what was measured."""
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aldm.config import to_dict
+
+if TYPE_CHECKING:
+    from aldm.data.store import VolumeStore
+    from aldm.evaluation import Candidate, Evaluation, Example
+    from aldm.score_table import MethodKey
+    from pipelines.registered import Registered
+
+SCORES, TABLES, TIMES, CARD, RECORD, PICTURES = (
+    "scores.csv",
+    "scores.md",
+    "times.csv",
+    "quality.png",
+    "evaluation.json",
+    "pictures",
+)
+
+
+def draw_panel(example: "Example", *, pictured: set[str], store: "VolumeStore", folder: Path) -> None:
+    """Write the panel of a translation, where it is one of those wanted."""
+    from aldm.pictures import save_translation_panel
+
+    if example.subject_id not in pictured or example.source_name == example.target_name:
+        return
+    (folder / PICTURES).mkdir(exist_ok=True)
+    name = f"{example.subject_id}_{example.key.method}_{example.source_name}-to-{example.target_name}.png"
+    save_translation_panel(
+        folder / PICTURES / name,
+        source=example.source,
+        prediction=example.prediction,
+        target=example.target,
+        uncertainty=example.uncertainty,
+        source_name=example.source_name,
+        target_name=example.target_name,
+        spacing_mm=store.preprocess.spacing_mm,
+        title=f"{example.subject_id}, {example.key.label()}",
+    )
+
+
+def write_results(folder: Path, result: "Evaluation", store: "VolumeStore", args: argparse.Namespace) -> None:
+    """Write all files but the panels and the record."""
+    from aldm.score_table import document, write_csv
+
+    write_csv(folder / SCORES, result.rows)
+    _write_times(folder / TIMES, result.seconds)
+    tables = document(
+        result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
+    )
+    (folder / TABLES).write_text(tables)
+    _draw_card(folder / CARD, result)
+
+
+def write_record(
+    path: Path,
+    candidates: Sequence["Candidate"],
+    store: "VolumeStore",
+    args: argparse.Namespace,
+    champion: "Registered | None",
+) -> None:
+    """Write what was measured with what, so that the scores explain themselves."""
+    from aldm.run_folder import git_state
+    from pipelines.champion import record_of
+
+    record = {
+        "store": str(args.store),
+        "store_fingerprint": store.fingerprint,
+        "layout": store.layout,
+        "split": args.split,
+        "max_subjects": args.max_subjects,
+        "seed": args.seed,
+        "champion": record_of(champion),
+        **git_state(),
+        "models": [
+            {
+                "method": candidate.method,
+                "kind": candidate.translator.kind,
+                "hash": candidate.translator.model_hash,
+                "samplings": [to_dict(sampling) for sampling in candidate.samplings],
+                "config": to_dict(candidate.translator.config),
+            }
+            for candidate in candidates
+        ],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write_times(path: Path, seconds: Mapping["MethodKey", Sequence[float]]) -> None:
+    """Write times.csv: a line per translated volume."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["method", "sampler", "num_inference_steps", "seconds"])
+        for key, values in seconds.items():
+            writer.writerows([*key, f"{value:.4f}"] for value in values)
+
+
+def _draw_card(path: Path, result: "Evaluation") -> None:
+    """Draw mean PSNR of the translations (source and target differ) against the median time of a volume."""
+    import numpy as np
+
+    from aldm.pictures import CardPoint, save_quality_card
+
+    regions = {row.region for row in result.rows}
+    region = next((name for name in ("brain", "foreground") if name in regions), "volume")
+    points = []
+    for key, values in result.seconds.items():
+        rows = [r for r in result.rows if r.key == key and r.region == region and r.source != r.target]
+        if rows:
+            mean_db = float(np.mean([row.psnr_db for row in rows]))
+            points.append(CardPoint(*key, seconds=float(np.median(values)), psnr_db=mean_db))
+    if points:  # a store of one modality has no translation to show
+        save_quality_card(path, points, title="quality and latency", region=region)
