@@ -169,7 +169,7 @@ def save_gallery(path: Path, target: np.ndarray, results: Mapping[str, np.ndarra
     Args:
         path: the file to write (replaced if it exists).
         target: the true volume, X Y Z in [0, 1] with cubic voxels; its own cell comes first.
-        results: name -> X Y Z in [0, 1], of the target's shape.
+        results: name, of two lines at most -> X Y Z in [0, 1], of the target's shape.
         title: text above the cells.
 
     Raises:
@@ -183,9 +183,9 @@ def save_gallery(path: Path, target: np.ndarray, results: Mapping[str, np.ndarra
     blocks = -(-(len(results) + 1) // columns)
     width = 1.7
     height = width * target.shape[1] / target.shape[0]
-    figure = _figure(columns * width + 0.2, blocks * (2 * height + 0.3) + 0.6, title)
-    grid = figure.add_gridspec(blocks, columns, wspace=0.04, hspace=0.3 / (2 * height))
-    grid.update(left=0.01, right=0.99, top=1 - 0.6 / figure.get_figheight(), bottom=0.2 / figure.get_figheight())
+    figure = _figure(columns * width + 0.2, blocks * (2 * height + 0.45) + 0.8, title)
+    grid = figure.add_gridspec(blocks, columns, wspace=0.04, hspace=0.45 / (2 * height))
+    grid.update(left=0.01, right=0.99, top=1 - 0.8 / figure.get_figheight(), bottom=0.2 / figure.get_figheight())
     for place, (name, volume) in enumerate({"true": target, **results}.items()):
         cell = grid[divmod(place, columns)].subgridspec(2, 1, hspace=0.02)
         upper, lower = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])

@@ -192,7 +192,7 @@ def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> N
             translator = Translator.load(entry.folder / MODEL)
             made[entry.method], _ = translator.translate_encoded(translator.encode(x), source, target)
     truth, *volumes = ((np.clip(volume, -1, 1) + 1) / 2 for volume in (truth, *made.values()))
-    scored = {f"{name}, {psnr_db(truth, volume):.1f} dB": volume for name, volume in zip(made, volumes, strict=True)}
+    scored = {f"{name}\n{psnr_db(truth, volume):.1f} dB": volume for name, volume in zip(made, volumes, strict=True)}
     save_gallery(contest.out / PICTURE, truth, scored, f"{record.subject_id}, {source} to {target}")
 
 
