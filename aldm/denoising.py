@@ -99,9 +99,7 @@ def _from_target_like(
 
         z_target = y + (s / q) (alpha s r + sigma F)        epsilon = (sigma r - alpha s F) / q
     """
-    std = z_t.new_tensor(config.residual_std or [1.0]).view(1, -1, 1, 1, 1)
-    alpha, sigma = schedule.alpha_sigma_between(t, z_t)
-    spread = (alpha**2 * std**2 + sigma**2).sqrt()
+    std, alpha, sigma, spread = _scales(config, schedule, t, z_t)
     residual = (z_t - alpha * z_target_like) / spread
     output = network(residual).float()
     epsilon = (sigma * residual - alpha * std * output) / spread
@@ -111,7 +109,16 @@ def _from_target_like(
     return alpha * epsilon - sigma * z_target
 
 
-def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor) -> Tensor | None:
+def _scales(
+    config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return s, alpha, sigma and q of `_from_target_like`, shaped to multiply z_t."""
+    std = z_t.new_tensor(config.residual_std or [1.0]).view(1, -1, 1, 1, 1)
+    alpha, sigma = schedule.alpha_sigma_between(t, z_t)
+    return std, alpha, sigma, (alpha**2 * std**2 + sigma**2).sqrt()
+
+
+def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor) -> Tensor | None:
     """Return the weights (B, C) of the squared error of a prediction; None where all are 1.
 
     Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level
@@ -122,13 +129,13 @@ def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor) ->
         config: the objective, and residual_std.
         schedule: make_schedule(config).
         t: (B,) time steps.
+        z_t: (B, C, x, y, z), at those.
     """
     if config.objective not in PREDICTS_NOISE or config.residual_std is None:
         return None
-    std = torch.tensor(config.residual_std or [1.0], device=t.device).view(1, -1)
-    alpha, sigma = (value.view(-1, 1) for value in schedule.alpha_sigma_between(t, t))
-    weights = (alpha**2 * std**2 + sigma**2) / std**2
-    return weights / alpha**2 if config.objective == "epsilon" else weights
+    std, alpha, _, spread = _scales(config, schedule, t, z_t)
+    scale = std / spread * (alpha if config.objective == "epsilon" else 1)
+    return scale.square().reciprocal().flatten(1)
 
 
 def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:

@@ -365,7 +365,7 @@ class DiffusionStage:
         ]
         z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         prediction = self._predict(model, batch, z_target_like, z_t, t)
-        weights = loss_weights(self.config.diffusion, self._schedule, t)
+        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t)
         if weights is not None and self._weights is not None:
             weights = weights * self._weights
         return weighted_mse(prediction, wanted, self._weights if weights is None else weights), {}

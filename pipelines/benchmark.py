@@ -94,8 +94,8 @@ def _finished(contest: Contest, config: "Config") -> list[Entry]:
     found = []
     for record in sorted(contest.out.glob(f"*/seed-*/{RECORD}")):
         method, seed = record.parent.parent.name, int(record.parent.name.removeprefix("seed-"))
-        entry = plan_entry(method, seed, contest, config)
-        if all(" ".join(command) in json.loads(record.read_text())["done"] for command in entry.commands()):
+        entry, done = plan_entry(method, seed, contest, config), json.loads(record.read_text())["done"]
+        if all(" ".join(command) in done for command in entry.commands()):
             found.append(entry)
     return sorted(found, key=lambda entry: (entry.seed, BENCHMARKED.index(entry.method)))
 

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.resume = _begun(args)
     _check_folder(args)
     built, inputs = build_stage(stage, config, args)
+    built.samples("train")  # data that it cannot learn from are refused before anything is written
     config = built.config
     training = training_of(config, stage)
     cluster = cluster_of(args, config, stage)
@@ -203,7 +204,6 @@ def _method(
         inputs |= {"pretrained": str(args.pretrained), "pretrained_hash": first.hash, "vit_weights": weights}
         if args.vit_weights is None:
             logger.warning("no --vit-weights: the transformer starts from random weights, not from ImageNet's")
-    built.samples("train")  # data that the method cannot learn from are refused before anything is written
     return built
 
 

@@ -334,11 +334,14 @@ def test_unpaired_data_do_for_the_methods_that_need_no_pairs(store: VolumeStore)
                 stage.samples("train")
 
 
-def test_unpaired_data_are_refused_before_anything_is_written(store: VolumeStore, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("method", ["pix2pix", "unet"])
+def test_unpaired_data_are_refused_before_anything_is_written(
+    method: str, store: VolumeStore, tmp_path: Path, capsys: Any
+) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store.path, copy)
     write_manifest(copy, [replace(one, modalities=(PAIR[0],)) for one in store.subjects()], store.fingerprint)
-    words = ["train", "pix2pix", "--store", copy, "--run-dir", tmp_path / "run", "--preset", "tiny"]
+    words = ["train", method, "--store", copy, "--run-dir", tmp_path / "run", "--preset", "tiny"]
     assert main([str(word) for word in (*words, "--source", PAIR[0], "--target", PAIR[1])]) == 2
     assert "no training subject has t1 and t2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -314,7 +314,7 @@ def test_what_the_network_has_to_output_has_unit_variance(objective: str) -> Non
         for each in (seen[0], wanted):
             torch.testing.assert_close(each.std(dim=(0, 2, 3, 4)), torch.ones(2), rtol=0.03, atol=0.03)
         # an error of the output counts the same at every noise level and in every channel
-        weights = loss_weights(diffusion, schedule, times)
+        weights = loss_weights(diffusion, schedule, times, z_t)
         assert weights is not None
         assert float(weighted_mse(one, zero, weights)) == pytest.approx(1, rel=1e-3)
         for channel in range(2):
