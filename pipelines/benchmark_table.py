@@ -149,9 +149,10 @@ def cost_of(entries: Sequence[Entry]) -> Cost:
 
 def _parameters(model: Path) -> int:
     """Return the parameters of a translator folder's networks, statistics of batch norms and the like not counted."""
+    from aldm.layer_table import count
     from aldm.translate import Translator
 
-    return sum(parameter.numel() for parameter in Translator.load(model).predictor.parameters())
+    return count(Translator.load(model).predictor)
 
 
 def _samples(training: Sequence[str]) -> int:

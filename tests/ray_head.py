@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -245,3 +246,12 @@ def _alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def wait_until(condition: Callable[[], object], submission: Submission, timeout_s: float = 240) -> None:
+    """Wait for a condition while a job runs."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert submission.running, submission.output
+        assert time.monotonic() < deadline, submission.output
+        time.sleep(0.05)

@@ -4,14 +4,14 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from mlflow import MlflowClient
-from ray_head import RayHead, Submission
+from ray_head import RayHead, Submission, wait_until
 from ray_runs import committed, losses
 from untrained import save_untrained
 
@@ -65,15 +65,6 @@ def edited(tmp_path: Path) -> Path:
     assert text.count("LOG_INTERVAL_S = 15.0") == 1
     file.write_text(text.replace("LOG_INTERVAL_S = 15.0", "LOG_INTERVAL_S = 0.0"))
     return folder
-
-
-def wait_until(condition: Callable[[], object], submission: Submission, timeout_s: float = 240) -> None:
-    """Wait for a condition while a job runs."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert submission.running, submission.output
-        assert time.monotonic() < deadline, submission.output
-        time.sleep(0.05)
 
 
 def job_processes(head: RayHead) -> list[list[str]]:

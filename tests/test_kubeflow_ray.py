@@ -4,14 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from ray_head import RayHead, Submission
+from ray_head import RayHead, Submission, wait_until
 
 from aldm.data.store import VolumeStore
 from aldm.errors import UserError
@@ -56,14 +55,6 @@ def jobs(head: RayHead, step: str) -> dict[str, str]:
     with urllib.request.urlopen(request, timeout=60) as answer:
         found = json.load(answer)
     return {job["submission_id"]: job["status"] for job in found if job["submission_id"].startswith(step)}
-
-
-def wait_until(condition: Callable[[], object], running: Submission, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert running.running, running.output
-        assert time.monotonic() < deadline, running.output
-        time.sleep(0.2)
 
 
 def test_workers_on_gpus_are_asked_of_a_cluster_that_has_none(
