@@ -131,7 +131,7 @@ class UNetConfig:
     """Add a learned embedding of the (source, target) pair too; the paper embeds the target alone."""
     skip_gates: bool = False
     """Learn per pair and channel how much of the network, the source and the target-like latent enters the prediction;
-    x0, bridge and regression only (the others ignore it). Not in the paper."""
+    for epsilon and v per time step, pair and channel how much of the noisy input enters it. Not in the paper."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from aldm.config import Config, DiffusionConfig
-from aldm.diffusion import NoiseSchedule
+from aldm.diffusion import PREDICTS_NOISE, NoiseSchedule
 from aldm.models.ms_spade import MSSpade
 from aldm.models.unet import UNet
-
-PREDICTS_NOISE = ("epsilon", "v")
 
 
 def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
@@ -27,8 +25,9 @@ def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
 
 def build_unet(config: Config, latent_channels: int) -> UNet:
     """Build the denoiser; see `denoise` for its inputs."""
-    gated = config.unet.skip_gates and config.diffusion.objective not in PREDICTS_NOISE
-    values = asdict(replace(config.unet, skip_gates=gated))
+    noise = config.diffusion.objective in PREDICTS_NOISE
+    values = asdict(replace(config.unet, skip_gates=config.unet.skip_gates and not noise))
+    values["noise_gain"] = config.unet.skip_gates and noise
     module = UNet(3 * latent_channels, latent_channels, len(config.modalities), **values)
     module.activation_checkpointing = config.activation_checkpointing
     return module
@@ -60,6 +59,7 @@ def denoise(
     and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
     near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns instead how much of
     itself, of z_target_like and of z_source to take: at first itself alone, where source = target the source alone.
+    For epsilon and v it learns how much of the noise in its input to pass through: at first none.
 
     Args:
         unet: aldm.models.unet.UNet with 3 C input and C output channels.

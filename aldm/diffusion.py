@@ -27,6 +27,7 @@ from aldm.config import DiffusionConfig
 from aldm.errors import UserError
 
 VARIANCE_PRESERVING = ("epsilon", "v", "x0")
+PREDICTS_NOISE = ("epsilon", "v")
 _SMALLEST_ALPHA = 2.0**-12
 """Stands for alpha = 0 where a sampler needs log(alpha / sigma) of a schedule with zero terminal SNR."""
 
@@ -80,6 +81,13 @@ class NoiseSchedule:
         """Return the noise level with this log(alpha / sigma), its time step interpolated."""
         t = np.interp(half_log_snr, self.half_log_snr[::-1], np.arange(self.num_train_timesteps)[::-1])
         return _level(float(t), half_log_snr)
+
+    def steps_uniform_in_log_snr(self, fractions: Tensor) -> Tensor:
+        """Return the whole time steps nearest to those fractions (B,) of the way from the last log(alpha / sigma)."""
+        table = self.half_log_snr[::-1]
+        wanted = table[0] + fractions.numpy() * (table[-1] - table[0])
+        steps = np.interp(wanted, table, np.arange(self.num_train_timesteps)[::-1])
+        return torch.from_numpy(steps.round()).long()
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma of whole time steps t (B,), shaped to multiply `like` (B, ...)."""
@@ -236,7 +244,9 @@ def training_loss_inputs(
     """Draw time steps and noise and return (z_t, t, target) of one training step.
 
     Time steps are uniform over the chain; a share `bridge_start_fraction` of the bridge's is put at its start, where a
-    one-step sampler evaluates the network. Regression is always at the start.
+    one-step sampler evaluates the network. Regression is always at the start. Where epsilon or v start from the
+    target-like latent (`residual_std`), steps are uniform in log(alpha / sigma): what is to be found is the small
+    residual, and uniform steps would nearly all lie where noise hides it.
 
     Args:
         config: objective and bridge.
@@ -254,6 +264,8 @@ def training_loss_inputs(
         t[torch.rand(batch, generator=generator) < config.bridge_start_fraction] = last
     elif config.objective == "regression":
         t[:] = last
+    elif config.objective in PREDICTS_NOISE and config.residual_std is not None:
+        t = schedule.steps_uniform_in_log_snr(torch.rand(batch, generator=generator, dtype=torch.float64))
     t = t.to(z_target.device)
     noise = draw_noise(z_target, generator)
     z_t = noised(config.objective, schedule, z_target, z_target_like, t, noise, config.bridge_noise)

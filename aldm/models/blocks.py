@@ -86,9 +86,9 @@ def conv3(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv3:
     return Conv3(in_channels, out_channels, stride)
 
 
-def zero_(conv: nn.Conv3d) -> None:
-    """Set a convolution to 0 in place, so that it starts without a say."""
-    for parameter in conv.parameters():
+def zero_(layer: nn.Conv3d | nn.Linear) -> None:
+    """Set a layer to 0 in place, so that it starts without a say."""
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 

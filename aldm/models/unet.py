@@ -46,6 +46,8 @@ class UNet(nn.Module):
         channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, skip_gates,
             norm_groups: see UNetConfig.
         with_time: False builds the plain regression U-Net, which gets no time.
+        noise_gain: add the first out_channels of the input times a learned gain per channel, time and target (and
+            pair). To predict noise is to pass most of it through voxel by voxel, which the blocks learn slowly.
 
     Attributes:
         activation_checkpointing: recompute activations in the backward pass.
@@ -66,6 +68,7 @@ class UNet(nn.Module):
         skip_gates: bool,
         norm_groups: int,
         with_time: bool = True,
+        noise_gain: bool = False,
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
@@ -91,6 +94,10 @@ class UNet(nn.Module):
         if skip_gates:  # M M 3 C: of the network, of the source, of the target-like latent beside the 1 of `denoise`
             same = torch.eye(num_modalities)[:, :, None, None].expand(-1, -1, 1, out_channels)
             self.gates = nn.Parameter(torch.cat((1 - same, same, -torch.ones_like(same)), dim=2))
+        self.noise_gain: nn.Linear | None = None
+        if noise_gain:
+            self.noise_gain = nn.Linear(embedding_channels, out_channels)
+            zero_(self.noise_gain)
         self.mix: nn.Sequential | None = None
         if lean:
             self.mix = nn.Sequential(
@@ -176,6 +183,8 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 h = self.upsample[level](h)
         h = run_checkpointed(self.activation_checkpointing, self.out, h)
+        if self.noise_gain is not None:
+            h = h + self.noise_gain(embedding)[:, :, None, None, None] * x[:, : h.shape[1]]
         if self.gates is not None:
             assert source is not None, "skip_gates needs the source's modality"
             pair = self.gates.flatten(0, 1).index_select(0, source * self.num_modalities + target)
