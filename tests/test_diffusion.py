@@ -115,6 +115,20 @@ def test_bridge_runs_from_target_to_start_with_its_noise_widest_in_the_middle():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_time_steps_are_uniform_in_log_snr_where_noise_is_predicted_from_the_target_like_latent(objective):
+    config = DiffusionConfig(objective=objective, residual_std=(1.0,), bridge_start_fraction=0.0)
+    schedule, many = make_schedule(config), torch.zeros(20_000, 1, 1, 1, 1)
+    _, t, _ = training_loss_inputs(config, schedule, many, many, torch.Generator().manual_seed(0))
+    if objective == "regression":
+        assert (t == 999).all()
+        return
+    of_t = schedule.half_log_snr[t.long().numpy()] if objective in ("epsilon", "v") else t.numpy()
+    first, last = (schedule.half_log_snr[[-1, 0]]) if objective in ("epsilon", "v") else (0, 999)
+    shares, _ = np.histogram(of_t, bins=10, range=(first, last))
+    np.testing.assert_allclose(shares / len(t), 0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_inputs_are_seeded_and_belong_together(objective):
     config = DiffusionConfig(objective=objective)
     schedule = make_schedule(config)

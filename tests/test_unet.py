@@ -1,6 +1,7 @@
 """The U-Net: shapes, conditioning, padding; at the paper's size on the meta device."""
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +166,17 @@ def test_the_gates_start_from_the_source_where_the_pair_is_the_same_and_from_the
     plain = UNet(6, 2, 3, **asdict(SMALL))
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "gates"})
     torch.testing.assert_close(prediction, torch.stack([z_source[0], plain(x, torch.ones(2), target, source)[1]]))
+
+
+def test_the_noise_gain_starts_without_a_say_and_passes_the_noisy_input_by_time_and_channel() -> None:
+    values: dict[str, Any] = asdict(SMALL)
+    model, plain = UNet(6, 2, 3, **values, noise_gain=True), UNet(6, 2, 3, **values)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "noise_gain" not in name})
+    x, t, target, source = torch.randn(2, 6, 5, 4, 12), torch.tensor([3.0, 700.0]), *torch.tensor([[1, 0], [0, 1]])
+    assert torch.equal(model(x, t, target, source), plain(x, t, target, source))
+    assert model.noise_gain is not None
+    torch.nn.init.normal_(model.noise_gain.weight)
+    gained = (model(x, t, target, source) - plain(x, t, target, source)) / x[:, :2]
+    gains = gained.mean(dim=(2, 3, 4))
+    torch.testing.assert_close(gained, gains[:, :, None, None, None].expand_as(gained), rtol=1e-3, atol=1e-3)
+    assert len(gains.unique()) == 4  # two channels at two times
