@@ -12,11 +12,11 @@ from pipelines.train import main as train_job
 
 TRAINING = {
     "batch_size": 2,
-    "max_steps": 3,
+    "max_steps": 2,
     "log_every": 1,
-    "validate_every": 3,
+    "validate_every": 2,
     "num_validation_samples": 2,
-    "checkpoint_every": 3,
+    "checkpoint_every": 2,
 }
 SHARDED = ("zero-1", "zero-2", "zero-3")
 OF_ITS_OWN = ("pix2pix", "pix2pix-3d", "resvit-cnn", "resvit", "dea-gan", "gea-gan", "cyclegan", "cyclegan-3d")
@@ -47,10 +47,6 @@ def trained(
     return run(1, ("plain", "ddp")) | run(2, ("ddp", *SHARDED))
 
 
-def _until(curves: dict[str, list[float]], steps: int) -> dict[str, list[float]]:
-    return {name: values[:steps] for name, values in curves.items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_worker_computes_what_one_process_computes(trained: Any, method: str) -> None:
@@ -73,11 +69,9 @@ def test_two_workers_compute_what_one_process_computes(trained: Any, method: str
 def test_every_zero_stage_computes_what_ddp_computes(trained: Any, method: str, engine: str) -> None:
     run, ddp = trained[2, method, engine], trained[2, method, "ddp"]
     got, wanted = losses(run), losses(ddp)
-    assert_same(_until(got, 2), _until(wanted, 2), 1e-4)
-    assert_same(got, wanted, 0.05)  # with ResViT's rate of 1e-3 rounding has grown by the third step
+    assert_same(got, wanted, 1e-4)
     assert run["weights"].keys() == ddp["weights"].keys()
     for name, weight in ddp["weights"].items():
         if not name.endswith("bias"):  # before an instance norm its gradient is rounding, which Adam takes for a sign
             difference = np.linalg.norm(run["weights"][name] - weight)
-            share = 0.05 if name.endswith("positions") else 1e-2  # they begin at 0: all of them is the last three steps
-            assert difference < share * np.linalg.norm(weight), name
+            assert difference < 1e-2 * np.linalg.norm(weight), name
