@@ -15,7 +15,10 @@ from aldm.errors import UserError
 JOBS: dict[str, tuple[str, str]] = {
     "phantom": ("pipelines.phantom", "write simulated subjects as a BraTS or IXI tree"),
     "prepare": ("pipelines.prepare", "turn a BraTS, IXI, BIDS or table data set into a store of volumes"),
-    "train": ("pipelines.train", "train vqgan, ms-spade, diffusion or the regression unet"),
+    "train": (
+        "pipelines.train",
+        "train vqgan, ms-spade, diffusion, the regression unet or a comparison method",
+    ),
     "encode": ("pipelines.encode", "encode a store into a store of latents"),
     "export": ("pipelines.export", "put trained stages together into a translator folder"),
     "translate": ("pipelines.translate", "translate NIfTI or DICOM volumes to another modality"),

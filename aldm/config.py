@@ -236,6 +236,8 @@ class Config:
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, ("fp32", "bf16"))
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}, wanted 0 or more")
         if self.modalities != sort_modalities(self.modalities):
             raise UserError(f"modalities are {self.modalities}, wanted distinct and in the vocabulary's order")
         if self.pair is not None:

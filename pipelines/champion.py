@@ -172,7 +172,10 @@ def swap_back(name: str, alias: str, server: str) -> tuple[Registered, Registere
     now, former = find_alias(name, alias, server), find_alias(name, FORMER, server)
     if now is None or former is None:
         missing = alias if now is None else FORMER
-        raise UserError(f"{name} has no version with the alias {missing}: there is nothing to go back to")
+        raise UserError(
+            f"in the registry at {server} {name} has no version with the alias {missing}, so there is nothing to go "
+            "back to there; another registry is named by MLFLOW_TRACKING_URI"
+        )
     set_champion(former, alias, now, server)
     return former, now
 

@@ -14,6 +14,7 @@ run with the same run_name). What is kept says `pipelines/kubeflow_steps.py`; ho
 import argparse
 import contextlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
 from pipelines.kubeflow_run import END_WAIT_S
-from pipelines.kubeflow_steps import STEP_NAMES, Parameters, check, commands, read_step
+from pipelines.kubeflow_steps import STEP_NAMES, Parameters, check, check_parameters, commands, read_step
 
 DESCRIPTION = """The pipeline simulate or prepare, train vqgan, encode, train ms-spade, train diffusion, export,
 evaluate, and, where the new model's PSNR is higher than the champion's, register and roll the service to it: compiled
@@ -97,7 +98,10 @@ def compile_to(file: Path, p: Parameters, image: str | None) -> None:
 
 
 def _compile(args: argparse.Namespace, p: Parameters) -> int:
-    commands(replace(p, preset=p.preset if not Path(p.preset).suffix else "small"))  # wrong settings are said so
+    elsewhere = Path(p.preset).suffix and not Path(p.preset).is_file()  # on the shared storage, not here
+    check_parameters(replace(p, preset="small") if elsewhere else p, with_batches=not elsewhere)
+    if args.image is not None and not re.fullmatch(r"[\w.:/@-]+", args.image, flags=re.ASCII):
+        raise UserError(f"--image is {args.image!r}, wanted the name of an image")
     compile_to(args.compile, p, args.image)
     print(f"{args.compile}: upload it to Kubeflow Pipelines, or give it to kfp run create")
     return 0

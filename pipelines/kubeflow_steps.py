@@ -13,14 +13,20 @@ an engine cannot go on from what another one has written.
 """
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aldm.config import Config, override
+from aldm.config import Config, override, training_name, training_of
+from aldm.config_training import choice
+from aldm.data.layouts import LAYOUTS
+from aldm.data.store import SPLITS
 from aldm.errors import UserError
 from aldm.presets import load_preset
 from pipelines.champion import is_current
+from pipelines.registry import check_names
 from pipelines.tracking_server import STORE_FILE, default_server
 
 SETTINGS, STEPS = "pipeline.json", "steps"
@@ -184,13 +190,30 @@ def check(p: Parameters) -> None:
     _check_engines(p)
 
 
-def check_parameters(p: Parameters) -> None:
+def check_parameters(p: Parameters, *, with_batches: bool = True) -> None:
     """Refuse parameters that cannot work whatever is in the run's folder, which is not looked at.
+
+    Args:
+        p: of the run.
+        with_batches: whether the preset is the run's own, so that its batches say what workers can share.
 
     Raises:
         UserError: one of them.
     """
     commands(p)  # a wrong preset or setting is said so
+    check_names(p.model_name, p.alias)
+    choice("layout", p.layout, LAYOUTS)
+    choice("split", p.split, SPLITS)
+    if p.seed < 0 or not math.isfinite(p.min_gain_db):
+        raise UserError(f"seed is {p.seed} and min_gain_db {p.min_gain_db}: wanted 0 or more, and a finite number")
+    for name, kinds in (("ray_address", ("http",)), ("tracking_uri", ("http", "sqlite", "postgresql", "mysql"))):
+        text = getattr(p, name)
+        if text and not ("://" in text and text.startswith(kinds)):
+            raise UserError(f"{name} is {text!r}, wanted an address such as http://host:port")
+    for name in ("service", "namespace"):
+        text = getattr(p, name)
+        if text and not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", text):
+            raise UserError(f"{name} is {text!r}, wanted a name of Kubernetes: small letters, digits and -")
     if not Path(p.shared).is_absolute():
         raise UserError(f"shared is {p.shared!r}, wanted an absolute path: every step has a working folder of its own")
     if not p.run_name or Path(p.run_name).name != p.run_name or p.run_name.startswith("."):
@@ -207,6 +230,27 @@ def check_parameters(p: Parameters) -> None:
         raise UserError("use_gpu gives GPUs to workers, and num_workers is 0: give both, or device cuda alone")
     if p.use_gpu and p.device == "cpu":
         raise UserError("use_gpu and device cpu contradict each other: give one of them")
+    if with_batches and p.num_workers:
+        _check_batches(p)
+
+
+def _check_batches(p: Parameters) -> None:
+    """Refuse workers that cannot share the batch of a training.
+
+    Raises:
+        UserError: so.
+    """
+    for step in STEP_NAMES:
+        if step.startswith("train-") and commands(p)[step] is not None:
+            stage = step.removeprefix("train-")
+            size = training_of(p.config, stage).batch_size
+            shared = -(-size // p.num_workers) * p.num_workers
+            if size != shared:
+                raise UserError(
+                    f"num_workers is {p.num_workers}, which cannot share the batches of {size} of {step}: give "
+                    f"{training_name(stage)}.batch_size={shared} in settings (--set), "
+                    "or another number of workers"
+                )
 
 
 def has_begun(p: Parameters) -> bool:

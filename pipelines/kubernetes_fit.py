@@ -148,7 +148,7 @@ def check_fits(fits: Sequence[Fit], setup: Setup, overlay: str) -> None:
     larger = smallest_gpu(max(fit.needed_gib for fit in bad))
     where = f"a GPU {setup.gpu}" if setup.gpu is not None else f"a worker of overlay {overlay}"
     where = "any GPU that is known" if open_gpu else where
-    training = any(fit.what.startswith("train ") for fit in bad)  # what is not trained keeps no activations
+    training = all(fit.what.startswith("train ") for fit in bad)  # what is not trained keeps no activations
     ways = ["say --set activation_checkpointing=true"] if training else []
     ways += [f"say --gpu {larger}"] if setup.gpu is not None and larger is not None else []
     ways += ["say --overlay gpu"] if setup.gpu is None and not open_gpu else []

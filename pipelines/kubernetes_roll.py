@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.apply and args.out is not None:
         raise UserError("--apply changes the RayService and --out writes a file: give one of them")
+    if args.manifest is not None and args.out is None:
+        raise UserError("--manifest is the file whose changed copy goes to --out: give --out too, or leave it out")
     if args.timeout_minutes <= 0:
         raise UserError(f"--timeout-minutes is {args.timeout_minutes:g}, wanted a number above 0")
     server = tracking_uri(args.out or Path.cwd() / "model")

@@ -57,6 +57,7 @@ class RayService:
         """
         try:
             from kubernetes import client, config
+            from yaml import YAMLError
         except ImportError as error:
             raise UserError("the package kubernetes is not installed: pip install 'aldm[kubeflow]'") from error
         settings = client.Configuration()
@@ -67,7 +68,7 @@ class RayService:
         except config.ConfigException:
             try:
                 config.load_kube_config(context=context, client_configuration=settings)
-            except (config.ConfigException, OSError) as error:
+            except (config.ConfigException, YAMLError, OSError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"no cluster: this is no pod, and the kubeconfig cannot be used ({error})") from error
         settings.retries = 1
         talk = client.ApiClient(settings)

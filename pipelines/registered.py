@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aldm.errors import UserError
-from pipelines.tracking_server import answering, connect, default_server, impatient
+from pipelines.tracking_server import answering, connect, default_server, impatient, is_missing
 
 REGISTRY = "models:/"
 HASH_TAG = "hash"
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for a model or version, and for an alias, that it has not got."""
 _ADDRESS = re.compile(r"models:/([\w-]+)(?:@([\w-]+)|/(\d+))", flags=re.ASCII)
 
 
@@ -61,11 +63,13 @@ def resolve(address: str, server: str) -> Registered:
     if match is None:
         raise UserError(f"{address!r} is no registered model: wanted models:/NAME/VERSION or models:/NAME@ALIAS")
     name, alias, version = match.groups()
-    with answering(server), impatient():
-        client = connect(server)
-        if alias is not None:
-            version = client.get_model_version_by_alias(name, alias).version
-        tags = client.get_model_version(name, str(version)).tags
+    found = _read_version(name, alias, version, server)
+    if found is None:
+        raise UserError(
+            f"the registry at {server} has no {address}: register it there (aldm export --register {name}), or set "
+            "MLFLOW_TRACKING_URI to the registry that has it"
+        )
+    version, tags = found
     if HASH_TAG not in tags:
         raise UserError(
             f"{address}: version {version} has no tag {HASH_TAG!r}, so its weights cannot be checked: register it with "
@@ -74,21 +78,32 @@ def resolve(address: str, server: str) -> Registered:
     return Registered(name, int(version), tags[HASH_TAG])
 
 
+def _read_version(name: str, alias: str | None, version: str | None, server: str) -> tuple[str, dict[str, str]] | None:
+    """Return number and tags of a version, given that or an alias; None where there is none."""
+    with answering(server), impatient():
+        from mlflow import MlflowException
+
+        if is_missing(server):
+            return None
+        client = connect(server)
+        try:
+            if alias is not None:
+                version = str(client.get_model_version_by_alias(name, alias).version)
+            return str(version), client.get_model_version(name, str(version)).tags
+        except MlflowException as error:
+            if error.error_code not in _ABSENT:
+                raise
+            return None
+
+
 def find_alias(name: str, alias: str, server: str) -> Registered | None:
     """Return the version that an alias points to; None where there is no such model or alias yet.
 
     Raises:
         UserError: the server does not answer, or the version has no hash.
     """
-    from mlflow import MlflowException
-
-    with answering(server), impatient():
-        try:
-            connect(server).get_model_version_by_alias(name, alias)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            return None
+    if _read_version(name, alias, None, server) is None:
+        return None
     return resolve(f"{REGISTRY}{name}@{alias}", server)
 
 

@@ -57,7 +57,10 @@ def _split(text: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
         services = [document for document in documents if document.get("kind") == KIND]
-        (config,) = [yaml.safe_load(each["spec"][FIELD]) for each in services] or documents
+        configs = [yaml.safe_load(each["spec"][FIELD]) for each in services] or documents
+        if len(configs) != 1:
+            raise ValueError(f"{len(services)} {KIND}s among {len(documents)} documents")
+        config = configs[0]
         if not isinstance(config["applications"], list):
             raise TypeError("applications is no list")
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -35,10 +35,15 @@ def check_server(uri: str) -> None:
         UserError: it does not, or it cannot.
     """
     with impatient(), answering(uri):
-        if uri.startswith(_SQLITE) and not _file_of(uri).exists():
+        if is_missing(uri):
             _check_file(uri)
         else:
             connect(uri).get_experiment_by_name(EXPERIMENT)
+
+
+def is_missing(uri: str) -> bool:
+    """Whether this is a SQLite file that nobody has made yet: whoever only reads finds nothing, and makes none."""
+    return uri.startswith(_SQLITE) and not _file_of(uri).exists()
 
 
 def connect(uri: str) -> "MlflowClient":

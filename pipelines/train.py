@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(args)
     if args.resume_or_start:
         args.resume = _begun(args)
-    _check_folder(args)
+    _check_folder(stage, args)
     built, inputs = build_stage(stage, config, args)
     built.samples("train")  # data that it cannot learn from are refused before anything is written
     config = built.config
@@ -340,10 +340,10 @@ def _begun(args: argparse.Namespace) -> bool:
     return Path(args.run_dir, CONFIG_FILE).is_file()
 
 
-def _check_folder(args: argparse.Namespace) -> None:
+def _check_folder(stage: str, args: argparse.Namespace) -> None:
     from aldm.run_folder import check_run_folder
 
-    check_run_folder(args.run_dir, args.resume, args.overwrite)
+    check_run_folder(args.run_dir, args.resume, args.overwrite, stage)
 
 
 def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, place: str) -> str:

@@ -174,7 +174,7 @@ def _parser() -> JobParser:
         help="the NIfTI file to write (with --format dicom a folder); a folder for several inputs or --target all, "
         f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
     )
-    parser.add_argument("surplus", nargs="*", help=argparse.SUPPRESS)  # what an unquoted glob leaves over
+    parser.add_argument("surplus", nargs="*", default=[], help=argparse.SUPPRESS)  # what an unquoted glob leaves over
     add_translator_arguments(parser, needs_model=False)
     parser.add_argument(
         "--server",

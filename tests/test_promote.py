@@ -123,7 +123,7 @@ def test_what_cannot_be_promoted_is_refused(server: str, tmp_path: Path, capsys)
     cases = [
         (["--model", model, "--scores", tmp_path / "none"], "is no evaluation: make one with aldm evaluate --out"),
         (["--model", model], "give --model and --scores, or --rollback"),
-        (["--rollback"], "no version with the alias champion: there is nothing to go back to"),
+        (["--rollback"], "no version with the alias champion, so there is nothing to go back to there"),
         (["--rollback", "--model", model], "--rollback goes without --model and --scores"),
         (["--alias", "previous", "--rollback"], "--alias previous is what the champion before gets"),
     ]

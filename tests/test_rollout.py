@@ -65,7 +65,7 @@ def test_an_alias_is_resolved_to_a_version_and_what_is_none_is_refused(server: s
     for address in ("translator", "models:/translator", "models:/translator/latest", "models:/m-0123", "models:/a@b@c"):
         with pytest.raises(UserError, match="wanted models:/NAME/VERSION"):
             resolve(address, server)
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="has no models:/translator/99: register it there"):
         resolve("models:/translator/99", server)
     assert is_version("models:/translator/7")
     assert not any(map(is_version, ("models:/translator@champion", "models:/translator", "runs/model", "")))
@@ -315,5 +315,14 @@ def test_what_cannot_be_reached_or_done_is_said_in_one_line(applied, tmp_path: P
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(UserError, match="the kubeconfig cannot be used"):
         roll("--model", "models:/translator/1", "--apply")
+    for damaged in ("a: [", "some words", "- a list"):
+        (tmp_path / "none").write_text(damaged)
+        with pytest.raises(UserError, match="the kubeconfig cannot be used"):
+            roll("--model", "models:/translator/1", "--apply")
+    with pytest.raises(UserError, match="give --out too"):
+        roll("--model", "models:/translator/1", "--manifest", tmp_path / "x.yaml")
+    for absent in ("models:/translator/9", "models:/nobody/1", "models:/translator@prod", "models:/nobody@champion"):
+        with pytest.raises(UserError, match=f"has no {absent}: register it there"):
+            roll("--model", absent)
     with pytest.raises(UserError, match="give one of them"):
         roll("--model", "models:/translator/1", "--apply", "--out", tmp_path / "x.yaml")
