@@ -327,7 +327,10 @@ def load_preset(name_or_file: str) -> Config:
         raise UserError(f"{path} holds {type(values).__name__}, wanted a mapping of configuration keys")
     base = values.get("preset", "custom")
     start = to_dict(PRESETS[base]() if isinstance(base, str) and base in PRESETS else Config())
-    return from_dict(Config, _merged(start, values))
+    try:
+        return from_dict(Config, _merged(start, values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _merged(base: dict, changes: dict) -> dict:

@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_seed(args.seed)
     if args.max_voxels < 1:
         raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
+    if args.source == AUTO and args.server is None:
+        raise UserError(f"--source {AUTO} is for --server, which knows a volume by its name: give the modality")
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
-    guessed = args.server is not None and args.source == AUTO
+    guessed = args.source == AUTO
     targets: tuple[str, ...] = (args.target,)
     if args.target == ALL:
         targets = tuple(name for name in maker.modalities if guessed or maker.translates(args.source, name))

@@ -114,7 +114,7 @@ def test_a_file_without_a_preset_starts_from_the_defaults(tmp_path: Path) -> Non
 )
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"a\.yaml.*{message}"):
         load_preset(str(tmp_path / "a.yaml"))
 
 

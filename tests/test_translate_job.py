@@ -383,6 +383,7 @@ def refused(code: int, capsys: pytest.CaptureFixture[str], words: str, folder: P
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "unknown modality": ({"source": "t3"}, (), "modality 't3' is not one that this model knows"),
     "modality of another model": ({"target": "flair"}, (), "'flair' is not one that this model knows: t1, t2, pd"),
+    "source by its name, without a service": ({"source": "auto"}, (), "--source auto is for --server"),
     "missing input": ({"input": "absent.nii"}, (), r"absent\.nii does not exist"),
     "nothing matches": ({"input": "absent*.nii"}, (), r"nothing matches absent\*\.nii"),
     "empty folder": ({"input": "empty"}, (), "empty holds no NIfTI file"),
