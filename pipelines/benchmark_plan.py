@@ -99,7 +99,8 @@ def check_methods(names: Sequence[str]) -> None:
     """
     unknown = [name for name in names if name not in BENCHMARKED]
     if unknown:
-        raise UserError(f"--methods (with spaces between): unknown {', '.join(unknown)}; known are {', '.join(BENCHMARKED)}")
+        known = ", ".join(BENCHMARKED)
+        raise UserError(f"--methods (with spaces between): unknown {', '.join(unknown)}; known are {known}")
     if len(set(names)) < len(names):
         raise UserError("--methods names a method twice")
 
