@@ -32,10 +32,11 @@ def head() -> Iterator[RayHead]:
 
 @pytest.fixture
 def prepares(head: RayHead, brats_tree: Path, tmp_path: Path) -> Parameters:
-    """A run whose first step needs one worker."""
+    """A run whose first step needs one worker, and whose trainings may have three."""
     return Parameters(
         data=str(brats_tree),
         preset="tiny",
+        settings=[f"train_{stage}.batch_size=3" for stage in ("vqgan", "ms_spade", "diffusion")],
         shared=str(tmp_path),
         num_workers=1,
         ray_address=head.address,
