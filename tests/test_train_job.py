@@ -146,6 +146,16 @@ def test_bf16_trains(latents: Path, stage_2: Path, tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_dry_run_refuses_the_folder_of_another_stage_as_the_run_does(
+    latents: Path, stage_2: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    words = ("train", "diffusion", "--latents", latents, "--ms-spade", stage_2, "--run-dir", stage_2, *TINY, flag)
+    for more in ((), ("--dry-run",)):
+        assert run(*words, *more) == 2
+        assert "is a run of aldm train ms-spade, not of diffusion" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     brats_store: VolumeStore, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
