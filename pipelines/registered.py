@@ -69,7 +69,11 @@ def resolve(address: str, server: str) -> Registered:
             f"the registry at {server} has no {address}: register it there (aldm export --register {name}), or set "
             "MLFLOW_TRACKING_URI to the registry that has it"
         )
-    version, tags = found
+    return _registered(address, name, *found)
+
+
+def _registered(address: str, name: str, version: str, tags: dict[str, str]) -> Registered:
+    """Return a version that was read, which has to have a hash."""
     if HASH_TAG not in tags:
         raise UserError(
             f"{address}: version {version} has no tag {HASH_TAG!r}, so its weights cannot be checked: register it with "
@@ -102,9 +106,8 @@ def find_alias(name: str, alias: str, server: str) -> Registered | None:
     Raises:
         UserError: the server does not answer, or the version has no hash.
     """
-    if _read_version(name, alias, None, server) is None:
-        return None
-    return resolve(f"{REGISTRY}{name}@{alias}", server)
+    found = _read_version(name, alias, None, server)
+    return None if found is None else _registered(f"{REGISTRY}{name}@{alias}", name, *found)
 
 
 def fetch(model: Registered, folder: Path, server: str) -> Path:
