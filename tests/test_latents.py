@@ -233,3 +233,11 @@ def test_a_dry_run_of_the_job_says_how_much_memory_it_takes(
     assert main([*arguments, "--preset", "tiny", "--device", "cpu", *flags]) == 0
     assert re.search(words, capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_latents_are_of_different_modalities_and_not_flipped(latents: LatentStore) -> None:
+    pairs = LatentPairs(latents, "validation", latents.modalities, same_modality_fraction=1.0)
+    for seed in range(20):
+        sample = pairs.sample(0, torch.Generator().manual_seed(seed))
+        assert sample["source"] != sample["target"]
+        assert sample["flip"] == 0
