@@ -18,8 +18,9 @@ from torch import Tensor
 from aldm import __version__
 from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
+from aldm.data.intensity import unscale
 from aldm.data.modalities import modality_index
-from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore, unscale
+from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore
 from aldm.data.volume import Volume
 from aldm.errors import UserError
 from aldm.memory import gigabytes
