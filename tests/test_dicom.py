@@ -409,7 +409,7 @@ def test_only_a_series_of_ours_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not an earlier result"):
         write_series(tmp_path / "in", volume.data, source, description="t2 from t1", overwrite=True)
     write_series(tmp_path / "out", volume.data, source, description="t2 from t1")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         write_series(tmp_path / "out", volume.data, source, description="t2 from t1")
     write_series(tmp_path / "out", volume.data, source, description="pd from t1", overwrite=True)
     assert pydicom.dcmread(tmp_path / "out" / "SYNTHETIC_0001.dcm").SeriesDescription == "SYNTHETIC pd from t1"

@@ -176,7 +176,7 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(brats_store: VolumeStore
 
 def test_another_store_needs_overwrite(latents: LatentStore, brats_store: VolumeStore) -> None:
     before = (latents.path / LATENTS_FILE).read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         encode_store(brats_store, build_codec(HAAR), HAAR, latents.path)
     assert (latents.path / LATENTS_FILE).read_bytes() == before
 
