@@ -122,7 +122,7 @@ def test_it_learns_a_different_map_for_each_target() -> None:
 
 
 def test_gates_are_those_of_source_and_target_in_this_order() -> None:
-    """The gates of a trained checkpoint: M M 2 C, of [source, target], first the share of the source, then the net's."""
+    """A trained checkpoint has them as M M 2 C: of [source, target], the source's share before the network's."""
     model = network(source_skip=True)
     assert model.gates is not None
     share = torch.arange(M)[:, None] * 10.0 + torch.arange(M)

@@ -109,7 +109,7 @@ def test_a_new_token_is_kept_as_a_hash_in_a_file_of_its_owner(tmp_path: Path) ->
     tokens = read_tokens(path)
     assert [owner_of(f"Bearer {one}", tokens) for one in (token, second)] == ["ward-7_b", "x" * 64]
     for name in ("", "local", "two words", "x" * 65, "é", "ward-7_b"):
-        with pytest.raises(UserError, match="wanted letters|has a token named"):
+        with pytest.raises(UserError, match=r"wanted letters|has a token named"):
             new_token(path, name)
     assert read_tokens(path) == tokens
     with pytest.raises(UserError, match="cannot be written"):
@@ -146,8 +146,17 @@ def test_this_machine_is_known_by_name_and_address(host: str, own: bool) -> None
 
 @pytest.mark.parametrize(
     ("path", "is_open"),
-    [("/", True), ("/docs", True), ("/openapi.json", True), ("/web/app.js", True), ("/v1/health/live", True)]
-    + [("/v1/models", False), ("/v1/translations", False), ("/web/../v1/models", False), ("/v1/health/other", False)],
+    [
+        ("/", True),
+        ("/docs", True),
+        ("/openapi.json", True),
+        ("/web/app.js", True),
+        ("/v1/health/live", True),
+        ("/v1/models", False),
+        ("/v1/translations", False),
+        ("/web/../v1/models", False),
+        ("/v1/health/other", False),
+    ],
 )
 def test_what_is_open_to_everybody_tells_nothing(path: str, is_open: bool) -> None:
     assert bool(OPEN_PATHS.fullmatch(path)) is is_open
