@@ -220,7 +220,7 @@ def test_the_fingerprint_depends_on_what_it_should(source, tmp_path):
     elsewhere = shutil.copytree(source, tmp_path / "copy")
     base = prepare(source, tmp_path / "a").fingerprint
     assert prepare(elsewhere, tmp_path / "b").fingerprint == base
-    assert prepare(source, tmp_path / "c", config=replace(CONFIG, upper_percentile=99.0)).fingerprint != base
+    assert prepare(source, tmp_path / "c", config=replace(CONFIG, intensity="paper")).fingerprint != base
     (tmp_path / "splits.csv").write_text("subject_id,split\nS00,test\nS01,test\nS02,test\n")
     assert prepare(source, tmp_path / "d", splits=tmp_path / "splits.csv").fingerprint != base
     write_volume(elsewhere / "S00" / "S00_t1.nii.gz", seed=99)
