@@ -15,6 +15,7 @@ from aldm.pairs import check_pair
 from aldm.translate import choose_sampling
 from serve import files
 from serve.models import Model
+from serve.news import News
 from serve.problems import Problem
 from serve.records import DONE, FINISHED, Job, new_id
 from serve.schemas import JobView, job_view
@@ -31,6 +32,7 @@ class Service:
 
     def __init__(self, settings: Settings, model: Model, store: StoreHandle) -> None:
         self.settings, self.model, self.store = settings, model, store
+        self.news = News(store)
         self.folder = settings.folder / JOBS
         self._checking = asyncio.Semaphore(1)  # volumes are held in memory one at a time
 
