@@ -302,7 +302,7 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
                 Problem(
                     item.path,
                     f"a second {item.role} of subject {item.subject_id}, beside {other.path}: "
-                    "remove one, or say which with --layout table",
+                    "remove one, or say which with `layout` table",
                 )
             )
         elif next(iter(roles.values())).split != item.split:

@@ -153,7 +153,7 @@ def _check_place(request: Request) -> None:
     if changes:
         raise UserError(
             f"{store} is a store of another configuration ({'; '.join(changes)}): "
-            "give another folder, or --overwrite to replace it"
+            "give another folder, or `overwrite` to replace it"
         )
     if not os.access(store, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into {store}: the folder is read-only for this user")
@@ -181,7 +181,7 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
         shown = "; ".join(changes[:5]) + ("; ..." if len(changes) > 5 else "")
         raise UserError(
             f"{store} holds {len(changes)} subjects that are no longer the same ({shown}): "
-            "give another folder, or --overwrite to replace the store"
+            "give another folder, or `overwrite` to replace the store"
         )
 
 
