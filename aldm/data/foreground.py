@@ -20,29 +20,43 @@ MIN_ZERO_FRACTION = 0.2
 def brain_mask(
     volumes: Sequence[Volume], given_mask: Volume | None, affine: np.ndarray, shape: Sequence[int]
 ) -> tuple[np.ndarray, str]:
-    """Return the region that scores are taken over, on the grid (affine, shape), and its name.
-
-    The given mask where there is one (region brain). Else, where every volume is skull-stripped (at least 20 % of its
-    voxels are exactly zero and the others fill at most 2,500 ml), the voxels that are not zero in any of them (brain).
-    Else, of each volume, what lies above Otsu's threshold, its largest component and what that encloses, united over
-    the volumes: what is dark in one modality is bright in another (foreground).
+    """Return the region that scores are taken over, on the grid (affine, shape), and its name: `own_masks` united.
 
     Raises:
         UserError: the mask is empty on the grid.
     """
+    masks, region = own_masks(volumes, given_mask)
+    return mask_on_grid(masks, region, affine, shape), region
+
+
+def own_masks(volumes: Sequence[Volume], given_mask: Volume | None) -> tuple[list[Volume], str]:
+    """Return masks, 0 or 1, each on the grid of the volume that it was found in, and what they are masks of.
+
+    The given mask where there is one (region brain). Else, where every volume is skull-stripped (at least 20 % of its
+    voxels are exactly zero and the others fill at most 2,500 ml), the voxels that are not zero in any of them (brain).
+    Else, of each volume, what lies above Otsu's threshold, its largest component and what that encloses: what is dark
+    in one modality is bright in another (foreground).
+    """
     if given_mask is not None:
-        inside, region = [given_mask], "brain"
-    elif all(_is_skull_stripped(volume) for volume in volumes):
-        inside, region = list(volumes), "brain"
-    else:
-        inside, region = list(volumes), "foreground"
-    mask = np.zeros(tuple(shape), bool)
-    for volume in inside:
-        chosen = _otsu_foreground(volume.data) if region == "foreground" else volume.data != 0
-        mask |= resample(Volume(chosen.astype(np.float32), volume.affine), affine, shape).data >= 0.5
-    if not mask.any():
+        return [Volume((given_mask.data != 0).astype(np.float32), given_mask.affine)], "brain"
+    stripped = all(_is_skull_stripped(volume) for volume in volumes)
+    masks = [volume.data != 0 if stripped else _otsu_foreground(volume.data) for volume in volumes]
+    found = [Volume(mask.astype(np.float32), volume.affine) for mask, volume in zip(masks, volumes, strict=True)]
+    return found, "brain" if stripped else "foreground"
+
+
+def mask_on_grid(masks: Sequence[Volume], region: str, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return where at least half of a voxel of the grid (affine, shape) lies in any of the masks.
+
+    Raises:
+        UserError: nowhere.
+    """
+    united = np.zeros(tuple(shape), bool)
+    for mask in masks:
+        united |= resample(mask, affine, shape).data >= 0.5
+    if not united.any():
         raise UserError(f"the {region} mask is empty on the model's grid: it lies outside the volume, or is too small")
-    return mask, region
+    return united
 
 
 def _is_skull_stripped(volume: Volume) -> bool:
