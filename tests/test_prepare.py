@@ -74,8 +74,10 @@ def test_the_store_holds_the_rescaled_voxels_of_an_aligned_tree(brats_tree, brat
         for name in record.modalities:
             image = nibabel.load(brats_tree / record.sources[name]["path"])
             data = nibabel.as_closest_canonical(image).get_fdata()
-            low, high = np.percentile(data, (0.5, 99.5))
-            np.testing.assert_allclose(record.percentiles[name], (low, high))
+            low, top = np.percentile(data[data != 0], (0.1, 99.9))
+            high = low + 1.25 * (top - low)
+            np.testing.assert_allclose(record.percentiles[name], (low, high), rtol=1e-6)
+            assert record.backgrounds[name] == 0
             expected = np.clip((data - low) / (high - low) * 2 - 1, -1, 1)
             np.testing.assert_allclose(brats_store.whole(record.subject_id, name), expected, atol=1e-3)
             np.testing.assert_array_equal(record.sources[name]["affine"], image.affine)

@@ -17,7 +17,7 @@ from aldm.errors import UserError
 
 SHRUNK_MM = 8.0
 """N4 looks at every nth voxel, about so far apart: the shading is far smoother."""
-_LEVELS, _ITERATIONS = 3, 30
+_LEVELS, _ITERATIONS = 3, 50
 _LATTICE = 13  # samples along a side; the finest of three levels has 4 spans, so 3 samples a span
 
 
