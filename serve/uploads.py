@@ -99,16 +99,14 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
 
 def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> tuple[str, int]:
     from aldm.data.dicom import read_series
-    from aldm.data.dicom_header import series_description
 
     series = folder / "series"
     series.mkdir()
     try:
         _unpack(stream, series, settings)
         volume, source = read_series(series, max_voxels=settings.max_voxels, patient=False)
-        words = series_description(series)
         keep_series(folder, volume, source)
-        return words, volume.data.size
+        return source.description, volume.data.size
     finally:
         shutil.rmtree(series, ignore_errors=True)
 
