@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),
     "demo": ("pipelines.demo", "everything once on simulated data, with a report"),
 }
+_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+_SETTING = re.compile(r"`([a-z][a-z0-9_.]*=[^`\n]*)`")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = _module_of(job)
         return int(importlib.import_module(module).main(rest) or 0)
     except UserError as error:
-        print(f"aldm {job}: {error}" if job in JOBS else f"aldm: {error}", file=sys.stderr)
+        print(f"aldm {job}: {with_flags(str(error))}" if job in JOBS else f"aldm: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         return _stopped(job, stop)
@@ -75,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stopped(job, signals.raised)
     finally:
         signals.put_back()
+
+
+def with_flags(message: str) -> str:
+    """Return a message of the library with the parameters that it names as flags: `max_voxels` is --max-voxels.
+
+    A value of the configuration goes with --set: `codec.kind=haar` is --set codec.kind=haar.
+    """
+    message = _PARAMETER.sub(lambda match: "--" + match[1].replace("_", "-"), message)
+    return _SETTING.sub(r"--set \1", message)
 
 
 def usage() -> str:

@@ -356,17 +356,17 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
-            raise UserError(f"--set {assignment!r} is not of the form key.path=value")
+            raise UserError(f"assignment {assignment!r} is not of the form key.path=value")
         *parents, last = path.strip().split(".")
         node = values
         for parent in parents:
             node = node.get(parent, {}) if isinstance(node, dict) else {}
             if not isinstance(node, dict) or not node:
-                raise UserError(f"--set {assignment}: unknown key {path!r}; top-level keys are {', '.join(values)}")
+                raise UserError(f"`{assignment}`: unknown key {path!r}; top-level keys are {', '.join(values)}")
         if last not in node:
-            raise UserError(f"--set {assignment}: unknown key {path!r}; known there are {', '.join(node)}")
+            raise UserError(f"`{assignment}`: unknown key {path!r}; known there are {', '.join(node)}")
         try:
             node[last] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-            raise UserError(f"--set {assignment}: {text!r} is not YAML ({error})") from error
+            raise UserError(f"`{assignment}`: {text!r} is not YAML ({error})") from error
     return from_dict(Config, values)

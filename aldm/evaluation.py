@@ -138,7 +138,7 @@ def check_candidates(store: VolumeStore, candidates: Sequence[Candidate]) -> tup
         raise UserError(f"the store {store.path} ({', '.join(store.modalities)}) and the models share no modality")
     names = [candidate.method for candidate in candidates]
     if len(set(names)) < len(names):
-        raise UserError(f"two models go by one name ({', '.join(names)}): name one, --baseline NAME=DIR")
+        raise UserError(f"two models go by one name ({', '.join(names)}): name one, `baseline` NAME=DIR")
     return shared
 
 

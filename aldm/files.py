@@ -90,12 +90,12 @@ def check_folder(path: str | os.PathLike[str], overwrite: bool = False, *, marke
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{target} exists and is not empty: give another name, or --overwrite to replace it")
+        raise UserError(f"{target} exists and is not empty: give another name, or `overwrite` to replace it")
     resolved = target.resolve()
     if any(resolved in (place, *place.parents) for place in (Path.cwd(), Path.home().resolve())):
-        raise UserError(f"{target} holds the working folder or the home folder: --overwrite would delete them")
+        raise UserError(f"{target} holds the working folder or the home folder: `overwrite` would delete them")
     if marker is not None and not (target / marker).is_file():
-        raise UserError(f"{target} holds no {marker}, so it is not an earlier result: --overwrite will not delete it")
+        raise UserError(f"{target} holds no {marker}, so it is not an earlier result: `overwrite` will not delete it")
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
@@ -124,7 +124,7 @@ def _check_file(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise UserError(f"{target} is a folder, wanted the name of a file to write")
     if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: give another name, or --overwrite to replace it")
+        raise UserError(f"{target} exists: give another name, or `overwrite` to replace it")
 
 
 def _check_parent(target: Path) -> None:

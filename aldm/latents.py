@@ -35,7 +35,7 @@ from aldm.records import check_record, has_file, read_record
 
 FORMAT_VERSION = 1
 LATENTS_FILE = "latents.json"
-_WAY_OUT = "encode again with --overwrite"
+_WAY_OUT = "encode again with `overwrite`"
 _HEADER = {
     "codec_hash": str,
     "codec.kind": str,

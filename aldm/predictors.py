@@ -283,8 +283,8 @@ def check_limit(predictor: Predictor, limit: MemoryLimit) -> None:
     held, needed = resident_bytes(), predictor.needed_bytes() + LOADED_LATER_BYTES
     if limit.max_bytes < held + needed:
         raise UserError(
-            f"--max-memory-gb {gigabytes(limit.max_bytes)} is too little for a volume of "
+            f"`max_memory_gb` {gigabytes(limit.max_bytes)} is too little for a volume of "
             f"{' x '.join(map(str, predictor.config.preprocess.spatial_shape))} voxels: program and weights hold "
             f"{gigabytes(held)} GB, a translation needs {gigabytes(needed)} GB more; give at least "
-            f"{gigabytes(held + needed)}" + ("" if predictor.config.precision == "bf16" else ", or --precision bf16")
+            f"{gigabytes(held + needed)}" + ("" if predictor.config.precision == "bf16" else ", or `precision` bf16")
         )

@@ -154,7 +154,7 @@ class RunFolder:
                 file.write(json.dumps(plain) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path / METRICS_FILE}: {error.strerror}; mend that, then go on with --resume"
+                f"cannot write {self.path / METRICS_FILE}: {error.strerror}; mend that, then go on with `resume`"
             ) from error
 
     def save(self, write: Callable[[Path], None], is_best: bool) -> None:
@@ -256,7 +256,7 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | Non
         UserError: as RunFolder.open, the lock, the configuration and the disk excepted.
     """
     if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
+        raise UserError("`resume` goes on with a run and `overwrite` deletes it: give one of them")
     if not path.parent.is_dir():
         raise UserError(f"cannot make {path}: there is no folder {path.parent}; make it first")
     if path.exists() and not path.is_dir():
@@ -268,9 +268,9 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | Non
     if is_run and stage is not None and (resume or overwrite):
         _check_stage(path, stage)
     if resume and not is_run:
-        raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE}): leave out --resume to start one")
+        raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE}): leave out `resume` to start one")
     if is_run and not resume and not overwrite:
-        raise UserError(f"{path} holds a run already: --resume goes on with it, --overwrite deletes it and starts anew")
+        raise UserError(f"{path} holds a run already: `resume` goes on with it, `overwrite` deletes it and starts anew")
     foreign = [] if is_run or not path.exists() else [file.name for file in path.iterdir() if file.name != LOCK_FILE]
     if foreign:
         raise UserError(
@@ -323,7 +323,7 @@ def _locked(path: Path) -> IO[str]:
         lock.seek(0)
         owner = lock.read().strip()
         lock.close()
-        raise UserError(f"another training runs in {path} ({owner}): wait for it, or give another --run-dir") from error
+        raise UserError(f"another training runs in {path} ({owner}): wait for it, or give another `run_dir`") from error
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}")
     lock.flush()
@@ -342,11 +342,11 @@ def check_same_run(path: Path, stage: str, config: Config, engine: str, storage:
     last = starts[-1] if starts else {}
     before = last.get("engine", "plain") if starts else engine
     if before != engine:
-        raise UserError(f"--engine {engine}: {path} was trained with --engine {before}; resume with that")
+        raise UserError(f"`engine` {engine}: {path} was trained with `engine` {before}; resume with that")
     kept = last.get("storage", storage)  # the first version did not record it
     if kept != storage:
-        got = "no --storage-path" if storage is None else f"--storage-path {storage}"
-        way_out = "resume without it" if kept is None else f"resume with --storage-path {kept}"
+        got = "no `storage_path`" if storage is None else f"`storage_path` {storage}"
+        way_out = "resume without it" if kept is None else f"resume with `storage_path` {kept}"
         raise UserError(f"{got}: {path} keeps what it goes on from in {kept or path / CHECKPOINTS}; {way_out}")
 
 
@@ -355,7 +355,7 @@ def _check_stage(path: Path, stage: str) -> None:
     file = path / RUN_FILE
     before = _run_record(path)["stage"] if file.is_file() else stage
     if before != stage:
-        raise UserError(f"{path} is a run of aldm train {before}, not of {stage}: give another --run-dir")
+        raise UserError(f"{path} is a run of aldm train {before}, not of {stage}: give another `run_dir`")
 
 
 def _check_same(path: Path, stage: str, config: Config) -> None:
@@ -378,7 +378,7 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     if different:
         raise UserError(
             f"{path} was trained with another configuration ({'; '.join(different[:5])}): resume with the same flags, "
-            f"or with --preset {path / CONFIG_FILE}"
+            f"or with `preset` {path / CONFIG_FILE}"
         )
 
 

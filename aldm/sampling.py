@@ -54,13 +54,13 @@ def check_sampling(
         )
     most = 1 if sampler == "one-step" else config.num_train_timesteps
     if not 1 <= num_inference_steps <= most:
-        raise UserError(f"num_inference_steps is {num_inference_steps} with sampler {sampler!r}, wanted 1 to {most}")
+        raise UserError(f"`num_inference_steps` is {num_inference_steps} with sampler {sampler!r}, wanted 1 to {most}")
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}, wanted 0 (deterministic) to 1")
     if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}, wanted at least 1")
+        raise UserError(f"`num_samples` is {num_samples}, wanted at least 1")
     if num_samples > 1 and config.objective == "regression":
-        raise UserError("a model of objective 'regression' has one answer: num_samples must be 1")
+        raise UserError("a model of objective 'regression' has one answer: `num_samples` must be 1")
     if num_samples > 1 and config.objective == "bridge" and (eta == 0 or num_inference_steps == 1):
         raise UserError(
             "every sample of the bridge is the same with eta 0 or one step: for several samples take sampler 'bridge' "

@@ -43,7 +43,7 @@ def with_data(
     if missing:
         raise UserError(
             f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: "
-            f"take another preset, or say --set modalities=[{', '.join(modalities)}]"
+            f"take another preset, or say `modalities=[{', '.join(modalities)}]`"
         )
     lacking = [name for name in config.pair or () if name not in (config.modalities or modalities)]
     if lacking:
@@ -73,7 +73,7 @@ def check_image_space(latents: LatentStore, training: TrainingConfig, section: s
     if training.image_space_loss and not latents.isometric:
         raise UserError(
             f"{section}.image_space_loss needs latents of an isometric codec (haar), these are of "
-            f"{latents.codec['kind']}: say --set {section}.image_space_loss=false"
+            f"{latents.codec['kind']}: say `{section}.image_space_loss=false`"
         )
 
 

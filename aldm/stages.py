@@ -75,8 +75,8 @@ class VQGANStage:
     def __init__(self, config: Config, store: VolumeStore) -> None:
         if config.codec.kind == "haar":
             raise UserError(
-                "codec.kind is haar, a fixed transform with nothing to train: go on with aldm encode --codec haar, or "
-                "train another with --set codec.kind=haar-vqgan"
+                "codec.kind is haar, a fixed transform with nothing to train: go on with aldm encode, `codec` haar, or "
+                "train another with `codec.kind=haar-vqgan`"
             )
         self.config = with_data(config, store.modalities, asdict(store.preprocess))
         self._store, self._training = store, config.train_vqgan
@@ -202,7 +202,7 @@ class VQGANStage:
         if any(side % divisor for side in shape):
             raise UserError(
                 f"stage 1 trains on {' x '.join(map(str, shape))} voxels, which the codec's downsampling of {divisor} "
-                "does not divide: give another --crop, or set preprocess.spatial_shape and prepare the store again"
+                "does not divide: give another `crop`, or set preprocess.spatial_shape and prepare the store again"
             )
 
 

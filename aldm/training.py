@@ -214,7 +214,7 @@ class _Loop:
         ]
         return NotFiniteError(
             f"{what} at step {self.step + 1} of {self.stage.name}, on subject {', '.join(subjects)}; the step was not "
-            "taken. Look at that subject's volumes, lower the learning_rate, or use --precision fp32"
+            "taken. Look at that subject's volumes, lower the learning_rate, or use `precision` fp32"
         )
 
     def _log(self) -> str:
@@ -353,7 +353,7 @@ class _Window:
 
 def _check(train: Samples, config: TrainingConfig, engine: Engine) -> None:
     if not len(train):
-        raise UserError("the training split is empty: prepare more subjects, or give other --splits")
+        raise UserError("the training split is empty: prepare more subjects, or give other `splits`")
     if config.batch_size % engine.world_size:
         raise UserError(
             f"batch_size {config.batch_size} cannot be shared evenly by {engine.world_size} workers: take a multiple"

@@ -18,8 +18,9 @@ from torch import Tensor
 from aldm import __version__
 from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
+from aldm.data.intensity import unscale
 from aldm.data.modalities import modality_index
-from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore, unscale
+from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore
 from aldm.data.volume import Volume
 from aldm.errors import UserError
 from aldm.memory import gigabytes
@@ -70,8 +71,8 @@ def choose_sampling(
     if kind != "aldm":
         if samples != 1 or sampler is not None or num_inference_steps not in (None, 1) or eta:
             raise UserError(
-                f"a {kind} model has one answer and no sampler: leave out --sampler, --num-inference-steps, "
-                "--num-samples and --eta"
+                f"a {kind} model has one answer and no sampler: leave out `sampler`, `num_inference_steps`, "
+                "`num_samples` and `eta`"
             )
         return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
     name = base.sampler if sampler is None else sampler
@@ -187,7 +188,7 @@ class Translator:
         if max_memory_gb is not None:
             if torch.device(device).type != "cpu":
                 raise UserError(
-                    "--max-memory-gb bounds the memory of a CPU: leave it out on a GPU, or give --device cpu"
+                    "`max_memory_gb` bounds the memory of a CPU: leave it out on a GPU, or give `device` cpu"
                 )
             predictor.limit = MemoryLimit(int(max_memory_gb * 1e9), scratch_dir)
             check_limit(predictor, predictor.limit)
@@ -426,7 +427,7 @@ class Translator:
         needed, left = PREPARATION_BYTES * voxels, limit.left()
         if needed > left:
             raise UserError(
-                f"--max-memory-gb {gigabytes(limit.max_bytes)} is too little to prepare {voxels:,} voxels: that needs "
+                f"`max_memory_gb` {gigabytes(limit.max_bytes)} is too little to prepare {voxels:,} voxels: that needs "
                 f"{gigabytes(needed)} GB and {gigabytes(left)} GB are left; give at least "
                 f"{gigabytes(limit.max_bytes + needed - left)}"
             )

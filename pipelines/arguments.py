@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from aldm.cli import with_flags
 from aldm.config import Config, override
 from aldm.errors import UserError
 from aldm.presets import PRESETS, load_preset
@@ -116,12 +117,12 @@ def select_device(args: argparse.Namespace) -> "torch.device":
 
 
 class _StderrHandler(logging.Handler):
-    """Writes log lines above a progress bar instead of through it."""
+    """Writes log lines above a progress bar instead of through it, with flags for the library's parameters."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(with_flags(self.format(record)), file=sys.stderr)
 
 
 def configure_logging(level: str) -> None:

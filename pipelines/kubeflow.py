@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from aldm.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
+from aldm.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, Terminated, with_flags
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
@@ -211,7 +211,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"python -m pipelines.kubeflow: {error}", file=sys.stderr)
+        print(f"python -m pipelines.kubeflow: {with_flags(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except Terminated:
         print("python -m pipelines.kubeflow: terminated", file=sys.stderr)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aldm.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
+from aldm.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, Terminated, with_flags
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.kubeflow_steps import (
@@ -64,7 +64,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"pipeline: {error}", file=sys.stderr, flush=True)
+        print(f"pipeline: {with_flags(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from error
     except KeyboardInterrupt as stop:
         raise SystemExit(EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from stop

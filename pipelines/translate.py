@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from aldm.cli import with_flags
 from aldm.config import SAMPLERS
 from aldm.data.modalities import MODALITIES, modality_index
 from aldm.data.nifti_header import MAX_VOXELS
@@ -128,7 +129,7 @@ def _translate_batch(tasks: Sequence[Task], maker: Maker, args: argparse.Namespa
         try:
             maker.make(task)
         except UserError as error:
-            message = str(error)
+            message = with_flags(str(error))
             logger.error("%s failed: %s", task.path, message)
         except Exception as error:  # one bad file must not stop a night's work; the log keeps the traceback
             message = f"internal error: {type(error).__name__}: {error}"
@@ -152,7 +153,7 @@ def _dry_run(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> i
             volume, _ = read_input(task, args.max_voxels)
         except UserError as error:
             failed += 1
-            print(f"cannot be translated: {error}")
+            print(f"cannot be translated: {with_flags(str(error))}")
             continue
         spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
         print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm")

@@ -5,13 +5,20 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+FIELDS = frozenset({"source", "target", "sampler", "num_inference_steps", "num_samples", "seed", "format"})
+"""The fields of the form, which have the library's names."""
+_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(Exception):
-    """An answer that is an error. `detail` never holds a path of the server or a field of a DICOM header."""
+    """An answer that is an error. `detail` never holds a path of the server or a field of a DICOM header.
+
+    What the library calls a parameter (`num_samples`) is a field of the form there, or the service's own setting.
+    """
 
     def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        detail = _PARAMETER.sub(_field, detail)
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, headers or {}
 
@@ -39,6 +46,10 @@ def without_paths(text: str, jobs: Path) -> str:
     inside = r"(/[^\s/:,;'\"]+)"
     text = re.sub(re.escape(str(jobs)) + inside + "+", "volume", text)
     return re.sub(re.escape(str(jobs.parent)) + inside + "*", "the service's folder", text)
+
+
+def _field(match: re.Match[str]) -> str:
+    return match[1] if match[1] in FIELDS else f"the service's {match[1]}"
 
 
 def _rebuild(status: int, detail: str, headers: dict[str, str]) -> Problem:

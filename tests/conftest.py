@@ -1,13 +1,26 @@
-"""Fixtures that many test modules share: small simulated data sets, and the stores prepared from them."""
+"""What all tests share: their environment, the groups that run together, small simulated data sets, one service."""
 
-import json
 import os
+
+SETTINGS_OF_THE_USER = ("MLFLOW_", "RAY_", "AWS_", "ALDM_")
+for _name in [name for name in os.environ if name.startswith(SETTINGS_OF_THE_USER)]:
+    del os.environ[_name]  # whoever runs the tests has servers, buckets and clusters that are not theirs to write to
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; tests/gpu/ is not run by pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded: before every import below
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ruff: noqa: E402
+import json
+import random
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 from service import RunningService
 from untrained import save_untrained
 
@@ -24,19 +37,39 @@ NUM_SUBJECTS = 9
 SPACING_MM = 8.0
 
 
+settings.register_profile("fixed", derandomize=True)  # --hypothesis-profile=default draws anew
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the tests' Ray session a token before anything imports Ray; let torch's threads wait as the jobs do.
+    """Give the tests' Ray session a token before anything imports Ray.
 
     Ctrl-C is heard even where a shell that runs the tests in the background has it ignored: tests send it.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("fixed")
     from pipelines.ray_session import own_token
 
     token = own_token()
     token.__enter__()
     config.add_cleanup(lambda: token.__exit__(None, None, None))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together, with --dist loadgroup, the tests that share something: by default those of one file."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Draw the same numbers in every test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

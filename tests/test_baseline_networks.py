@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
 from aldm.baselines.gan_losses import lsgan, vanilla
@@ -103,6 +102,8 @@ def without_norms(discriminator: PatchGAN) -> PatchGAN:
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_the_patch_discriminator_is_monais(spatial_dims: int, norm: Norm) -> None:
+    from monai.networks.nets import PatchDiscriminator  # takes seconds to import
+
     ours = patch_discriminator(spatial_dims, 2, channels=4, norm=norm)
     monais_norm = "BATCH" if norm == "batch" else ("INSTANCE", {"affine": False})
     monai = PatchDiscriminator(spatial_dims, 4, 2, 1, num_layers_d=3, norm=monais_norm, bias=norm == "instance")

@@ -348,7 +348,7 @@ def test_unpaired_data_are_refused_before_anything_is_written(
 
 
 def test_what_cannot_be_trained_is_refused(store: VolumeStore, tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(UserError, match="trained for one pair of modalities: give --source and --target"):
+    with pytest.raises(UserError, match="trained for one pair of modalities: give `source` and `target`"):
         method_stage(tiny(), store, "pix2pix")
     words = ["train", "pix2pix", "--store", str(store.path), "--run-dir", str(tmp_path / "run"), "--preset", "tiny"]
     assert main([*words, "--source", "t1", "--target", "flair"]) == 2

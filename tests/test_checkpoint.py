@@ -162,7 +162,7 @@ def test_an_unknown_configuration_key_is_refused(tmp_path: Path) -> None:
 
 def test_an_existing_checkpoint_needs_overwrite(tmp_path: Path) -> None:
     before = (saved(tmp_path / "c") / CONFIG).read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         saved(tmp_path / "c", kind="other")
     assert (tmp_path / "c" / CONFIG).read_bytes() == before
 

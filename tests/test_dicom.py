@@ -324,6 +324,23 @@ def test_whatever_is_done_to_the_bytes_only_users_errors_come_of_it(tmp_path: Pa
     assert "Doe" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(("moved_mm", "taken"), [(0.03, True), (0.12, False)])
+def test_a_slice_out_of_step_is_refused_but_not_for_its_rounding(moved_mm: float, taken: bool, tmp_path: Path) -> None:
+    """Of slices 2.5 mm apart one is moved: little, as by the rounding of its position, or more than that."""
+
+    def move(k: int, header: Dataset) -> None:
+        if k == 2:
+            x, y, z = header.ImagePositionPatient
+            header.ImagePositionPatient = [x, y, float(z) + moved_mm]
+
+    make_series(tmp_path / "in", edit=move)
+    if taken:
+        assert read_series(tmp_path / "in")[0].spacing_mm[2] == pytest.approx(2.5, abs=0.02)
+    else:
+        with pytest.raises(UserError, match="wanted even spacing"):
+            read_series(tmp_path / "in")
+
+
 def test_a_missing_slice_is_named(tmp_path: Path) -> None:
     make_series(tmp_path / "in")
     (tmp_path / "in" / "IM1.dcm").unlink()  # slice 2 of 0 to 4
@@ -392,7 +409,7 @@ def test_only_a_series_of_ours_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not an earlier result"):
         write_series(tmp_path / "in", volume.data, source, description="t2 from t1", overwrite=True)
     write_series(tmp_path / "out", volume.data, source, description="t2 from t1")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         write_series(tmp_path / "out", volume.data, source, description="t2 from t1")
     write_series(tmp_path / "out", volume.data, source, description="pd from t1", overwrite=True)
     assert pydicom.dcmread(tmp_path / "out" / "SYNTHETIC_0001.dcm").SeriesDescription == "SYNTHETIC pd from t1"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_schedule_equals_that_of_diffusers(ours, theirs, zero_terminal_snr):
     scheduler = DDPMScheduler if ours == "sigmoid" else DDIMScheduler
     oracle = scheduler(1000, 0.0015, 0.0195, theirs, rescale_betas_zero_snr=zero_terminal_snr)
     np.testing.assert_allclose(make_schedule(config).alphas_cumprod, oracle.alphas_cumprod, rtol=2e-3, atol=2e-6)
+
+
+def test_cosine_betas_are_equation_17_with_its_limit():
+    """Nichol and Dhariwal 2021: beta = 1 - kept_t / kept_(t - 1), at most 0.999, where kept is a squared cosine."""
+    kept = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    wanted = [min(1 - after / before, 0.999) for before, after in pairwise(kept)]
+    np.testing.assert_allclose(make_schedule(DiffusionConfig(schedule="cosine")).betas, wanted, rtol=1e-9)
+    assert wanted[-1] == 0.999
 
 
 def test_beta_outside_its_range_is_refused():

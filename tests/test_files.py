@@ -63,7 +63,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, error
 def test_an_existing_file_needs_overwrite(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(UserError, match=r"a\.txt exists.*--overwrite"), atomic_path(target):
+    with pytest.raises(UserError, match=r"a\.txt exists.*`overwrite`"), atomic_path(target):
         pytest.fail("the block ran")
     with atomic_path(target, overwrite=True) as temporary:
         temporary.write_text("new")
@@ -229,7 +229,7 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_needs_overwrite(tmp_path: 
     target.mkdir()
     with atomic_folder(target) as temporary:
         (temporary / "a").write_text("one")
-    with pytest.raises(UserError, match=r"not empty.*--overwrite"), atomic_folder(target):
+    with pytest.raises(UserError, match=r"not empty.*`overwrite`"), atomic_folder(target):
         pytest.fail("the block ran")
     with atomic_folder(target, overwrite=True) as temporary:
         (temporary / "b").write_text("two")

@@ -176,7 +176,7 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(brats_store: VolumeStore
 
 def test_another_store_needs_overwrite(latents: LatentStore, brats_store: VolumeStore) -> None:
     before = (latents.path / LATENTS_FILE).read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         encode_store(brats_store, build_codec(HAAR), HAAR, latents.path)
     assert (latents.path / LATENTS_FILE).read_bytes() == before
 
@@ -233,3 +233,11 @@ def test_a_dry_run_of_the_job_says_how_much_memory_it_takes(
     assert main([*arguments, "--preset", "tiny", "--device", "cpu", *flags]) == 0
     assert re.search(words, capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_latents_are_of_different_modalities_and_not_flipped(latents: LatentStore) -> None:
+    pairs = LatentPairs(latents, "validation", latents.modalities, same_modality_fraction=1.0)
+    for seed in range(20):
+        sample = pairs.sample(0, torch.Generator().manual_seed(seed))
+        assert sample["source"] != sample["target"]
+        assert sample["flip"] == 0

@@ -1,5 +1,6 @@
 """Losses against what their definitions say, written out."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from aldm.losses import (
     image_space_weights,
     latent_discriminator_loss,
     latent_generator_loss,
+    weighted_l1,
     weighted_mse,
 )
 from aldm.models.codecs import build_codec
@@ -57,6 +59,20 @@ def test_the_edge_loss_sees_blur_and_no_offset() -> None:
     assert float(edge_loss(x, blurred)) > float(edge_loss(x, 0.5 * (x + blurred))) > 0.01
 
 
+@pytest.mark.parametrize(("shape", "scales"), [((16, 12, 8), 3), ((9, 10, 11), 3), ((8, 8, 6), 2), ((8, 3, 8), 1)])
+def test_the_edge_loss_is_the_sum_over_scales_of_the_mean_difference(shape: tuple[int, int, int], scales: int) -> None:
+    """Written out in numpy: means of 2 x 2 x 2 voxels, neighbours' differences along each axis."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, *shape))
+    wanted, d = 0.0, x - y
+    for _ in range(scales):
+        wanted += sum(np.abs(np.diff(d, axis=axis)).mean() for axis in range(3)) / 3
+        half = d[tuple(slice(0, n // 2 * 2) for n in d.shape)]
+        d = sum(half[i::2, j::2, k::2] for i in (0, 1) for j in (0, 1) for k in (0, 1)) / 8
+    got = edge_loss(*(torch.from_numpy(a)[None, None] for a in (x, y)))
+    assert float(got) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_adaptive_weight_is_the_ratio_at_the_last_layer_and_leaves_no_gradient() -> None:
     torch.manual_seed(0)
     body, last, critic = nn.Conv3d(1, 3, 3), nn.Conv3d(3, 1, 1), nn.Conv3d(1, 1, 3)
@@ -96,3 +112,13 @@ def test_without_weights_it_is_the_mean_squared_error() -> None:
     a, b = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
     assert torch.allclose(weighted_mse(a, b), F.mse_loss(a, b))
     assert torch.allclose(weighted_mse(a, b, torch.ones(3)), F.mse_loss(a, b))
+
+
+def test_weights_multiply_channels_before_the_mean() -> None:
+    a, b, weights = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4), torch.tensor([0.5, 0.0, 3.0])
+    errors = [float((a - b)[:, channel].abs().mean()) for channel in range(3)]
+    assert float(weighted_l1(a, b, weights)) == pytest.approx((0.5 * errors[0] + 3 * errors[2]) / 3, rel=1e-5)
+    assert torch.allclose(weighted_l1(a, b), F.l1_loss(a, b))
+    each = torch.rand(2, 3)  # of every sample its own
+    squares = [[float((a - b)[i, channel].square().mean()) for channel in range(3)] for i in range(2)]
+    assert float(weighted_mse(a, b, each)) == pytest.approx(float((each * torch.tensor(squares)).mean()), rel=1e-5)

@@ -119,3 +119,16 @@ def test_it_learns_a_different_map_for_each_target() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.35 * first
+
+
+def test_gates_are_those_of_source_and_target_in_this_order() -> None:
+    """A trained checkpoint has them as M M 2 C: of [source, target], the source's share before the network's."""
+    model = network(source_skip=True)
+    assert model.gates is not None
+    share = torch.arange(M)[:, None] * 10.0 + torch.arange(M)
+    with torch.no_grad():
+        model.gates.zero_()
+        model.gates[:, :, 0] = share[..., None]
+    z, source, target = torch.randn(4, 2, 3, 3, 3), torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 1, 2])
+    wanted = torch.tensor([1.0, 10.0, 21.0, 22.0]).view(-1, 1, 1, 1, 1) * z
+    torch.testing.assert_close(model(z, target, source), wanted)

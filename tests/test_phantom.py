@@ -235,7 +235,7 @@ def test_only_a_phantom_is_overwritten(tmp_path: Path) -> None:
         write_phantom(tmp_path / "mine", "brats", 1, 0, SPACING_MM, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     write_phantom(tmp_path / "out", "brats", 2, 0, SPACING_MM)
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         write_phantom(tmp_path / "out", "brats", 1, 0, SPACING_MM)
     write_phantom(tmp_path / "out", "brats", 1, 0, SPACING_MM, overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"BraTS2021_00000", phantom.MARKER}

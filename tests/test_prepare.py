@@ -285,7 +285,7 @@ def test_another_configuration_needs_overwrite(source, tmp_path):
     store = prepare(source, tmp_path / "store").path
     before = content(store)
     other = replace(CONFIG, spacing_mm=(10.0, 10.0, 10.0))
-    with pytest.raises(UserError, match=r"spacing_mm \[8.0, 8.0, 8.0\] -> \[10.0, 10.0, 10.0\].*--overwrite"):
+    with pytest.raises(UserError, match=r"spacing_mm \[8.0, 8.0, 8.0\] -> \[10.0, 10.0, 10.0\].*`overwrite`"):
         prepare(source, store, config=other)
     assert content(store) == before
     replaced = prepare(source, store, config=other, overwrite=True)

@@ -7,17 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aldm.config import PreprocessConfig
+from aldm.data.foreground import brain_mask
+from aldm.data.intensity import percentiles, rescale, unscale
 from aldm.data.preprocess import (
     PreprocessRecord,
-    brain_mask,
     crop_box,
     model_grid,
-    percentiles,
     prepare_subject,
     prepare_volume,
-    rescale,
     restore,
-    unscale,
 )
 from aldm.data.registration import register_rigid
 from aldm.data.volume import Volume, crop_or_pad, resample, shifted

@@ -1,6 +1,8 @@
 """Vector quantisation against the naive search and the written-out moving averages."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,6 +140,30 @@ def test_dead_codes_move_to_encoder_outputs_and_count_as_used_when_they_are(upda
     assert quantizer.usage() == 1.0
 
 
+def test_dead_codes_go_where_the_error_is() -> None:
+    """1000 vectors lie on a code and 8 far from all: codes that nobody uses move to those 8, to each at most once."""
+    quantizer = Quantizer(8, 1, update="gradient").train()
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.arange(8.0)[:, None])
+    quantizer.step.fill_(1)
+    quantizer.idle_steps.fill_(REVIVE_AFTER_STEPS - 1)
+    far = torch.arange(50.0, 58.0)
+    quantizer(torch.cat((torch.zeros(1000), far)).view(1, 1, -1, 1, 1))
+    moved = quantizer.codebook.detach()[1:7, 0]  # codes 0 and 7 are in use
+    assert len(set(moved.tolist())) == 6
+    assert set(moved.tolist()) <= set(far.tolist())
+    assert quantizer.codebook[[0, 7], 0].tolist() == [0, 7]
+
+
+def test_a_code_met_once_is_used() -> None:
+    quantizer = Quantizer(8, 1).train()
+    assert quantizer.usage() == 0
+    out = quantizer(torch.arange(8.0).view(1, 1, 2, 2, 2))
+    assert out.codebook_usage == 1
+    quantizer(torch.zeros(1, 1, 2, 2, 2))
+    assert quantizer.idle_steps.sort().values.tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
 def test_perplexity_counts_the_codes_that_are_used_alike() -> None:
     quantizer = Quantizer(8, 1)
     quantizer.ema_count.copy_(torch.tensor([3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0]))
@@ -189,9 +215,7 @@ def test_two_ranks_start_from_the_same_vectors_of_both() -> None:
 
 def run_ranks(ranks: list[Quantizer], batches: list[Tensor]) -> None:
     """One step of every rank, each in a thread; `reduce` meets at a barrier as an all-reduce does."""
-    import threading
-
-    barrier = threading.Barrier(len(ranks), timeout=180)
+    barrier = threading.Barrier(len(ranks), timeout=60)
     values: list[Tensor | None] = [None] * len(ranks)
 
     def work(rank: int) -> None:
@@ -207,8 +231,6 @@ def run_ranks(ranks: list[Quantizer], batches: list[Tensor]) -> None:
         ranks[rank].reduce = reduce
         ranks[rank](batches[rank])
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        for job in [pool.submit(work, rank) for rank in range(len(ranks))]:
+            job.result()  # raises what the rank raised

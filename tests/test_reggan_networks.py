@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from monai.networks.blocks import Warp
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
@@ -79,6 +78,8 @@ def test_a_constant_flow_shifts_by_whole_pixels(axis: int) -> None:
 @pytest.mark.parametrize("sides", [(7, 9), (6, 4, 5)])
 @pytest.mark.filterwarnings("ignore:.*native grid_sample")
 def test_the_warp_is_monais(sides: tuple[int, ...]) -> None:
+    from monai.networks.blocks import Warp
+
     image = torch.randn(2, 3, *sides, dtype=torch.float64)
     flow = (3 * torch.randn(2, len(sides), *sides, dtype=torch.float64)).requires_grad_()
     expected = Warp("bilinear", "border")(image, flow)

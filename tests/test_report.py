@@ -141,7 +141,7 @@ def test_the_file_is_written_once(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, "Ünïcode → title", sections("x"))
     assert path.read_text(encoding="utf-8") == render_report("Ünïcode → title", sections("x"))
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         write_report(path, "again", [])
     write_report(path, "again", [], overwrite=True)
     assert "<title>again</title>" in path.read_text(encoding="utf-8")

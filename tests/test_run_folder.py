@@ -55,7 +55,7 @@ def test_two_trainings_cannot_share_a_run(tmp_path: Path) -> None:
 def test_an_existing_run_needs_a_word(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         run.log({"step": 1})
-    with pytest.raises(UserError, match="--resume goes on with it, --overwrite deletes it"):
+    with pytest.raises(UserError, match="`resume` goes on with it, `overwrite` deletes it"):
         opened(tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").is_file()
 
@@ -134,7 +134,7 @@ def test_resuming_a_damaged_run_is_explained(tmp_path: Path, name: str, text: st
 def test_the_run_of_another_stage_is_neither_resumed_nor_deleted(tmp_path: Path, flag: str) -> None:
     with opened(tmp_path / "run") as run:
         run.log({"step": 1})
-    with pytest.raises(UserError, match="run is a run of aldm train ms-spade, not of vqgan: give another --run-dir"):
+    with pytest.raises(UserError, match="run is a run of aldm train ms-spade, not of vqgan: give another `run_dir`"):
         RunFolder.open(tmp_path / "run", stage="vqgan", config=tiny(), inputs={}, **{flag: True})
     assert (tmp_path / "run/metrics.jsonl").is_file()
 
@@ -206,7 +206,7 @@ def test_a_process_killed_between_two_renames_loses_no_checkpoint(tmp_path: Path
 def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="No space left on device; mend that, then go on with --resume"):
+        with pytest.raises(UserError, match="No space left on device; mend that, then go on with `resume`"):
             run.log({"step": 1})
 
 

@@ -122,6 +122,21 @@ def test_ddim_with_eta_one_ends_low_by_what_the_smaller_posterior_variance_loses
     assert float(z.std()) == pytest.approx(math.sqrt(variance), rel=0.015)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+def test_a_step_of_ddim_is_equation_12_with_the_noise_of_equation_16(eta):
+    """Song et al. 2021, whose alpha is alphas_cumprod: written out in numpy for one step between any two levels."""
+    now, to = SCHEDULE.level(700), SCHEDULE.level(310.5)
+    z = torch.linspace(-3, 3, 61, dtype=torch.float64).view(1, 1, -1)
+    got = ddim(exact_x0, z, [now, to], torch.Generator().manual_seed(4), eta=eta)
+    noise = draw_noise(z, torch.Generator().manual_seed(4)).double().numpy()
+    kept_now, kept_to = now.alpha**2, to.alpha**2
+    std = eta * math.sqrt((1 - kept_to) / (1 - kept_now)) * math.sqrt(1 - kept_now / kept_to)
+    x0 = exact_x0(z, now).numpy()
+    epsilon = (z.numpy() - math.sqrt(kept_now) * x0) / math.sqrt(1 - kept_now)
+    wanted = math.sqrt(kept_to) * x0 + math.sqrt(1 - kept_to - std**2) * epsilon + std * noise
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("objective", VARIANCE_PRESERVING)
 @pytest.mark.parametrize("sampler", ["dpm-solver++", "unipc", "ddim"])
 def test_sample_gives_the_loop_whatever_the_objective(objective, sampler):
@@ -143,10 +158,12 @@ def test_sample_gives_the_loop_whatever_the_objective(objective, sampler):
     torch.testing.assert_close(z, expected, atol=2e-4, rtol=0)
 
 
-def test_unipc_is_that_of_diffusers_told_the_sigma_it_integrates_with():
+@pytest.mark.parametrize("placement", ["log-snr", "karras"])
+def test_unipc_is_that_of_diffusers_told_the_sigma_it_integrates_with(placement):
+    """On even steps, and on those of uneven length that it is used with."""
     from diffusers import UniPCMultistepScheduler
 
-    levels = place_steps(SCHEDULE, 20, "log-snr", to_clean=False)
+    levels = place_steps(SCHEDULE, 20, placement, to_clean=False)
     oracle = UniPCMultistepScheduler(1000, 0.0015, 0.0195, "scaled_linear", lower_order_final=False)
     oracle.set_timesteps(20)
     oracle.sigmas = torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)
@@ -210,6 +227,30 @@ def test_stochastic_bridge_has_the_spread_of_its_posterior_recursion(steps):
     z = run_bridge(steps, 1.0, bridge_noise)
     assert float(z.mean()) == pytest.approx(MEAN, rel=0.01)
     assert float(z.std()) == pytest.approx(math.sqrt(variance), rel=0.015)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+def test_every_step_of_the_bridge_is_its_definition(eta):
+    """z_s = (1 - s) x0 + s z_start + what is kept of z's own noise + eta times the posterior's noise, in numpy."""
+    noise, z_start, seen = 0.4, torch.linspace(-1, 1, 5, dtype=torch.float64).view(1, 1, -1), []
+
+    def predict_x0(z: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+        seen.append(z)
+        return 0.2 * z + 0.1
+
+    last = bridge(predict_x0, z_start, 4, 1000, noise, torch.Generator().manual_seed(2), eta=eta)
+    generator, z = torch.Generator().manual_seed(2), z_start.numpy()
+    for step, got in enumerate([*seen[1:], last]):
+        tau, s = 1 - step / 4, 1 - (step + 1) / 4
+        x0 = 0.2 * z + 0.1
+        posterior = eta**2 * (2 * noise) ** 2 * s * (tau - s) / tau
+        total, now = (2 * noise) ** 2 * s * (1 - s), (2 * noise) ** 2 * tau * (1 - tau)
+        own = z - (1 - tau) * x0 - tau * z_start.numpy()
+        kept = math.sqrt((total - posterior) / now) if now else 0.0
+        z = (1 - s) * x0 + s * z_start.numpy() + kept * own
+        if posterior > 0:
+            z = z + math.sqrt(posterior) * draw_noise(z_start, generator).double().numpy()
+        np.testing.assert_allclose(got.numpy(), z, rtol=1e-9, atol=1e-9)
 
 
 def test_stochastic_bridge_reaches_the_target_distribution():

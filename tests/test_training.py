@@ -140,7 +140,11 @@ def train(
 def reference(config: TrainingConfig, adversary_starts: int | None = None) -> list[Tensor]:
     """The same training in plain torch; parameters at its end."""
     stage, points = LineStage(config, adversary_starts), Points(5)
-    optimizers = [torch.optim.Adam(module.parameters()) for module in (stage.model, stage.adversary)]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizers = [
+        kind(module.parameters(), betas=config.betas, weight_decay=config.weight_decay)
+        for module in (stage.model, stage.adversary)
+    ]
     for step in range(config.max_steps or 0):
         rows = [
             points.sample(place, derived_generator(1, "step", step, i))
@@ -167,12 +171,17 @@ def reference(config: TrainingConfig, adversary_starts: int | None = None) -> li
     return [*stage.model.parameters(), *stage.adversary.parameters()]
 
 
-@pytest.mark.parametrize("adversary_starts", [None, 0, 3])
-def test_fit_is_the_plain_loop(adversary_starts: int | None) -> None:
-    stage = LineStage(BASE, adversary_starts)
-    train(stage, BASE)
+DECAYED = replace(BASE, optimizer="adamw", weight_decay=0.1, betas=(0.5, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("config", "adversary_starts"), [(BASE, None), (BASE, 0), (BASE, 3), (DECAYED, None), (DECAYED, 3)]
+)
+def test_fit_is_the_plain_loop(config: TrainingConfig, adversary_starts: int | None) -> None:
+    stage = LineStage(config, adversary_starts)
+    train(stage, config)
     for got, wanted in zip(
-        [*stage.model.parameters(), *stage.adversary.parameters()], reference(BASE, adversary_starts), strict=True
+        [*stage.model.parameters(), *stage.adversary.parameters()], reference(config, adversary_starts), strict=True
     ):
         assert torch.allclose(got, wanted, atol=1e-6)
 
@@ -250,8 +259,10 @@ def train_in_threads(stages: list[LineStage], config: TrainingConfig) -> list[Ru
     return runs
 
 
-def test_two_ranks_compute_what_one_computes() -> None:
-    config = replace(BASE, batch_size=4, ema_decay=0.9)
+@pytest.mark.parametrize("num_validation_samples", [2, 3])
+def test_two_ranks_compute_what_one_computes(num_validation_samples: int) -> None:
+    """Three samples do not come out even on two ranks: what fills the last round must not count."""
+    config = replace(BASE, batch_size=4, ema_decay=0.9, num_validation_samples=num_validation_samples)
     alone, run = LineStage(config, 2), Run()
     train(alone, config, run)
     ranks = [LineStage(config, 2) for _ in range(2)]
@@ -306,6 +317,18 @@ def test_the_best_score_is_kept_in_its_direction() -> None:
         assert result.best == (max(scores) if higher else min(scores))
         best_steps = [snapshot.step for snapshot in run.snapshots if snapshot.is_best]
         assert scores[best_steps[-1] // 2 - 1] == result.best
+
+
+@pytest.mark.parametrize(("best", "is_best"), [(-1.0, False), (1000.0, True)])
+def test_a_resumed_training_knows_the_best_score(best: float, is_best: bool, tmp_path: Path) -> None:
+    """A score so far that is never reached again, and one that any score is better than."""
+    run, rest = Run(tmp_path), Run()
+    train(LineStage(BASE), BASE, run)
+    state = json.loads((tmp_path / "3" / "training.json").read_text())
+    (tmp_path / "3" / "training.json").write_text(json.dumps({**state, "best": best}))
+    result = train(LineStage(BASE), BASE, rest, resume_from=tmp_path / "3")
+    assert any(snapshot.is_best for snapshot in rest.snapshots) == is_best
+    assert (result.best != best) == is_best
 
 
 def test_validation_does_not_change_the_training() -> None:
@@ -536,6 +559,17 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[104] == pytest.approx(0.0)
     assert learning_rate(replace(config, decay="constant"), 103, 104) == 2.0
     assert learning_rate(config, 0, 20) == pytest.approx(1.0)  # a warm-up of at most a tenth
+
+
+@pytest.mark.parametrize(("start", "rates"), [(0.5, [2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4, 0]), (0.0, [])])
+def test_a_linear_decay_falls_to_zero_from_its_start_on(start: float, rates: list[float]) -> None:
+    config = TrainingConfig(learning_rate=2.0, decay="linear", decay_start=start)
+    wanted = rates or [2 - 0.2 * step for step in range(11)]
+    assert [learning_rate(config, step, 10) for step in range(11)] == pytest.approx(wanted)
+    warm = replace(config, warmup_steps=10)
+    assert learning_rate(warm, 9, 110) == 2.0
+    assert learning_rate(warm, 85, 110) == pytest.approx(2 * 0.25 / (1 - start))  # three quarters of what follows it
+    assert learning_rate(warm, 110, 110) == pytest.approx(0.0)
 
 
 def simulate(config: TrainingConfig, seconds: Callable[[int], float], starts: list[int]) -> Pace:

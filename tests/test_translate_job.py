@@ -409,7 +409,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
         ("--sampler", "bridge"),
         "'bridge' cannot be used with a model of objective 'v'",
     ),
-    "too many steps": ({}, ("--num-inference-steps", "51"), "num_inference_steps is 51 .*, wanted 1 to 50"),
+    "too many steps": ({}, ("--num-inference-steps", "51"), "--num-inference-steps is 51 .*, wanted 1 to 50"),
     "a glob without quotes": ({}, ("b.nii", "c.nii", "out"), "got 5 names: put a glob into quotes"),
     "too little memory": (
         {},

@@ -45,7 +45,7 @@ class PairStage:
         self.name = name
         self.config = with_data(config, store.modalities, asdict(store.preprocess))
         if self.config.pair is None:
-            raise UserError(f"{name} is trained for one pair of modalities: give --source and --target")
+            raise UserError(f"{name} is trained for one pair of modalities: give `source` and `target`")
         self.pair = self.config.pair
         self.training = training_of(config, name)
         self._store = store

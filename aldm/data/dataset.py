@@ -352,7 +352,7 @@ def checked_crop(crop: Shape | None, spatial_shape: Shape) -> Shape | None:
     if crop is not None and any(side > whole for side, whole in zip(crop, spatial_shape, strict=True)):
         raise UserError(
             f"the crop of {' x '.join(map(str, crop))} voxels does not fit into the store's volumes of "
-            f"{' x '.join(map(str, spatial_shape))}: give a smaller --crop, or --crop full"
+            f"{' x '.join(map(str, spatial_shape))}: give a smaller `crop`, or `crop` full"
         )
     return None if crop == spatial_shape else crop
 

@@ -102,7 +102,7 @@ def check_subject(
     try:
         _, grid = model_grid(volumes, config, max_voxels=max_voxels)
     except UserError as error:
-        problem = Problem(next(iter(files.volumes.values())), f"{error} (--spacing-mm, or a higher --max-voxels)")
+        problem = Problem(next(iter(files.volumes.values())), f"{error} (`spacing_mm`, or a higher `max_voxels`)")
         return SubjectCheck(files.subject_id, key, False, (problem,))
     num_voxels = sum(volume.data.size for volume in volumes)
     return SubjectCheck(files.subject_id, key, False, (), num_voxels, math.prod(grid) * len(volumes))

@@ -115,7 +115,7 @@ class ProcessWorkers:
         except BrokenProcessPool as error:
             raise UserError(
                 f"{description}: one of {at_once} processes was killed, most likely because memory ran out; "
-                "run it again with a smaller --num-processes (what is finished is kept)"
+                "run it again with a smaller `num_processes` (what is finished is kept)"
             ) from error
         finally:
             wait_for(running)

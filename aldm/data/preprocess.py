@@ -11,17 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from aldm.config import PreprocessConfig, Shape
+from aldm.data.foreground import brain_mask
+from aldm.data.intensity import percentiles, rescale
 from aldm.data.modalities import sort_modalities
 from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
 from aldm.errors import UserError
-
-MAX_BRAIN_ML = 2500.0
-"""No brain is larger, so what is larger and not zero is a head."""
-MIN_ZERO_FRACTION = 0.2
-"""Share of exact zeros from which a background counts as masked."""
 
 
 @dataclass(frozen=True)
@@ -107,60 +103,6 @@ def model_grid(
     return affine, _shape(shape)
 
 
-def percentiles(data: np.ndarray, config: PreprocessConfig) -> tuple[float, float]:
-    """Return the intensities at the lower and the upper percentile of all voxels.
-
-    Raises:
-        UserError: they are equal, so there is no contrast to rescale.
-    """
-    low, high = np.percentile(data, (config.lower_percentile, config.upper_percentile), overwrite_input=False)
-    if not low < high:
-        raise UserError(
-            f"the {config.lower_percentile} and {config.upper_percentile} percentiles of the volume are both {low:g}: "
-            "almost every voxel has this value, so there is no contrast to rescale"
-        )
-    return float(low), float(high)
-
-
-def rescale(data: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map [low, high] to [-1, 1], clipped, as float32."""
-    scaled = (data.astype(np.float32, copy=False) - np.float32(low)) * np.float32(2 / (high - low)) - np.float32(1)
-    return np.clip(scaled, -1, 1, out=scaled)
-
-
-def unscale(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map [-1, 1] to [low, high], as float32 (undoes rescale, but for what was clipped)."""
-    return (x.astype(np.float32, copy=False) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
-
-
-def brain_mask(
-    volumes: Sequence[Volume], given_mask: Volume | None, affine: np.ndarray, shape: Sequence[int]
-) -> tuple[np.ndarray, str]:
-    """Return the region that scores are taken over, on the grid (affine, shape), and its name.
-
-    The given mask where there is one (region brain). Else, where every volume is skull-stripped (at least 20 % of its
-    voxels are exactly zero and the others fill at most 2,500 ml), the voxels that are not zero in any of them (brain).
-    Else, of each volume, what lies above Otsu's threshold, its largest component and what that encloses, united over
-    the volumes: what is dark in one modality is bright in another (foreground).
-
-    Raises:
-        UserError: the mask is empty on the grid.
-    """
-    if given_mask is not None:
-        inside, region = [given_mask], "brain"
-    elif all(_is_skull_stripped(volume) for volume in volumes):
-        inside, region = list(volumes), "brain"
-    else:
-        inside, region = list(volumes), "foreground"
-    mask = np.zeros(tuple(shape), bool)
-    for volume in inside:
-        chosen = _otsu_foreground(volume.data) if region == "foreground" else volume.data != 0
-        mask |= resample(Volume(chosen.astype(np.float32), volume.affine), affine, shape).data >= 0.5
-    if not mask.any():
-        raise UserError(f"the {region} mask is empty on the model's grid: it lies outside the volume, or is too small")
-    return mask, region
-
-
 def crop_box(mask: np.ndarray, shape: Sequence[int]) -> Shape:
     """Return the start of the box of `shape` voxels that is centred on the mask's bounding box (may be negative)."""
     start = []
@@ -238,44 +180,6 @@ def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill
     """
     box = Volume(array.astype(np.float32, copy=False), record.crop_affine)
     return resample(box, volume.affine, volume.data.shape, fill=fill).data
-
-
-def _is_skull_stripped(volume: Volume) -> bool:
-    inside = int(np.count_nonzero(volume.data))
-    volume_ml = inside * float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    return inside <= (1 - MIN_ZERO_FRACTION) * volume.data.size and volume_ml <= MAX_BRAIN_ML
-
-
-def _otsu_foreground(data: np.ndarray) -> np.ndarray:
-    """Return the largest bright component and what it encloses, as bool (Otsu 1979; threshold from 256 bins)."""
-    top = float(np.percentile(data, 99.5))
-    counts, edges = np.histogram(data, bins=256, range=(float(data.min()), max(top, float(data.min()) + 1e-6)))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sums = np.cumsum(counts * centres)
-    mean_below = sums / np.maximum(below, 1)
-    mean_above = (sums[-1] - sums) / np.maximum(above, 1)
-    between = below.astype(np.float64) * above * (mean_below - mean_above) ** 2
-    bright = data > edges[int(np.argmax(between)) + 1]
-    if not bright.any():
-        return data > data.min()
-    largest = _largest_component(bright)
-    outside, count = ndimage.label(~largest)
-    borders = [outside.take(index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
-    open_labels = np.zeros(count + 1, bool)
-    open_labels[np.concatenate(borders)] = True
-    open_labels[0] = False
-    return ~open_labels[outside]
-
-
-def _largest_component(mask: np.ndarray) -> np.ndarray:
-    labels, count = ndimage.label(mask)
-    if count == 1:
-        return mask
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return np.asarray(labels == int(sizes.argmax()))
 
 
 def _shape(values: Sequence[int] | np.ndarray) -> Shape:

@@ -46,7 +46,7 @@ def register_rigid(fixed: Volume, moving: Volume) -> Volume:
         method.Execute(fixed_image, moving_image)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"rigid registration failed ({reason}); try --register none, or align the volumes") from error
+        raise UserError(f"rigid registration failed ({reason}); try `register` none, or align the volumes") from error
     # the last bits may differ from run to run: micrometres and microradians are enough, and the same every time
     start.SetParameters([round(value, 6 if i < 3 else 3) for i, value in enumerate(start.GetParameters())])
     # p_moving = R (p_fixed - c) + c + t in LPS: moving's voxels lie, over fixed, at the inverse of that

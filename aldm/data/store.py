@@ -254,7 +254,7 @@ def read_store_file(path: Path) -> dict[str, Any] | None:
     """Return what store.json says, or None where there is none; UserError: damaged, or of another format version."""
     if not has_file(path, STORE_FILE):
         return None
-    file, way_out = path / STORE_FILE, "prepare the store anew with --overwrite"
+    file, way_out = path / STORE_FILE, "prepare the store anew with `overwrite`"
     header = read_record(file, {"format_version": int}, way_out)
     if header["format_version"] != FORMAT_VERSION:
         raise UserError(

@@ -1,0 +1,134 @@
+"""Who is better: the rule by hand, and as it is read from the scores of an evaluation."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aldm.errors import UserError
+from aldm.score_table import ScoreRow, write_csv
+from pipelines.champion import METHOD, NO_CHAMPION_DB, Contest, read_contest
+from pipelines.evaluation_files import RECORD, SCORES
+from pipelines.registered import Registered
+
+CHAMPION = Registered("translator", 3, "c" * 64)
+CONTEST = Contest(25.0, 24.0, "brain", 6, "m" * 64, CHAMPION)
+
+
+@pytest.mark.parametrize(
+    ("psnr_db", "champion_db", "min_gain_db", "wins"),
+    [
+        (25.0, 24.0, 0.0, True),
+        (24.0, 25.0, 0.0, False),
+        (25.0, 25.0, 0.0, False),  # a tie keeps the champion
+        (25.5, 25.0, 0.5, False),  # and so does exactly the wanted gain
+        (25.75, 25.0, 0.5, True),
+        (25.25, 25.0, 0.5, False),
+        (24.75, 25.0, -0.5, True),
+        (0.0, None, 0.0, True),
+        (0.0, None, 5.0, True),  # there is nobody to be better than
+    ],
+)
+def test_the_higher_psnr_wins_by_more_than_the_wanted_gain(
+    psnr_db: float, champion_db: float | None, min_gain_db: float, wins: bool
+) -> None:
+    named = None if champion_db is None else CHAMPION
+    contest = replace(CONTEST, psnr_db=psnr_db, champion_psnr_db=champion_db, champion=named)
+    assert contest.wins(min_gain_db) is wins
+    assert contest.to_beat_db(min_gain_db) == (NO_CHAMPION_DB if champion_db is None else champion_db + min_gain_db)
+    assert ("NOT better" in contest.verdict(min_gain_db)) is (named is not None and not wins)
+
+
+def test_the_verdict_says_what_was_measured_and_against_whom() -> None:
+    assert CONTEST.verdict() == (
+        "mean PSNR 25.000 dB inside the brain, 6 translations: better than the champion models:/translator/3 with "
+        "24.000 dB"
+    )
+    whole = replace(CONTEST, region="volume", champion_psnr_db=None, champion=None)
+    assert whole.verdict() == "mean PSNR 25.000 dB over the whole volume, 6 translations; there is no champion yet"
+    assert "NOT better by more than 2 dB than" in CONTEST.verdict(2.0)
+
+
+Scores = Mapping[tuple[str, str, str], float]
+OWN_SAMPLING = {"sampler": "ddim", "num_inference_steps": 4}
+
+
+def model(method: str, kind: str = "aldm") -> dict[str, Any]:
+    """A model in an evaluation's record; the second of its samplings is not its own."""
+    other = {"sampler": "ddim", "num_inference_steps": 50}
+    return {"method": method, "kind": kind, "hash": method[0] * 64, "samplings": [OWN_SAMPLING, other]}
+
+
+def row(method: str, place: tuple[str, str, str], psnr_db: float, **changes: Any) -> ScoreRow:
+    subject_id, source, target = place
+    usual: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 4, "region": "brain", "nmse": 0.1, "ssim": 0.9}
+    return ScoreRow(subject_id, method, source, target, psnr_db=psnr_db, **usual | changes)
+
+
+def evaluation(folder: Path, rows: list[ScoreRow], champion: bool = True, kind: str = "aldm") -> Path:
+    models = [model("new", kind), model("baseline"), model(METHOD)][: 3 if champion else 1]
+    named = {"name": CHAMPION.name, "version": CHAMPION.version, "hash": CHAMPION.hash} if champion else None
+    write_csv(folder / SCORES, rows)
+    (folder / RECORD).write_text(json.dumps({"models": models, "champion": named}))
+    return folder
+
+
+PLACES = [("s1", "t1", "t2"), ("s1", "t2", "t1"), ("s2", "t1", "t2")]
+
+
+def test_both_are_measured_on_the_pairs_that_both_have(tmp_path: Path) -> None:
+    """One translates a pair that the other does not know; by its own pairs the new model would win."""
+    rows = [row("new", place, 20.0) for place in PLACES] + [row(METHOD, place, 21.0) for place in PLACES]
+    rows += [row("new", ("s1", "t1", "pd"), 90.0), row(METHOD, ("s1", "flair", "t1"), 1.0)]
+    contest = read_contest(evaluation(tmp_path, rows))
+    assert (contest.psnr_db, contest.champion_psnr_db, contest.volumes) == (20.0, 21.0, 3)
+    assert (contest.model_hash, contest.champion) == ("n" * 64, CHAMPION)
+    assert not contest.wins()
+
+
+def test_only_translations_between_two_modalities_count_with_the_models_own_sampling(tmp_path: Path) -> None:
+    psnrs = (10.0, 20.0, 36.0)
+    rows = [row("new", place, psnr) for place, psnr in zip(PLACES, psnrs, strict=True)]
+    rows += [row("new", PLACES[0], 99.0, num_inference_steps=50), row("new", PLACES[0], 98.0, sampler="unipc")]
+    rows += [row("new", ("s1", "t1", "t1"), 97.0), row("baseline", PLACES[0], 96.0)]
+    contest = read_contest(evaluation(tmp_path, rows, champion=False))
+    assert contest.psnr_db == pytest.approx(22.0)
+    assert (contest.volumes, contest.champion_psnr_db, contest.champion) == (3, None, None)
+    assert contest.wins()
+
+
+def test_a_model_without_a_sampler_is_filed_without_one(tmp_path: Path) -> None:
+    rows = [row("new", PLACES[0], 15.0, sampler="", num_inference_steps=0), row("new", PLACES[0], 99.0)]
+    assert read_contest(evaluation(tmp_path, rows, champion=False, kind="unet")).psnr_db == 15.0
+
+
+@pytest.mark.parametrize(
+    ("regions", "wanted"),
+    [
+        (("volume", "brain", "lesion"), "brain"),
+        (("volume", "foreground", "lesion"), "foreground"),
+        (("lesion", "volume"), "volume"),
+    ],
+)
+def test_scores_are_those_inside_the_mask(regions: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+    rows = [row("new", PLACES[0], float(10 + number), region=name) for number, name in enumerate(regions)]
+    contest = read_contest(evaluation(tmp_path, rows, champion=False))
+    assert (contest.region, contest.psnr_db) == (wanted, 10.0 + regions.index(wanted))
+
+
+def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no evaluation: make one with aldm evaluate --out"):
+        read_contest(tmp_path)
+    for name, rows, message in (
+        ("apart", [row("new", PLACES[0], 20.0), row(METHOD, PLACES[1], 20.0)], "nothing to compare"),
+        ("same", [row(who, ("s1", "t1", "t1"), 20.0) for who in ("new", METHOD)], "nothing to compare"),
+        ("nan", [row("new", PLACES[0], math.nan), row(METHOD, PLACES[0], 20.0)], "the mean PSNR is nan"),
+        ("inf", [row("new", PLACES[0], math.inf), row(METHOD, PLACES[0], 20.0)], "the mean PSNR is inf"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=message):
+            read_contest(evaluation(tmp_path / name, rows))
