@@ -214,7 +214,7 @@ def test_several_series_are_listed(study: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_series(study)
     assert "2 series in one folder (5: T1 MPRAGE sag, MR, 7x6x5; 11: t2 tse tra, MR, 7x6x5)" in str(caught.value)
-    assert "choose one with series" in str(caught.value)
+    assert "choose one with `series`" in str(caught.value)
     assert [one.address for one in list_series(study)] == ["5", "11"]
     with pytest.raises(UserError, match=r"\(5: MR, 7x6x5; 11: MR, 7x6x5\)"):  # descriptions may name anybody
         read_series(study, patient=False)
@@ -233,7 +233,7 @@ def test_one_of_several_series_is_chosen(study: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("7", "no volume is meant by series '7'; there are 5:"),
+        ("7", "no volume is meant by `series` '7'; there are 5:"),
         ("t", "2 volumes are meant"),
         ("1", "no volume is meant"),
     ],
@@ -269,7 +269,7 @@ def test_two_echoes_in_one_series_are_listed_and_chosen(tmp_path: Path) -> None:
     listed = r"2 volumes in one series \(3\.1: pd t2, echo time 12, MR, 7x6x5; 3\.2: pd t2, echo time 80, MR, 7x6x5\)"
     with pytest.raises(UserError, match=listed):
         read_series(folder)
-    with pytest.raises(UserError, match="2 volumes are meant by series '3'"):
+    with pytest.raises(UserError, match="2 volumes are meant by `series` '3'"):
         read_series(folder, series="3")
     low, high = (read_series(folder, series=wanted)[0].data.mean() for wanted in ("3.1", "echo time 80"))
     assert high > 3 * low

@@ -40,7 +40,8 @@ _REPEATED_TAGS = (
 _FRAME_TAGS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence")
 _MOSAIC_TAGS = tuple(tag for block in range(0x10, 0x20) for tag in (0x00190000 + block, 0x0019000A + (block << 8)))
 """Of each place that a manufacturer's block may have in group 0019: its creator and its element 0A."""
-_SUFFIXES = (".dcm", ".dicom", ".ima")
+SUFFIXES = (".dcm", ".dicom", ".ima")
+"""Names that end so promise a DICOM file; those of DICOM files may end in anything."""
 _ELEMENT_KINDS = (b"UL", b"OB", b"UI", b"CS", b"DA", b"TM", b"LO", b"SH", b"DT", b"ST", b"SQ")
 
 
@@ -133,7 +134,7 @@ def _files(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if is_dicom(path):
             files.append(path)
-        elif path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
+        elif path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             raise UserError(
                 f"{path}: named like a DICOM file, but it does not begin like one: it is damaged; get it again, or "
                 "take it out of the folder"

@@ -113,12 +113,14 @@ def chosen_volume(volumes: Sequence[SeriesVolume], wanted: str | None, place: ob
             return volumes[0]
         series = len({volume.uid for volume in volumes})
         what = f"{series} series in one folder" if series > 1 else f"{len(volumes)} volumes in one series"
-        raise UserError(f"{place}: {what} ({_listed(volumes, names)}); choose one with series, or take the others out")
+        raise UserError(
+            f"{place}: {what} ({_listed(volumes, names)}); choose one with `series`, or take the others out"
+        )
     meant = _meant(volumes, wanted.strip())
     if len(meant) == 1:
         return meant[0]
     what = f"{len(meant)} volumes are meant by" if meant else "no volume is meant by"
-    raise UserError(f"{place}: {what} series {wanted[:64]!r}; there are {_listed(meant or volumes, names)}")
+    raise UserError(f"{place}: {what} `series` {wanted[:64]!r}; there are {_listed(meant or volumes, names)}")
 
 
 def _meant(volumes: Sequence[SeriesVolume], wanted: str) -> list[SeriesVolume]:
