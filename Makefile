@@ -1,5 +1,6 @@
 # make demo    everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
 # make test    formatting, lint, types, import layers and all tests (with Chromium, which it installs on Debian and Ubuntu)
+# make mutants whether the tests notice broken formulas and guards: docs/mutants.md (half an hour; goes on where it stopped)
 # make docs    write the generated pages of docs/ again
 # make clean   remove what these targets made, the environment included (results in demo/ stay)
 #
@@ -7,7 +8,7 @@
 # PYTHON=/path/to/python names the interpreter to use; otherwise the first one that is 3.11 or newer.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs clean
+.PHONY: help demo test mutants docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +29,9 @@ test: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadgroup
 	$(BIN)/pytest -m slow
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

@@ -101,7 +101,7 @@ class _Recorder:
         others = [
             name
             for name, module in sys.modules.items()
-            if not name.startswith((*OWN, "_", "ray", "grpc", "hypothesis"))
+            if not name.startswith((*OWN, "_", "hypothesis"))
             and not str(getattr(module, "__file__", None) or root).startswith(root)
         ]
         return Coverage(self._seconds, lines, shared, others)

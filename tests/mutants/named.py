@@ -52,6 +52,7 @@ NAMED: list[tuple[str, str, str, str]] = [
         "source * self.num_modalities + target",
         "target * self.num_modalities + source",
     ),
+    ("1 + gamma", "aldm/models/ms_spade.py", ".to(gamma.dtype), 1 + gamma)", ".to(gamma.dtype), gamma)"),
     ("affine of a crop", "aldm/data/volume.py", "moved[:3, 3] += ", "moved[:3, 3] -= "),
     ("anti-aliasing", "aldm/data/volume.py", "np.maximum(step**2 - 1, 0)", "np.maximum(step**2, 0)"),
     ("anti-aliasing twice", "aldm/data/volume.py", "sigma = np.sqrt(", "sigma = 2 * np.sqrt("),

@@ -48,8 +48,6 @@ class Mutant:
     """What stands there then."""
     source: str
     """The whole changed file."""
-    span: tuple[int, int]
-    """First and last line of the statement, or of the head of a block, that is changed."""
 
     @property
     def change(self) -> str:
@@ -59,7 +57,7 @@ class Mutant:
 
 def mutants_of(file: str, source: str) -> list[Mutant]:
     """Return the one-line changes of a file, from its first line to its last, none twice."""
-    found = {}
+    found: dict[str, Mutant] = {}
     for start, end, text in _Visitor(source).edits(ast.parse(source)):
         mutant = replaced(file, source, start, end, text)
         found.setdefault(mutant.source, mutant)
@@ -73,18 +71,18 @@ def replaced(file: str, source: str, start: int, end: int, text: str) -> Mutant:
     before = source[begin : source.find("\n", start)].strip()
     after = changed[begin : changed.find("\n", start + len(text))].strip()
     line = source.count("\n", 0, start) + 1
-    return Mutant(file, line, before, " ".join(after.split()), changed, _span_of(ast.parse(source), line))
+    return Mutant(file, line, before, " ".join(after.split()), changed)
 
 
-def _span_of(tree: ast.Module, line: int) -> tuple[int, int]:
+def span_of(tree: ast.Module, line: int) -> tuple[int, int]:
     """Return the lines of the innermost statement that holds a line; of a block those before its body."""
-    span = (line, line)
-    for node in ast.walk(tree):  # outer ones first
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
-            body = getattr(node, "body", None)
-            last = max(body[0].lineno - 1, node.lineno) if body else node.end_lineno
-            if last is not None and line <= last:
-                span = (node.lineno, last)
+    span, block = (line, line), tree.body
+    while inner := next((one for one in block if one.lineno <= line <= (one.end_lineno or 0)), None):
+        block = [child for child in ast.walk(inner) if isinstance(child, ast.stmt) and child is not inner]
+        head = min((child.lineno for child in block), default=(inner.end_lineno or 0) + 1) - 1
+        if line <= max(head, inner.lineno):
+            return inner.lineno, max(head, inner.lineno)
+        span = (inner.lineno, inner.lineno)
     return span
 
 

@@ -10,6 +10,7 @@ lines, so that only those are asked. What was found is kept in build/mutants.jso
 """
 
 import argparse
+import ast
 import hashlib
 import importlib
 import json
@@ -28,7 +29,7 @@ from pathlib import Path
 from equivalent import EQUIVALENT
 from harness import Child, Coverage, read, record, run_tests
 from named import named_mutants
-from operators import Mutant, mutants_of
+from operators import Mutant, mutants_of, span_of
 from page import MOST_SURVIVE, Outcome, page, share_survived
 from targets import NAMED_ONLY, TARGETS, tests_of
 
@@ -132,17 +133,18 @@ def covered(file: str, tests: list[str]) -> Coverage:
 
 def asked_of(mutants: list[Mutant], coverage: Coverage, workers: int) -> Iterator[tuple[Mutant, bool]]:
     """Yield whether the tests notice, `workers` mutants at a time."""
+    tree = ast.parse(Path(mutants[0].file).read_text())
     waiting, running = list(reversed(mutants)), list[tuple[Mutant, Child]]()
     with tempfile.TemporaryDirectory() as folder:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     mutant = waiting.pop()
-                    tests = coverage.tests_for(*mutant.span)
+                    tests = coverage.tests_for(*span_of(tree, mutant.line))
                     if not tests:
                         yield mutant, False
                         continue
-                    limit_s = 30 + 10 * sum(coverage.tests[test] for test in tests)
+                    limit_s = 20 + 3 * sum(coverage.tests[test] for test in tests)
                     log = Path(folder) / f"{len(waiting)}"
                     work = partial(run_tests, mutant.file, mutant.source, tests)
                     running.append((mutant, Child(work, log, limit_s)))
