@@ -47,6 +47,10 @@ Steps = Annotated[int | None, Form(ge=1, le=10_000, description="network evaluat
 Samples = Annotated[
     int | None, Form(ge=1, le=10_000, description="the result is their mean; above 1 gives an uncertainty")
 ]
+SeriesName = Annotated[
+    str | None,
+    Form(description="which series of a zip that holds several: its number, UID, or a part of its description"),
+]
 Seed = Annotated[int, Form(ge=0, lt=2**63 - 2**20, description="of the first sample; sample i has seed + i")]
 
 
@@ -91,11 +95,12 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
         seed: Seed = 0,
+        series: SeriesName = None,
         format: Annotated[Literal["nii.gz", "dicom"], Form(description="of the results")] = "nii.gz",
     ) -> JobView:
         """Queue a translation. Its state is at the answer's Location."""
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
-        values |= {"num_samples": num_samples, "seed": seed, "format": format}
+        values |= {"num_samples": num_samples, "seed": seed, "format": format, "series": series}
         view = await service.submit(request, volume, values, target)
         response.headers["Location"] = view.links.self
         return view
@@ -115,10 +120,11 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
         seed: Seed = 0,
+        series: SeriesName = None,
     ) -> FileResponse:
         """Translate in one call that ends with the result, for scripts."""
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
-        values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI}
+        values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI, "series": series}
         view = await service.submit(request, volume, values, [target])
         owner = request.state.owner
         try:

@@ -37,7 +37,12 @@ def wanted(scan: Path, service: RunningService, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("killed", "attempts"), [(":model", 2), (":api", 1), ("StoreActor", 1)], ids=["model", "ingress", "store"]
+    ("killed", "attempts"),
+    [
+        pytest.param(":model", 2, id="model", marks=pytest.mark.smoke),
+        pytest.param(":api", 1, id="ingress"),
+        pytest.param("StoreActor", 1, id="store"),
+    ],
 )
 def test_a_killed_process_costs_at_most_one_attempt(
     service: RunningService, scan: Path, wanted: Any, killed: str, attempts: int
