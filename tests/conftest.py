@@ -25,6 +25,7 @@ from hypothesis import settings
 from service import RunningService
 from untrained import save_untrained
 
+from aldm import cli
 from aldm.data.phantom import write_phantom
 from aldm.data.preparing import prepare_store
 from aldm.data.store import VolumeStore
@@ -128,6 +129,25 @@ def brats_store(brats_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> V
 def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
     """The store that the tiny preset makes of `ixi_tree`. Read it only."""
     return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
+
+
+@pytest.fixture(scope="session")
+def haar_latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lossless codec's latents of `brats_store`, as `aldm encode` writes them. Read them only."""
+    out = tmp_path_factory.mktemp("latents") / "haar"
+    words = ["encode", "--store", str(brats_store.path), "--codec", "haar", "--out", str(out)]
+    assert cli.main([*words, "--preset", "tiny", "--device", "cpu", "--log-level", "warning"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def stage_2(haar_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an MS-SPADE network of the tiny preset, trained on `haar_latents`. Read it only."""
+    out = tmp_path_factory.mktemp("runs") / "ms-spade"
+    words = ["train", "ms-spade", "--latents", str(haar_latents), "--run-dir", str(out), "--preset", "tiny"]
+    words += ["--device", "cpu", "--log-level", "warning", "--engine", "plain", "--no-tracking"]
+    assert cli.main(words) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

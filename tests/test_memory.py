@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 MEASURES = """
 import subprocess, sys, time
 from aldm.memory import PeakMemory, resident_bytes
@@ -27,6 +29,7 @@ print("measured")
 """
 
 
+@pytest.mark.linux
 def test_the_peak_counts_what_was_given_back_and_what_children_hold() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURES], text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, "measured\n"), done.stderr
