@@ -6,7 +6,7 @@ It holds no job and no model, so it may die at any time.
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -54,7 +54,7 @@ SeriesName = Annotated[
 Seed = Annotated[int, Form(ge=0, lt=2**63 - 2**20, description="of the first sample; sample i has seed + i")]
 
 
-def build_api(settings: Settings, model: Model, tokens: dict[str, str], store: StoreHandle) -> Any:
+def build_api(settings: Settings, model: Model, tokens: Mapping[str, str], store: StoreHandle) -> Any:
     """Return the ASGI application, guard included.
 
     Args:
@@ -76,7 +76,7 @@ def build_api(settings: Settings, model: Model, tokens: dict[str, str], store: S
     _add_errors(app)
     _add_translations(app, service)
     add_results(app, service)
-    _add_service(app, service, tokens)
+    _add_service(app, service)
     add_pages(app)
     return Guard(app, settings=settings, tokens=tokens, store=store)
 
@@ -183,7 +183,7 @@ async def _events(service: Service, view: JobView, owner: str) -> AsyncIterator[
             return
 
 
-def _add_service(app: FastAPI, service: Service, tokens: dict[str, str]) -> None:
+def _add_service(app: FastAPI, service: Service) -> None:
     settings, model = service.settings, service.model
     base = model.config.sampling
     diffusion = model.kind == "aldm"

@@ -156,6 +156,20 @@ def test_the_client_sends_its_token(
 
 
 @pytest.mark.slow
+def test_a_token_is_taken_back_while_the_service_runs(closed: RunningService, tokens: tuple[Path, str, str]) -> None:
+    path = tokens[0]
+    kept = path.read_text()
+    taken = {"Authorization": f"Bearer {new_token(path, 'ward-3')}"}
+    for text, wanted in ((path.read_text(), 200), (kept, 401)):
+        path.write_text(text)
+        until = time.monotonic() + 20
+        while (found := httpx.get(f"{closed.url}/v1/models", headers=taken, timeout=60).status_code) != wanted:
+            assert time.monotonic() < until, found
+            time.sleep(0.2)
+    assert closed.client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.slow
 def test_a_batch_gives_what_single_jobs_give(closed: RunningService, service: RunningService, scan: Path) -> None:
     busy = closed.submit(scan, **MEDIUM)
     closed.wait(busy, "running")

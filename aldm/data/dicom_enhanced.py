@@ -70,7 +70,7 @@ def _classic(header: "Dataset", shared: "Dataset | None", own: "Dataset") -> "Da
     for sequence, keywords in _GROUPS.items():
         group = _first(own, sequence) or _first(shared, sequence)
         if group is not None:
-            made.update({keyword: group[keyword] for keyword in keywords if keyword in group})
+            made.update({group[keyword].tag: group[keyword] for keyword in keywords if keyword in group})
     direction = _first(made, _DIRECTION)
     if direction is not None and "DiffusionGradientOrientation" in direction:
         made["DiffusionGradientOrientation"] = direction["DiffusionGradientOrientation"]
