@@ -470,7 +470,7 @@ def test_a_model_of_another_format_version_or_kind_is_refused(model, tmp_path, c
     write(tmp_path / "in.nii")
     record = json.loads((model / "config.json").read_text())
     for change, words in (
-        ({"format_version": 99}, "of format version 99, wanted 1"),
+        ({"format_version": 99}, "of format version 99, wanted 2"),
         ({"kind": "vqgan"}, "checkpoint of kind 'vqgan'"),
     ):
         (tmp_path / "model").mkdir(exist_ok=True)
