@@ -103,11 +103,13 @@ def test_packages_are_typed(package: str) -> None:
 
 
 def is_typed(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function's signature is annotated; a step of a Kubeflow pipeline must not name what it returns."""
+    """Whether a function's signature is annotated; a Kubeflow pipeline and its steps name only outputs."""
     args = function.args
     every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
     named = [arg.annotation is not None or arg.arg in ("self", "cls") for arg in every]
-    step = any(ast.unparse(decorator).startswith("component") for decorator in function.decorator_list)
+    step = any(
+        ast.unparse(decorator).startswith(("component", "dsl.pipeline")) for decorator in function.decorator_list
+    )
     return all(named) and (step or function.returns is not None)
 
 
