@@ -4,7 +4,9 @@ Headers are read with pydicom, voxels with SimpleITK (every transfer syntax that
 each file that it is synthetic, carries new UIDs and no private element, and names the patient only when asked to.
 """
 
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ from aldm.files import atomic_folder
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+logger = logging.getLogger(__name__)
+
 MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 FIRST_FILE = "SYNTHETIC_0001.dcm"
 """Name of the first file of every series written here."""
@@ -41,12 +45,30 @@ def list_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bo
     Raises:
         UserError: no image in DICOM, or a damaged header.
     """
+    return _volumes(Path(folder), max_voxels, patient)[0]
+
+
+def series_description(
+    folder: str | Path, *, series: str | None = None, max_voxels: int = MAX_VOXELS, patient: bool = True
+) -> str:
+    """Return what a series says that it shows, before its voxels are read; free text, which may name anybody.
+
+    Raises:
+        UserError: as `list_series`, and none or several volumes meant by `series`.
+    """
+    volumes, _ = _volumes(Path(folder), max_voxels, patient)
+    return chosen_volume(volumes, series, folder, names=patient).description
+
+
+def _volumes(folder: Path, max_voxels: int, patient: bool) -> tuple[list[SeriesVolume], str]:
+    """Return what a folder holds, and what is to be said of what was left out."""
     slices: list[Slice] = []
-    for item in read_headers(Path(folder), patient=patient):
+    items, note = read_headers(folder, patient=patient)
+    for item in items:
         with damage_of(item.path):
             slices += frames_of(item, max_voxels) if is_enhanced(item) else [item]
-    with damage_of(Path(folder)):
-        return volumes_of(slices)
+    with damage_of(folder):
+        return volumes_of(slices), note
 
 
 def read_series(
@@ -55,7 +77,7 @@ def read_series(
     """Read an MR series as an RAS+ volume in float32, rescale slope and intercept applied.
 
     Files that are not DICOM are passed over, as are folders below; presentation states, reports and other objects
-    without an image are left out, with a warning in the log.
+    without an image are left out, which `notes` of the source says.
 
     Args:
         folder: the series, one file a slice or enhanced (multi-frame); or one enhanced file.
@@ -71,7 +93,7 @@ def read_series(
             single slice, slices that are missing, uneven, doubled or sheared, or a volume without contrast.
     """
     folder = Path(folder)
-    volumes = list_series(folder, max_voxels=max_voxels, patient=patient)
+    volumes, note = _volumes(folder, max_voxels, patient)
     chosen = chosen_volume(volumes, series, folder, names=patient)
     source, slices = checked_series(folder, chosen.slices, max_voxels)
     data = read_voxels(folder, slices, source.shape)
@@ -80,6 +102,9 @@ def read_series(
         raise UserError(f"{folder}: some voxels are NaN or infinite, wanted finite numbers")
     if low == high:
         raise UserError(f"{folder}: every voxel is {low:g} (constant), so there is nothing to see in it")
+    if note:
+        logger.warning("%s: %s", folder, note)
+        source = replace(source, notes=(note,))
     return to_ras(data, source.affine), source
 
 
