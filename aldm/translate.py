@@ -426,6 +426,8 @@ class Translator:
         spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
         made = self.provenance(request.source, target, sampling, request.seed)
         made |= {"intensity": intensity, "intensity_range": [low, high]}
+        if volume.num_nan:
+            made["nan_background_voxels"] = volume.num_nan
         if record.bias is not None:  # the shading that was taken from the source is the result's too
             data = shaded(data, volume.affine, record.bias, min(0.0, low))
             spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
