@@ -12,7 +12,7 @@ from fastapi import Request, UploadFile
 from aldm.config import SamplingConfig
 from aldm.errors import UserError
 from aldm.pairs import check_pair
-from aldm.translate import choose_sampling
+from aldm.sampling_choice import choose_sampling
 from serve import files
 from serve.models import Model
 from serve.problems import Problem

@@ -35,6 +35,9 @@ class Echo(Predictor):
     def decode(self, code):
         return code
 
+    def needed_bytes(self):
+        return 0
+
     def predict(self, code, sources, targets, sampling, generators, on_step):
         for step in range(sampling.num_inference_steps):
             if on_step is not None:
@@ -107,15 +110,6 @@ def test_any_grid_comes_back_as_itself(affine):
     assert error(0, 0) < 0.03  # a coarser grid blurs the edge
     for axis in range(3):
         assert error(0, axis) < min(error(1, axis), error(-1, axis))
-
-
-def test_what_lies_outside_the_model_s_box_is_background():
-    volume = smooth_volume()
-    result = translator(spatial_shape=(12, 12, 12)).translate(volume, "t1", "t2")
-    outside = np.ones(volume.data.shape, bool)
-    outside[8:21, 7:20, 6:19] = False
-    assert (result.volume.data[outside] == PERCENTILES["t2"][0]).all()
-    assert result.volume.data.max() > 100
 
 
 @pytest.mark.parametrize(("target", "expected"), [("t1", (0, 100)), ("t2", (10, 200)), ("pd", (0, 0.9))])

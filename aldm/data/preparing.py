@@ -186,7 +186,8 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "region": prepared.region,
         "grid_affine": first.grid_affine,
         "grid_shape": first.grid_shape,
-        "crop_start": first.crop_start,
+        "crop_start": first.boxes[0],
+        "share_outside": first.share_outside,
         "percentiles": {name: (record.low, record.high) for name, record in prepared.records.items()},
         "sources": sources,
     }

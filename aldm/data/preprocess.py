@@ -1,19 +1,20 @@
 """From volumes as they were scanned to the model's grid and intensities, and back.
 
 All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; intensities between two
-percentiles become [-1, 1]; a box of the model's size is cut out around the foreground. The record of it undoes it.
+percentiles become [-1, 1]; boxes of the model's size are cut out so that they hold the foreground. The record of it
+undoes it.
 Arrays are X Y Z of RAS+ volumes.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from aldm.config import PreprocessConfig, Shape
-from aldm.data.foreground import brain_mask
+from aldm.data.boxes import centred_box, cover, head_box, share_outside
+from aldm.data.foreground import brain_mask, mask_on_grid, own_masks
 from aldm.data.intensity import percentiles, rescale
 from aldm.data.modalities import sort_modalities
 from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
@@ -28,32 +29,14 @@ class PreprocessRecord:
     """(4, 4) voxel -> world RAS, mm, of the whole resampled grid."""
     grid_shape: Shape
     """Voxels of the whole resampled grid."""
-    crop_start: Shape
-    """Voxel of the whole grid at which the model's box begins; may be negative (padding)."""
+    boxes: tuple[Shape, ...]
+    """Voxel of the whole grid at which each box of the model's shape begins; may be negative (padding)."""
+    share_outside: float
+    """Share of the foreground, 0 to 1, that lies in none of the boxes."""
     low: float
     """Intensity that became -1."""
     high: float
     """Intensity that became +1."""
-
-    @property
-    def crop_affine(self) -> np.ndarray:
-        """(4, 4) voxel -> world RAS, mm, of the model's box."""
-        return shifted(np.array(self.grid_affine), self.crop_start)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as dictionaries and lists."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessRecord":
-        """Undo to_dict."""
-        return cls(
-            grid_affine=tuple(tuple(float(v) for v in row) for row in values["grid_affine"]),
-            grid_shape=_shape(values["grid_shape"]),
-            crop_start=_shape(values["crop_start"]),
-            low=float(values["low"]),
-            high=float(values["high"]),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +86,6 @@ def model_grid(
     return affine, _shape(shape)
 
 
-def crop_box(mask: np.ndarray, shape: Sequence[int]) -> Shape:
-    """Return the start of the box of `shape` voxels that is centred on the mask's bounding box (may be negative)."""
-    start = []
-    for axis, size in enumerate(shape):
-        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        start.append(math.floor((int(inside[0]) + int(inside[-1]) + 1 - size) / 2))
-    return _shape(start)
-
-
 def prepare_subject(
     volumes: Mapping[str, Volume],
     config: PreprocessConfig,
@@ -120,7 +94,7 @@ def prepare_subject(
     seg: Volume | None = None,
     max_voxels: int = MAX_VOXELS,
 ) -> PreparedSubject:
-    """Put all volumes of a subject on one grid, with one crop box.
+    """Put all volumes of a subject on one grid, with one box, laid for the head (`head_box`).
 
     The reference is the first modality in the vocabulary's order: the grid covers its field of view, and `mask` and
     `seg` are in its world coordinates. With `register` rigid the other volumes are aligned to it first, which changes
@@ -138,7 +112,8 @@ def prepare_subject(
             aligned[name] = register_rigid(aligned[names[0]], aligned[name])
     affine, shape = model_grid([aligned[names[0]]], config, max_voxels=max_voxels)
     inside, region = brain_mask(list(aligned.values()), mask, affine, shape)
-    start = crop_box(inside, config.spatial_shape)
+    box = head_box(inside, config.spatial_shape, config.spacing_mm)
+    outside = share_outside(inside, np.eye(4), [box], config.spatial_shape)
     scaled, records = {}, {}
     for name, volume in aligned.items():
         data = resample(volume, affine, shape, fill=float(volume.data.min())).data
@@ -147,39 +122,69 @@ def prepare_subject(
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         scaled[name] = rescale(data, low, high)
-        records[name] = PreprocessRecord(_rows(affine), shape, start, low, high)
+        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high)
     labels = None
     if seg is not None:
         labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
     return PreparedSubject(scaled, records, inside, region, labels)
 
 
-def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray, PreprocessRecord]:
-    """Return one volume as model input, (spatial_shape) float32 in [-1, 1], and the record that undoes it.
+def prepare_volume(
+    volume: Volume, config: PreprocessConfig, *, stride: int = 1
+) -> tuple[list[np.ndarray], PreprocessRecord]:
+    """Return one volume as model input, and the record that undoes it.
+
+    The foreground lies in one box where it fits into one, else in as many as it takes; all are scaled alike.
+
+    Args:
+        volume: RAS+, any spacing, any units.
+        config: the model's.
+        stride: where there are several boxes they differ by multiples of so many voxels.
+
+    Returns:
+        boxes, each (spatial_shape) float32 in [-1, 1], and the record.
 
     Raises:
         UserError: the volume has no contrast, or its grid is too large.
     """
     affine, shape = model_grid([volume], config)
-    mask, _ = brain_mask([volume], None, affine, shape)
-    start = crop_box(mask, config.spatial_shape)
+    box = config.spatial_shape
+    boxes, outside = _boxes_of(volume, affine, shape, box, stride)
     whole = resample(volume, affine, shape, fill=float(volume.data.min()))
     low, high = percentiles(whole.data, config)
-    scaled = rescale(crop_or_pad(whole, start, config.spatial_shape, low).data, low, high)
-    return scaled, PreprocessRecord(_rows(affine), shape, start, low, high)
+    arrays = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
+    return arrays, PreprocessRecord(_rows(affine), shape, boxes, outside, low, high)
+
+
+def count_boxes(volume: Volume, config: PreprocessConfig, *, stride: int = 1) -> int:
+    """Return how many boxes prepare_volume will cut."""
+    affine, shape = model_grid([volume], config)
+    return len(_boxes_of(volume, affine, shape, config.spatial_shape, stride)[0])
+
+
+def _boxes_of(
+    volume: Volume, affine: np.ndarray, shape: Shape, box: Shape, stride: int
+) -> tuple[tuple[Shape, ...], float]:
+    """Return the boxes that hold a volume's foreground, and the share of it that they do not hold."""
+    masks, region = own_masks([volume], None)
+    centre = centred_box(mask_on_grid(masks, region, affine, shape), box)
+    inside, to_grid = masks[0].data > 0, np.linalg.inv(affine) @ volume.affine
+    boxes = cover(inside, to_grid, centre, box, stride)
+    return boxes, share_outside(inside, to_grid, boxes, box)
 
 
 def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:
-    """Return an array of the model's box on `volume`'s own grid, float32, linearly interpolated.
+    """Return an array of the region that the boxes cover on `volume`'s own grid, float32, linearly interpolated.
 
     Args:
-        array: (spatial_shape), in any intensities.
+        array: the boxes as one (`blend`), in any intensities.
         record: from prepare_volume(volume).
         volume: whose grid is wanted.
-        fill: value outside the model's box.
+        fill: value outside the region.
     """
-    box = Volume(array.astype(np.float32, copy=False), record.crop_affine)
-    return resample(box, volume.affine, volume.data.shape, fill=fill).data
+    start = np.array(record.boxes).min(axis=0).tolist()
+    region = Volume(array.astype(np.float32, copy=False), shifted(np.array(record.grid_affine), start))
+    return resample(region, volume.affine, volume.data.shape, fill=fill).data
 
 
 def _shape(values: Sequence[int] | np.ndarray) -> Shape:

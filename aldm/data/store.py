@@ -126,6 +126,8 @@ class SubjectRecord:
     """Modality -> the intensities that became -1 and +1."""
     sources: dict[str, dict[str, Any]]
     """Modality -> path, affine and shape of the file that it was read from (the file's own axes)."""
+    share_outside: float | None = None
+    """Share of the region, 0 to 1, that lies outside the model's box; None in stores of before it was measured."""
 
 
 class VolumeStore:
@@ -287,6 +289,7 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
             "grid_affine": [value for row in record.grid_affine for value in row],
             "grid_shape": list(record.grid_shape),
             "crop_start": list(record.crop_start),
+            "share_outside": record.share_outside,
             "low": record.percentiles[modality][0],
             "high": record.percentiles[modality][1],
             "source_path": record.sources[modality]["path"],
@@ -331,6 +334,7 @@ def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
         grid_affine=matrix(first["grid_affine"]),
         grid_shape=tuple(first["grid_shape"]),
         crop_start=tuple(first["crop_start"]),
+        share_outside=first.get("share_outside"),
         percentiles={row["modality"]: (row["low"], row["high"]) for row in rows},
         sources={
             row["modality"]: {
