@@ -3,7 +3,6 @@
 It holds no job and no model, so it may die at any time.
 """
 
-import asyncio
 import json
 import tempfile
 import time
@@ -33,9 +32,8 @@ from serve.store import StoreHandle
 from serve.submissions import AUTO, Service
 from serve.work_folder import INCOMING
 
-EVENTS_S, ALIVE_S = 0.3, 10.0
-"""How often an event stream looks for news, and how long it may be silent."""
-WAIT_S = 0.1
+ALIVE_S = 10.0
+"""How long an event stream may be silent."""
 MAX_TARGETS = 16
 FORM_LIMITS = {"max_files": 1, "max_fields": MAX_TARGETS + 8, "max_part_size": 1024}
 """Of an upload's form: the volume, targets, and each other field once."""
@@ -125,9 +123,8 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         owner = request.state.owner
         try:
             while view.state not in FINISHED:
-                await asyncio.sleep(WAIT_S)
-                view = await service.view(view.id, owner)
-        except asyncio.CancelledError:  # the client hung up
+                view = await service.news.next(view.id, owner)
+        except BaseException:  # the client hung up, or gets an error: nobody will come for the result
             service.store.tell("cancel", view.id, owner)
             raise
         if view.error is not None:
@@ -173,9 +170,8 @@ async def _events(service: Service, view: JobView, owner: str) -> AsyncIterator[
             yield ": alive\n\n"
         if view.state in FINISHED:
             return
-        await asyncio.sleep(EVENTS_S)
         try:
-            view = await service.view(view.id, owner)
+            view = await service.news.next(view.id, owner)
         except Problem as problem:
             yield f"event: problem\ndata: {json.dumps(problem.as_dict())}\n\n"
             return

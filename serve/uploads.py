@@ -5,7 +5,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,20 +25,12 @@ MAX_DIRECTORY = 2**21
 _BLOCK = 2**20
 _HEADER = 2**16
 """Bytes beside its voxels that a file of a series may have."""
-_ALIASES = {
-    "t1ce": {"t1ce", "t1c", "t1gd", "t1post", "t1wce", "t1contrast"},
-    "flair": {"flair", "t2flair", "t2f", "tirm"},
-    "t2": {"t2", "t2w", "t2n", "t2tse"},
-    "pd": {"pd", "pdw"},
-    "t1": {"t1", "t1w", "t1n", "mprage", "mpr", "bravo", "t1mprage"},
-}
-_CONTRAST_WORDS = {"ce", "gd", "gad", "post", "contrast", "gadolinium"}
 
 
 def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tuple[str, int]:
     """Check an upload and keep it in the folder of its job.
 
-    Returns the words of its header, for `guess_source`, and its voxels.
+    Returns the words of its header, for `choose_source`, and its voxels.
 
     Args:
         stream: the upload, at its beginning.
@@ -67,18 +59,6 @@ def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tup
 def _entry(match: re.Match[str]) -> str:
     """Name a file of a zip as the client can find it: files have names of our own here."""
     return f"{'volume, ' if match[1] else ''}file {int(match[2]) + 1} of the zip"
-
-
-def guess_source(words: str, modalities: Iterable[str]) -> str | None:
-    """Return the modality that a file name or a header's description speaks of; None where it does not say."""
-    tokens = set(re.split(r"[^a-z0-9]+", words.lower()))
-    known = set(modalities)
-    found = [name for name, aliases in _ALIASES.items() if tokens & aliases]
-    if "t1" in found and tokens & _CONTRAST_WORDS:
-        found = ["t1ce" if name == "t1" else name for name in found]
-    if set(found) == {"flair", "t2"}:  # T2-weighted FLAIR
-        found = ["flair"]
-    return found[0] if len(set(found)) == 1 and found[0] in known else None
 
 
 def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Settings) -> tuple[str, int]:
