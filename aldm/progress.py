@@ -49,6 +49,11 @@ class Progress(Generic[T]):
     ) -> None:
         self.close()
 
+    @property
+    def done(self) -> int:
+        """How many units are finished."""
+        return self._done
+
     def update(self, count: int = 1) -> None:
         """Say that `count` more units are finished."""
         self._done += count

@@ -297,16 +297,16 @@ class Translator:
         """
         return count_boxes(volume, self.config.preprocess, stride=self.predictor.stride)
 
-    def prepare(self, volume: Volume) -> Encoded:
+    def prepare(self, volume: Volume, *, max_boxes: int | None = None) -> Encoded:
         """Return the volume, encoded box by box.
 
         Raises:
-            UserError: a volume without contrast, or too large for the memory limit.
+            UserError: a volume without contrast, that takes more than `max_boxes`, or too large for the memory limit.
         """
         predictor, config = self.predictor, self.config.preprocess
         if predictor.limit is not None:
             check_room(volume, config, predictor.limit)
-        boxes, record = prepare_volume(volume, config, stride=predictor.stride)
+        boxes, record = prepare_volume(volume, config, stride=predictor.stride, max_boxes=max_boxes)
         if predictor.limit is not None and len(boxes) > 1:
             check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)
         codes = tuple(self.encode(x) for x in boxes)

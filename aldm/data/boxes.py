@@ -14,6 +14,8 @@ from aldm.config import Shape
 
 MIN_OVERLAP = 0.25
 """Share of a side that neighbouring boxes have in common at least: a network sees too little at the edge of its box."""
+MARGIN = 1 / 16
+"""Share of a side that boxes reach beyond the foreground, where no more boxes come of it: skin may be dark."""
 UPPER_HEAD_MM = 90.0
 """So far below the vertex there is brain, and neither nose nor shoulders widen the head."""
 MAX_OUTSIDE = 0.005
@@ -134,10 +136,11 @@ def _weights(axis: int, boxes: Sequence[Shape], box: Shape, size: int) -> np.nda
 
 
 def _spread(low: int, high: int, size: int, stride: int) -> list[int]:
-    """Return the starts along one axis: they cover the voxels from low to high."""
+    """Return the starts along one axis: they cover the voxels from low to high, and what is near where there is room."""
     steps = max(0, math.ceil((high + 1 - low - size) / stride))  # from the first start to the last, in strides
     longest = max(1, int(size * (1 - MIN_OVERLAP)) // stride)
     pieces = math.ceil(steps / longest)
+    steps += min(pieces * longest - steps, int(2 * MARGIN * size) // stride)
     begin = low - (steps * stride + size - (high + 1 - low)) // 2
     return [begin + stride * ((steps * piece) // max(1, pieces)) for piece in range(pieces + 1)]
 

@@ -130,7 +130,7 @@ def prepare_subject(
 
 
 def prepare_volume(
-    volume: Volume, config: PreprocessConfig, *, stride: int = 1
+    volume: Volume, config: PreprocessConfig, *, stride: int = 1, max_boxes: int | None = None
 ) -> tuple[list[np.ndarray], PreprocessRecord]:
     """Return one volume as model input, and the record that undoes it.
 
@@ -140,16 +140,22 @@ def prepare_volume(
         volume: RAS+, any spacing, any units.
         config: the model's.
         stride: where there are several boxes they differ by multiples of so many voxels.
+        max_boxes: refuse a volume that takes more; None sets no limit.
 
     Returns:
         boxes, each (spatial_shape) float32 in [-1, 1], and the record.
 
     Raises:
-        UserError: the volume has no contrast, or its grid is too large.
+        UserError: the volume has no contrast, its grid is too large, or it takes too many boxes.
     """
     affine, shape = model_grid([volume], config)
     box = config.spatial_shape
     boxes, outside = _boxes_of(volume, affine, shape, box, stride)
+    if max_boxes is not None and len(boxes) > max_boxes:
+        raise UserError(
+            f"this volume takes {len(boxes)} boxes of the model's {' x '.join(map(str, box))} voxels, the limit is "
+            f"{max_boxes}: cut it down to the head, or ask for fewer steps, samples or targets"
+        )
     whole = resample(volume, affine, shape, fill=float(volume.data.min()))
     low, high = percentiles(whole.data, config)
     arrays = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
