@@ -5,7 +5,7 @@ one interface, `Translator.encode` and `Translator.translate_encoded`, which is 
 X Y Z of RAS+ volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Translator:
         *,
         kind: str,
         median_percentiles: dict[str, tuple[float, float]],
+        backgrounds: Mapping[str, float | None] | None = None,
         model_hash: str,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -51,11 +52,12 @@ class Translator:
             config: the whole configuration; `modalities` must be named.
             kind: aldm, unet or a comparison method.
             median_percentiles: modality -> the training set's median lower and upper percentile, in its own units.
+            backgrounds: modality -> background of the training set's masked volumes, None where they are not masked.
             model_hash: identifies the weights.
             device: where to compute.
         """
         self.predictor, self.config, self.kind, self.model_hash = predictor, config, kind, model_hash
-        self.median_percentiles = median_percentiles
+        self.median_percentiles, self.backgrounds = median_percentiles, dict(backgrounds or {})
         self.device = torch.device(device)
         predictor.to(self.device).eval().requires_grad_(False)
 
@@ -74,7 +76,8 @@ class Translator:
 
         Args:
             folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
-                data.median_percentiles {modality: [low, high]} and, for kind aldm, latents.mean and latents.std.
+                data.median_percentiles {modality: [low, high]}, data.backgrounds {modality: value or None} and, for
+                kind aldm, latents.mean and latents.std.
             device: where to compute.
             sampling, precision: instead of the folder's own.
             max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
@@ -88,9 +91,14 @@ class Translator:
         model = load_model(
             folder, device, sampling=sampling, precision=precision, max_memory_gb=max_memory_gb, scratch_dir=scratch_dir
         )
-        kind, known, model_hash = model.kind, model.median_percentiles, model.model_hash
         return cls(
-            model.predictor, model.config, kind=kind, median_percentiles=known, model_hash=model_hash, device=device
+            model.predictor,
+            model.config,
+            kind=model.kind,
+            median_percentiles=model.median_percentiles,
+            backgrounds=model.backgrounds,
+            model_hash=model.model_hash,
+            device=device,
         )
 
     @property
@@ -334,7 +342,9 @@ class Translator:
         """
         target = request.target
         low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
-        data, spread = on_own_grid(results, record, volume, low, high)
+        background = self.backgrounds.get(target) if intensity == "median" else None
+        background = low if background is None else background
+        data, spread = on_own_grid(results, record, volume, low, high, background)
         made: dict[str, Any] = {
             "synthetic": True,
             "notice": NOTICE,
@@ -349,4 +359,8 @@ class Translator:
             made |= {**asdict(sampling), "seed": request.seed}
         made |= {"intensity": intensity, "intensity_range": [low, high]}
         made |= {"num_boxes": len(record.boxes), "share_outside": record.share_outside}
+        if record.bias is not None:
+            made["bias_correction"] = "n4, multiplied back"
+        if record.background is not None:
+            made["background"] = background
         return Translation(Volume(data, volume.affine), spread, made)

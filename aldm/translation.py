@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from aldm.config import PreprocessConfig, Shape
+from aldm.data.bias import shaded
 from aldm.data.boxes import blend, region_of
+from aldm.data.foreground import constant_background
 from aldm.data.intensity import unscale
 from aldm.data.preprocess import PreprocessRecord, model_grid, restore
 from aldm.data.volume import Volume
@@ -90,7 +92,12 @@ class Request:
 
 
 def on_own_grid(
-    results: Sequence[BoxResult], record: PreprocessRecord, volume: Volume, low: float, high: float
+    results: Sequence[BoxResult],
+    record: PreprocessRecord,
+    volume: Volume,
+    low: float,
+    high: float,
+    background: float,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the results of all boxes as one, on the volume's own grid: mean in [low, high], and standard deviation.
 
@@ -102,15 +109,23 @@ def on_own_grid(
         record: how the boxes lie.
         volume: what they were cut from.
         low, high: intensities of -1 and +1.
+        background: what a masked volume has outside its mask.
     """
     # outside the boxes nothing was predicted: background
     mean = blend([one for one, _ in results], record.boxes, -1)
     data = restore(unscale(mean, low, high), record, volume, fill=low)
-    spreads = [std for _, std in results if std is not None]
-    if not spreads:
-        return data, None
-    std = blend(spreads, record.boxes, 0)
-    return data, restore(std * ((high - low) / 2), record, volume, fill=0.0)
+    spread, stds = None, [std for _, std in results if std is not None]
+    if stds:
+        spread = restore(blend(stds, record.boxes, 0) * ((high - low) / 2), record, volume, fill=0.0)
+    if record.bias is not None:  # the shading that was taken from the source is the result's too
+        data = shaded(data, volume.affine, record.bias, min(0.0, low))
+        spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
+    outside = None if record.background is None else constant_background(volume.data)
+    if outside is not None:  # a masked volume's result is masked alike
+        data[outside] = background
+        if spread is not None:
+            spread[outside] = 0.0
+    return data, spread
 
 
 def check_room(volume: Volume, config: PreprocessConfig, limit: MemoryLimit) -> None:

@@ -26,6 +26,8 @@ class TrainedModel:
     """aldm, unet or a comparison method."""
     median_percentiles: dict[str, tuple[float, float]]
     """Modality -> the training set's median lower and upper percentile, in its own units."""
+    backgrounds: dict[str, float | None]
+    """Modality -> background of the training set's masked volumes, None where they are not masked."""
     model_hash: str
     """Identifies the weights."""
 
@@ -49,7 +51,10 @@ def load_model(
     checkpoint.check_meta(META["aldm" if kind == "aldm" else "unet"])
     predictor = build_predictor(kind, config, checkpoint.meta)
     load_weights(predictor, checkpoint.weights, folder)
-    model = TrainedModel(predictor, config, kind, _percentiles(checkpoint), checkpoint.hash)
+    percentiles = _percentiles(checkpoint)
+    checkpoint.check_meta({"data.backgrounds": dict})
+    backgrounds = checkpoint.meta["data"]["backgrounds"]
+    model = TrainedModel(predictor, config, kind, percentiles, backgrounds, checkpoint.hash)
     del checkpoint  # its copy of the weights
     if max_memory_gb is not None:
         if torch.device(device).type != "cpu":

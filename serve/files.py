@@ -74,7 +74,8 @@ def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
 
     path = folder / _VOLUME
     save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
-    kept = asdict(replace(source, folder=Path(), affine=None, patient=(), study_uid="", frame_of_reference_uid=""))
+    nobody = {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
+    kept = asdict(replace(source, folder=Path(), affine=None, **nobody))
     kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
     (folder / _SERIES).write_text(json.dumps(kept))
 

@@ -136,7 +136,7 @@ def _weights(axis: int, boxes: Sequence[Shape], box: Shape, size: int) -> np.nda
 
 
 def _spread(low: int, high: int, size: int, stride: int) -> list[int]:
-    """Return the starts along one axis: they cover the voxels from low to high, and what is near where there is room."""
+    """Return the starts along one axis: they cover low to high, and what is near where there is room."""
     steps = max(0, math.ceil((high + 1 - low - size) / stride))  # from the first start to the last, in strides
     longest = max(1, int(size * (1 - MIN_OVERLAP)) // stride)
     pieces = math.ceil(steps / longest)

@@ -189,6 +189,8 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "crop_start": first.boxes[0],
         "share_outside": first.share_outside,
         "percentiles": {name: (record.low, record.high) for name, record in prepared.records.items()},
+        "backgrounds": {name: record.background for name, record in prepared.records.items()},
+        "clipped": {name: (clipped.mask, clipped.seg) for name, clipped in prepared.clipped.items()},
         "sources": sources,
     }
 

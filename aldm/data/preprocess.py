@@ -1,21 +1,23 @@
 """From volumes as they were scanned to the model's grid and intensities, and back.
 
-All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; intensities between two
-percentiles become [-1, 1]; boxes of the model's size are cut out so that they hold the foreground. The record of it
+All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; an interval of their
+intensities becomes [-1, 1]; boxes of the model's size are cut out so that they hold the foreground. The record of it
 undoes it.
 Arrays are X Y Z of RAS+ volumes.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from aldm.config import PreprocessConfig, Shape
+from aldm.data.bias import BiasField, corrected
 from aldm.data.boxes import centred_box, cover, head_box, share_outside
-from aldm.data.foreground import brain_mask, mask_on_grid, own_masks
-from aldm.data.intensity import percentiles, rescale
+from aldm.data.foreground import Foreground, brain_mask, find_foreground, mask_on_grid, own_masks
+from aldm.data.intensity import clipped_share, intensity_range, rescale
 from aldm.data.modalities import sort_modalities
 from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
 from aldm.errors import UserError
@@ -37,6 +39,38 @@ class PreprocessRecord:
     """Intensity that became -1."""
     high: float
     """Intensity that became +1."""
+    background: float | None = None
+    """Intensity of the constant background of a masked volume; None where there is none."""
+    bias: BiasField | None = None
+    """What the volume was divided by; None where its shading was left alone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as dictionaries and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessRecord":
+        """Undo to_dict."""
+        return cls(
+            grid_affine=tuple(tuple(float(v) for v in row) for row in values["grid_affine"]),
+            grid_shape=_shape(values["grid_shape"]),
+            boxes=tuple(_shape(box) for box in values["boxes"]),
+            share_outside=float(values["share_outside"]),
+            low=float(values["low"]),
+            high=float(values["high"]),
+            background=None if values["background"] is None else float(values["background"]),
+            bias=None if values["bias"] is None else BiasField.from_dict(values["bias"]),
+        )
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Shares, 0 to 1, of the voxels of a volume that were darker than -1 or brighter than +1."""
+
+    mask: float
+    """Of the region that scores are taken over."""
+    seg: float | None
+    """Of what is labelled in the segmentation; None without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +80,15 @@ class PreparedSubject:
     volumes: dict[str, np.ndarray]
     """Modality -> whole resampled grid, float32 in [-1, 1]."""
     records: dict[str, PreprocessRecord]
-    """Modality -> record; they differ in low and high alone."""
+    """Modality -> record; grid and box are the same in all."""
     mask: np.ndarray
     """bool, whole grid: the brain, or the foreground where no brain is marked off."""
     region: str
     """What `mask` is: brain or foreground."""
     seg: np.ndarray | None
     """uint8 labels, whole grid, or None."""
+    clipped: dict[str, Clipped]
+    """Modality -> how much of its contrast was lost."""
 
 
 def model_grid(
@@ -111,22 +147,25 @@ def prepare_subject(
         for name in names[1:]:
             aligned[name] = register_rigid(aligned[names[0]], aligned[name])
     affine, shape = model_grid([aligned[names[0]]], config, max_voxels=max_voxels)
-    inside, region = brain_mask(list(aligned.values()), mask, affine, shape)
+    found = {name: find_foreground(volume) for name, volume in aligned.items()}
+    inside, region = brain_mask(list(found.values()), mask, affine, shape)
     box = head_box(inside, config.spatial_shape, config.spacing_mm)
     outside = share_outside(inside, np.eye(4), [box], config.spatial_shape)
-    scaled, records = {}, {}
-    for name, volume in aligned.items():
-        data = resample(volume, affine, shape, fill=float(volume.data.min())).data
-        try:
-            low, high = percentiles(data, config)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        scaled[name] = rescale(data, low, high)
-        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high)
     labels = None
     if seg is not None:
         labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
-    return PreparedSubject(scaled, records, inside, region, labels)
+    scaled, records, clipped = {}, {}, {}
+    for name in names:
+        try:
+            data, low, high, bias = _on_grid(found[name], config, affine, shape, box)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        dark = found.pop(name).background
+        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high, dark, bias)
+        in_seg = None if labels is None else clipped_share(data[labels > 0], low, high)
+        clipped[name] = Clipped(clipped_share(data[inside], low, high), in_seg)
+        scaled[name] = rescale(data, low, high)
+    return PreparedSubject(scaled, records, inside, region, labels, clipped)
 
 
 def prepare_volume(
@@ -149,34 +188,58 @@ def prepare_volume(
         UserError: the volume has no contrast, its grid is too large, or it takes too many boxes.
     """
     affine, shape = model_grid([volume], config)
-    box = config.spatial_shape
-    boxes, outside = _boxes_of(volume, affine, shape, box, stride)
+    found, box = find_foreground(volume), config.spatial_shape
+    mask = _own_mask(found, affine, shape)
+    boxes = _boxes_of(found, mask, affine, box, stride)
     if max_boxes is not None and len(boxes) > max_boxes:
         raise UserError(
             f"this volume takes {len(boxes)} boxes of the model's {' x '.join(map(str, box))} voxels, the limit is "
             f"{max_boxes}: cut it down to the head, or ask for fewer steps, samples or targets"
         )
-    whole = resample(volume, affine, shape, fill=float(volume.data.min()))
-    low, high = percentiles(whole.data, config)
+    outside = share_outside(found.mask, np.linalg.inv(affine) @ volume.affine, boxes, box)
+    scaled_by = head_box(mask, box, config.spacing_mm)  # the box that a store would have
+    data, low, high, bias = _on_grid(found, config, affine, shape, scaled_by)
+    whole = Volume(data, affine)
     arrays = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
-    return arrays, PreprocessRecord(_rows(affine), shape, boxes, outside, low, high)
+    return arrays, PreprocessRecord(_rows(affine), shape, boxes, outside, low, high, found.background, bias)
 
 
 def count_boxes(volume: Volume, config: PreprocessConfig, *, stride: int = 1) -> int:
     """Return how many boxes prepare_volume will cut."""
     affine, shape = model_grid([volume], config)
-    return len(_boxes_of(volume, affine, shape, config.spatial_shape, stride)[0])
+    found = find_foreground(volume)
+    return len(_boxes_of(found, _own_mask(found, affine, shape), affine, config.spatial_shape, stride))
 
 
-def _boxes_of(
-    volume: Volume, affine: np.ndarray, shape: Shape, box: Shape, stride: int
-) -> tuple[tuple[Shape, ...], float]:
-    """Return the boxes that hold a volume's foreground, and the share of it that they do not hold."""
-    masks, region = own_masks([volume], None)
-    centre = centred_box(mask_on_grid(masks, region, affine, shape), box)
-    inside, to_grid = masks[0].data > 0, np.linalg.inv(affine) @ volume.affine
-    boxes = cover(inside, to_grid, centre, box, stride)
-    return boxes, share_outside(inside, to_grid, boxes, box)
+def _own_mask(found: Foreground, affine: np.ndarray, shape: Shape) -> np.ndarray:
+    masks, region = own_masks([found], None)
+    return mask_on_grid(masks, region, affine, shape)
+
+
+def _boxes_of(found: Foreground, mask: np.ndarray, affine: np.ndarray, box: Shape, stride: int) -> tuple[Shape, ...]:
+    """Return the boxes that hold every voxel of a volume's foreground; `mask` is that on the grid."""
+    return cover(found.mask, np.linalg.inv(affine) @ found.volume.affine, centred_box(mask, box), box, stride)
+
+
+def _on_grid(
+    found: Foreground, config: PreprocessConfig, affine: np.ndarray, shape: Shape, start: Shape
+) -> tuple[np.ndarray, float, float, BiasField | None]:
+    """Return a volume on the whole grid, not rescaled yet, what becomes -1 and +1, and the shading taken from it.
+
+    Its own foreground decides on its intensities, with or without a mask file and whatever other volumes there are: so
+    a volume is prepared alike for a training and alone.
+    """
+    bias = None
+    if config.bias_correction == "n4":
+        found, bias = corrected(found)
+    if config.intensity == "paper":
+        volume, dark = found.with_background()
+        data = resample(volume, affine, shape, fill=dark).data
+        values = crop_or_pad(Volume(data, affine), start, config.spatial_shape, dark).data
+    else:
+        data = resample(found.volume, affine, shape, fill=found.dark).data
+        values = data[_own_mask(found, affine, shape)]
+    return data, *intensity_range(values, config.intensity), bias
 
 
 def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:
