@@ -359,6 +359,8 @@ class Translator:
             made |= {**asdict(sampling), "seed": request.seed}
         made |= {"intensity": intensity, "intensity_range": [low, high]}
         made |= {"num_boxes": len(record.boxes), "share_outside": record.share_outside}
+        if volume.num_nan:
+            made["nan_background_voxels"] = volume.num_nan
         if record.bias is not None:
             made["bias_correction"] = "n4, multiplied back"
         if record.background is not None:

@@ -95,7 +95,7 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
         return volume, source
     kept: dict[str, Any] = json.loads((folder / _SERIES).read_text())
     affine = np.array(kept.pop("volume_affine"))
-    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient"):
+    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient", "notes"):
         kept[name] = tuple(kept[name])
     kept |= {"folder": folder, "affine": np.array(kept["affine"]), "positions": tuple(map(tuple, kept["positions"]))}
     return Volume(volume.data, affine), DicomSource(**kept)

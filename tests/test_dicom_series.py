@@ -161,7 +161,7 @@ def add_other_object(folder: Path, name: str, sop_class: str) -> None:
     [
         ("1.2.840.10008.5.1.4.1.1.11.1", "Grayscale Softcopy Presentation State"),
         ("1.2.840.10008.5.1.4.1.1.88.33", "Comprehensive SR"),
-        ("1.2.840.10008.5.1.4.1.1.88.59", "Key Object Selection"),
+        ("1.2.840.10008.5.1.4.1.1.88.59", "Key Object Selection Document"),
         ("1.2.840.10008.5.1.4.1.1.66", "Raw Data"),
         ("1.3.46.670589.11.0.0.12.2", "an object of its manufacturer"),
     ],
@@ -172,9 +172,10 @@ def test_objects_without_an_image_are_left_out_and_said(
     make_series(tmp_path / "in")
     add_other_object(tmp_path / "in", "AA.dcm", sop_class)
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(read_series(tmp_path / "in")[0].data, plain)
-    assert "left out what is no image: AA.dcm" in caplog.text
-    assert said in caplog.text
+        volume, source = read_series(tmp_path / "in")
+    assert np.array_equal(volume.data, plain)
+    assert source.notes == (f"left out what holds no image: 1 {said}",)
+    assert source.notes[0] in caplog.text
     assert "Doe" not in caplog.text
 
 

@@ -373,8 +373,8 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "RGB": (".nii", colours, r"in\.nii: RGB voxels"),
     "all zero": (".nii", lambda path: write(path, np.zeros((8, 8, 8), np.float32)), "every voxel is zero"),
     "constant": (".nii", lambda path: write(path, np.full((8, 8, 8), 7, np.float32)), r"every voxel is 7 \(constant\)"),
-    "NaN": (".nii", spoiled(np.nan), "1 of 1680 voxels are NaN or infinite"),
-    "infinite": (".nii", spoiled(np.inf), "1 of 1680 voxels are NaN or infinite"),
+    "NaN": (".nii", spoiled(np.nan), "1 of 1680 voxels are NaN inside the patient"),
+    "infinite": (".nii", spoiled(np.inf), "1 of 1680 voxels are infinite"),
     "singular affine": (".nii", singular, r"in\.nii: singular affine"),
     "wrong suffix": (
         ".img",

@@ -4,7 +4,9 @@ Headers are read with pydicom, voxels with SimpleITK (every transfer syntax that
 each file that it is synthetic, carries new UIDs and no private element, and names the patient only when asked to.
 """
 
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +18,15 @@ from aldm.data.dicom_files import Slice, damage_of, is_dicom, read_headers
 from aldm.data.dicom_header import DicomSource, checked_series, decimal_string
 from aldm.data.dicom_series import SeriesVolume, chosen_volume, volumes_of
 from aldm.data.dicom_voxels import read_voxels
-from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.nifti_header import MAX_VOXELS, is_nifti_name
 from aldm.data.volume import Volume, to_ras, to_source_orientation
 from aldm.errors import UserError
 from aldm.files import atomic_folder
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+
+logger = logging.getLogger(__name__)
 
 MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 FIRST_FILE = "SYNTHETIC_0001.dcm"
@@ -35,18 +39,42 @@ def is_series_folder(path: str | Path) -> bool:
     return path.is_dir() and any(is_dicom(file) for file in sorted(path.iterdir()))
 
 
+def is_series(path: str | Path) -> bool:
+    """Tell whether a path is one for `read_series`: a folder or a DICOM file, and no NIfTI file by its name."""
+    path = Path(path)
+    return not is_nifti_name(path) and (path.is_dir() or is_dicom(path))
+
+
 def list_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bool = True) -> list[SeriesVolume]:
     """Return the volumes that a folder of DICOM files (or one file) holds; voxels are left on the disk.
 
     Raises:
         UserError: no image in DICOM, or a damaged header.
     """
+    return _volumes(Path(folder), max_voxels, patient)[0]
+
+
+def series_description(
+    folder: str | Path, *, series: str | None = None, max_voxels: int = MAX_VOXELS, patient: bool = True
+) -> str:
+    """Return what a series says that it shows, before its voxels are read; free text, which may name anybody.
+
+    Raises:
+        UserError: as `list_series`, and none or several volumes meant by `series`.
+    """
+    volumes, _ = _volumes(Path(folder), max_voxels, patient)
+    return chosen_volume(volumes, series, folder, names=patient).description
+
+
+def _volumes(folder: Path, max_voxels: int, patient: bool) -> tuple[list[SeriesVolume], str]:
+    """Return what a folder holds, and what is to be said of what was left out."""
     slices: list[Slice] = []
-    for item in read_headers(Path(folder), patient=patient):
+    items, note = read_headers(folder, patient=patient)
+    for item in items:
         with damage_of(item.path):
             slices += frames_of(item, max_voxels) if is_enhanced(item) else [item]
-    with damage_of(Path(folder)):
-        return volumes_of(slices)
+    with damage_of(folder):
+        return volumes_of(slices), note
 
 
 def read_series(
@@ -55,7 +83,7 @@ def read_series(
     """Read an MR series as an RAS+ volume in float32, rescale slope and intercept applied.
 
     Files that are not DICOM are passed over, as are folders below; presentation states, reports and other objects
-    without an image are left out, with a warning in the log.
+    without an image are left out, which `notes` of the source says.
 
     Args:
         folder: the series, one file a slice or enhanced (multi-frame); or one enhanced file.
@@ -71,7 +99,7 @@ def read_series(
             single slice, slices that are missing, uneven, doubled or sheared, or a volume without contrast.
     """
     folder = Path(folder)
-    volumes = list_series(folder, max_voxels=max_voxels, patient=patient)
+    volumes, note = _volumes(folder, max_voxels, patient)
     chosen = chosen_volume(volumes, series, folder, names=patient)
     source, slices = checked_series(folder, chosen.slices, max_voxels)
     data = read_voxels(folder, slices, source.shape)
@@ -80,6 +108,9 @@ def read_series(
         raise UserError(f"{folder}: some voxels are NaN or infinite, wanted finite numbers")
     if low == high:
         raise UserError(f"{folder}: every voxel is {low:g} (constant), so there is nothing to see in it")
+    if note:
+        logger.warning("%s: %s", folder, note)
+        source = replace(source, notes=(note,))
     return to_ras(data, source.affine), source
 
 

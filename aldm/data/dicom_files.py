@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,7 @@ from aldm.errors import UserError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-logger = logging.getLogger(__name__)
-
-PIXEL_DATA = 0x7FE00010
+PIXEL_DATA, _PER_FRAME = 0x7FE00010, 0x52009230
 PATIENT_TAGS = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "PatientWeight"),
     *("StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName"),
@@ -95,8 +94,10 @@ def open_dicom(path: Path) -> BinaryIO:
         return io.BytesIO(bytes(128) + b"DICM" + stream.read())
 
 
-def read_headers(folder: Path, *, patient: bool = True) -> list[Slice]:
-    """Return the image files of a folder (or one file); voxels are left on the disk, other objects are left out.
+def read_headers(folder: Path, *, patient: bool = True) -> tuple[list[Slice], str]:
+    """Return the image files of a folder (or one file), and what is to be said of others, which are left out.
+
+    Voxels are left on the disk.
 
     Args:
         folder: of the series, or a file.
@@ -105,24 +106,23 @@ def read_headers(folder: Path, *, patient: bool = True) -> list[Slice]:
     Raises:
         UserError: no DICOM file, or one whose header cannot be read; it names the file and none of its values.
     """
-    found, left_out = [], []
+    found: list[Slice] = []
+    others: list[str] = []
     for path in _files(folder):
         with damage_of(path):
             item = _slice(path, patient)
             kind = _other_object(item.header)
             if kind is not None:
-                left_out.append(f"{path.name} ({kind})")
+                others.append(kind)
                 continue
             sides = [whole_number(item, keyword, 0) for keyword in ("Rows", "Columns")]
             if min(sides) < 1 or "PixelData" not in item.header:
                 raise UserError(f"{path}: a DICOM file without an image; take it out of the folder")
             found.append(item)
-    if left_out:
-        shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-        logger.warning("%s: left out what is no image: %s", folder, shown)
     if not found:
         raise UserError(f"{folder}: no image among its DICOM files; wanted a folder with the files of one MR series")
-    return found
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(others).items()))
+    return found, f"left out what holds no image: {kinds}" if others else ""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def _slice(path: Path, patient: bool) -> Slice:
     with open_dicom(path) as stream:
         header = pydicom.dcmread(stream, defer_size=4096, specific_tags=[*tags, *(PATIENT_TAGS if patient else ())])
         for tag in list(header.keys()):  # each value is converted here, or the file is refused
-            if tag != PIXEL_DATA:
+            if tag not in (PIXEL_DATA, _PER_FRAME):
                 header[tag]
         size = stream.seek(0, io.SEEK_END)
     if "TransferSyntaxUID" not in header.file_meta:

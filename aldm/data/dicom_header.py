@@ -58,6 +58,8 @@ class DicomSource:
     anonymous_study_uid: str = field(repr=False)
     """New with each reading: derived series of one reading that do not name the patient share it."""
     anonymous_frame_of_reference_uid: str = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """What else lay in the folder and was left out."""
 
     def as_nifti(self) -> NiftiSource:
         """Return the same grid as the source of a NIfTI file."""

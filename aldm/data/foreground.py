@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from aldm.data.intensity import PERCENTILES
-from aldm.data.volume import Volume, resample
+from aldm.data.volume import Volume, connected_to_faces, resample
 from aldm.errors import UserError
 
 MAX_BRAIN_ML = 2500.0
@@ -85,7 +85,7 @@ def constant_background(data: np.ndarray) -> np.ndarray | None:
     commonest = int(counts.argmax())
     if counts[commonest] < MIN_BORDER_FRACTION * faces.size:
         return None
-    outside = _connected_to_faces(data == values[commonest], np.ones((3, 3, 3)))
+    outside = connected_to_faces(data == values[commonest], np.ones((3, 3, 3)))
     next_too = [
         np.count_nonzero(outside[1:] & outside[:-1]) for outside in (np.moveaxis(outside, a, 0) for a in range(3))
     ]
@@ -100,7 +100,7 @@ def head_foreground(data: np.ndarray) -> np.ndarray:
     bright = data > air_threshold(data)
     if not bright.any():
         return np.asarray(data > data.min())
-    return ~_connected_to_faces(~_largest_component(bright))
+    return ~connected_to_faces(~_largest_component(bright))
 
 
 def air_threshold(data: np.ndarray) -> float:
@@ -158,17 +158,6 @@ def mask_on_grid(masks: Sequence[Volume], region: str, affine: np.ndarray, shape
     if not united.any():
         raise UserError(f"the {region} mask is empty on the model's grid: it lies outside the volume, or is too small")
     return united
-
-
-def _connected_to_faces(mask: np.ndarray, structure: np.ndarray | None = None) -> np.ndarray:
-    """Return the components of a mask that touch the faces of the field of view."""
-    labels, count = ndimage.label(mask, structure)
-    touching = np.zeros(count + 1, bool)
-    for axis in range(3):
-        for index in (0, -1):
-            touching[np.unique(labels.take(index, axis=axis))] = True
-    touching[0] = False
-    return np.asarray(touching[labels])
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:
