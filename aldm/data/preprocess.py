@@ -239,7 +239,8 @@ def _on_grid(
     else:
         data = resample(found.volume, affine, shape, fill=found.dark).data
         values = data[_own_mask(found, affine, shape)]
-    return data, *intensity_range(values, config.intensity), bias
+    air = None if found.stripped or config.intensity == "paper" else found.dark
+    return data, *intensity_range(values, config.intensity, air), bias
 
 
 def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:
