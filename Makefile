@@ -1,17 +1,24 @@
-# make demo    everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
-# make test    formatting, lint, types, import layers and all tests (with Chromium, which it installs on Debian and Ubuntu)
-# make docs    write the generated pages of docs/ again
-# make clean   remove what these targets made, the environment included (results in demo/ stay)
+# make demo        everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
+# make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones (8 minutes on 2 cores)
+# make test-all    that and all other tests but those of the image (20 minutes altogether)
+# make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
+# make browser     a Chromium for the tests of the service's page, which are skipped without one
+# make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (half an hour; goes on where it stopped)
+# make docs        write the generated pages of docs/ again
+# make clean       remove what these targets made, the environment included (results in demo/ stay)
 #
-# Each target first makes the environment .venv when it is missing or pyproject.toml or constraints.txt have changed.
-# PYTHON=/path/to/python names the interpreter to use; otherwise the first one that is 3.11 or newer.
+# Each target first makes the environment .venv when it is missing or pyproject.toml or constraints.txt have changed. None but
+# browser, as root, installs anything into the system. PYTHON=/path/to/python names the interpreter to use, otherwise the first
+# that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs clean
+.PHONY: help demo lint test test-all test-image browser mutants docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REPORTS := .reports
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 PYTHON ?=
 
 help:
@@ -20,23 +27,33 @@ help:
 demo: $(STAMP)
 	$(BIN)/aldm demo --out demo
 
-test: $(STAMP)
-	bash .ci/find-chromium
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadgroup
-	$(BIN)/pytest -m slow
+
+test: lint
+	$(PYTEST) -m "not slow or smoke" --junitxml $(REPORTS)/test.xml
+
+test-all: test
+	$(PYTEST) -m "slow and not smoke and not image" --junitxml $(REPORTS)/test-all.xml
+
+test-image: $(STAMP)
+	$(BIN)/pytest -m image --junitxml $(REPORTS)/test-image.xml
+
+browser: $(STAMP)
+	bash .ci/install-browser $(CURDIR)/$(BIN)/python
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache $(REPORTS)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
-	python="$$(bash .ci/find-python "$(PYTHON)")" && "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
-	touch $(STAMP)
+	bash .ci/make-environment $(VENV) "$(PYTHON)"

@@ -1,18 +1,22 @@
 """`aldm prepare`: a data set of NIfTI files becomes a store of prepared volumes."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from aldm.config import Config, PreprocessConfig, Spacing
-from aldm.data.layouts import LAYOUTS, TABLE_COLUMNS
+from aldm.data.clipping import clipping_report
+from aldm.data.layouts import FIRST_RUN, LAYOUTS, TABLE_COLUMNS
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.prepare_plan import Request
 from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from pipelines.arguments import job_parser, resolve_config
 from pipelines.ray_workers import add_worker_arguments, open_workers
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Check every file of a data set, then resample, rescale and crop its volumes into a store. All problems
 are reported together, before anything is written. An interrupted run goes on when it is run again, and ends with the
@@ -32,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         layout=args.layout,
         config=config,
         splits=None if args.splits is None else Path(args.splits),
+        run=args.run,
         overwrite=args.overwrite,
         max_voxels=args.max_voxels,
     )
@@ -48,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     subjects = store.subjects()
     regions = ", ".join(sorted({record.region for record in subjects}))
     print(f"{args.store}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
+    lines, warnings = clipping_report(subjects)
+    print("\n".join(lines))
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layout",
         required=True,
         choices=LAYOUTS,
-        help="how the files are named: BraTS 2021, IXI, BIDS (T1w, T2w, PDw, FLAIR, ce-*_T1w), or a CSV table with the "
-        f"columns {', '.join(TABLE_COLUMNS)} (the last two may be missing; paths are relative to the table)",
+        help="how the files are named: BraTS (2020 to 2025), IXI, BIDS (T1w, T2w, PDw, FLAIR, ce-*_T1w), or a CSV "
+        f"table with columns {', '.join(TABLE_COLUMNS)} (the last two may be missing; paths are relative to the table)",
     )
     parser.add_argument(
         "--spacing-mm",
@@ -86,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="CSV file of subject_id, split (train, validation, test) that wins (default: BraTS's folders; else a hash "
         "of the subject id, 80 / 10 / 10)",
+    )
+    parser.add_argument(
+        "--run",
+        default=FIRST_RUN,
+        metavar="R",
+        help="with --layout bids: which of several images of one modality and session counts, first, last or a number; "
+        "those with the fewest entities beside run- go first (default: first)",
     )
     parser.add_argument(
         "--num-processes",

@@ -150,7 +150,7 @@ def _dry_run(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> i
     for task in tasks:
         try:
             check_outputs(task, format=args.format, overwrite=args.overwrite)
-            volume, _ = read_input(task, args.max_voxels)
+            volume, _ = read_input(task, args.max_voxels, args.series)
         except UserError as error:
             failed += 1
             print(f"cannot be translated: {with_flags(str(error))}")
@@ -168,7 +168,8 @@ def _parser() -> JobParser:
     parser.add_argument(
         "input",
         metavar="INPUT",
-        help="a NIfTI file (.nii, .nii.gz), a DICOM series folder, a folder of NIfTI files, or a quoted glob",
+        help="a NIfTI file (.nii, .nii.gz), a DICOM series folder or an enhanced (multi-frame) DICOM file, a folder of "
+        "NIfTI files, or a quoted glob",
     )
     parser.add_argument(
         "output",
@@ -195,6 +196,12 @@ def _parser() -> JobParser:
         "--source",
         required=True,
         help=f"modality of the input ({names}; the model may know fewer); with --server also {AUTO}: by its name",
+    )
+    parser.add_argument(
+        "--series",
+        metavar="SERIES",
+        help="which DICOM series of a folder that holds several: its number (5; 5.2 for the second volume of it), its "
+        "UID, or a part of its description (default: the only one; the message for several lists them)",
     )
     parser.add_argument("--target", required=True, help=f"wanted modality, or {ALL} for every one that the model knows")
     parser.add_argument(

@@ -119,9 +119,11 @@ def plan_tasks(
         UserError: a name that is not a NIfTI file's, two results by one name, a result that would replace an input, or
             DICOM from something else than a series.
     """
+    from aldm.data import dicom
+
     tasks = []
     for path in inputs:
-        is_series = path.is_dir()
+        is_series = dicom.is_series(path)
         if format == DICOM and not is_series:
             raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
         outputs = []
@@ -142,7 +144,7 @@ def plan_tasks(
 
 def _check_suffixes(paths: Sequence[Path | None]) -> None:
     for path in paths:
-        if path is not None and _stem(path) in (path.name, ""):
+        if path is not None and (not path.name.lower().endswith(_SUFFIXES) or not _stem(path)):
             raise UserError(f"{path}: wanted a name that ends in .nii or .nii.gz")
 
 
@@ -165,14 +167,16 @@ def _check_names(tasks: Sequence[Task]) -> None:
                 written[path.resolve()] = task.path
 
 
-def read_input(task: Task, max_voxels: int) -> tuple["Volume", "NiftiSource | DicomSource"]:
-    """Read and check an input; raises UserError for everything that makes it unusable."""
+def read_input(task: Task, max_voxels: int, series: str | None = None) -> tuple["Volume", "NiftiSource | DicomSource"]:
+    """Read and check an input; `series` chooses among several. Raises UserError for all that makes it unusable."""
     from aldm.data.dicom import read_series
     from aldm.data.volume import load_nifti
 
-    read: Callable[..., Any] = read_series if task.is_series else load_nifti
-    volume, source = read(task.path, max_voxels=max_voxels)
-    return volume, source
+    if task.is_series:
+        return read_series(task.path, series=series, max_voxels=max_voxels)
+    if series is not None:
+        raise UserError(f"{task.path}: `series` chooses among DICOM series, and this is none: leave it out")
+    return load_nifti(task.path, max_voxels=max_voxels)
 
 
 class _NothingToWrite(Exception):
@@ -342,8 +346,8 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
 
 def _stem(path: Path) -> str:
-    """Return the name without .nii or .nii.gz."""
-    for suffix in _SUFFIXES:
+    """Return the name without .nii, .nii.gz or .dcm."""
+    for suffix in (*_SUFFIXES, ".dcm"):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name

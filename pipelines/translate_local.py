@@ -71,7 +71,7 @@ class LocalModel:
         args = self._args
         translator, sampling = self._loaded
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
-            volume, source = read_input(task, args.max_voxels)
+            volume, source = read_input(task, args.max_voxels, args.series)
             targets = [output.target for output in task.outputs]
             evaluations = sampling.num_inference_steps * sampling.num_samples * len(targets)
             with progress(total=evaluations, description=task.path.name, unit="step") as bar:

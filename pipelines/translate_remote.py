@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
+from aldm.data.dicom_files import SUFFIXES
 from aldm.data.modalities import modality_index
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
@@ -140,6 +141,7 @@ class RemoteService:
             "num_inference_steps": args.num_inference_steps,
             "num_samples": args.num_samples,
             "seed": args.seed,
+            "series": args.series,
             "format": "dicom" if args.format == DICOM else "nii.gz",
         }
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -300,8 +302,10 @@ def _upload(task: Task) -> Iterator[tuple[str, BinaryIO]]:
             return
         with tempfile.TemporaryFile() as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                for number, file in enumerate(sorted(path for path in task.path.iterdir() if path.is_file())):
-                    archive.write(file, f"{number:05d}.dcm")
+                inside = task.path.iterdir() if task.path.is_dir() else [task.path]
+                for number, file in enumerate(sorted(path for path in inside if path.is_file())):
+                    promised = file.suffix.lower() in SUFFIXES  # other names may say who the patient is
+                    archive.write(file, f"{number:05d}.{'dcm' if promised else 'file'}")
             yield f"{task.path.name}.zip", stream
     except OSError as error:
         raise UserError(f"{task.path}: cannot be sent: {error.strerror or error}") from error

@@ -74,7 +74,8 @@ def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
 
     path = folder / _VOLUME
     save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
-    kept = asdict(replace(source, folder=Path(), affine=None, patient=(), study_uid="", frame_of_reference_uid=""))
+    nobody = {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
+    kept = asdict(replace(source, folder=Path(), affine=None, **nobody))
     kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
     (folder / _SERIES).write_text(json.dumps(kept))
 
@@ -94,7 +95,7 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
         return volume, source
     kept: dict[str, Any] = json.loads((folder / _SERIES).read_text())
     affine = np.array(kept.pop("volume_affine"))
-    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient"):
+    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient", "notes"):
         kept[name] = tuple(kept[name])
     kept |= {"folder": folder, "affine": np.array(kept["affine"]), "positions": tuple(map(tuple, kept["positions"]))}
     return Volume(volume.data, affine), DicomSource(**kept)

@@ -125,6 +125,17 @@ class JobStore:
         self._expire()
         return self.view(self._of(job_id, owner))
 
+    def views(self, wanted: list[tuple[str, str]]) -> list[tuple[dict[str, Any] | None, Problem | None]]:
+        """Return what `get` does, of each (id, owner): the view, or the problem."""
+        self._expire()
+        found: list[tuple[dict[str, Any] | None, Problem | None]] = []
+        for job_id, owner in wanted:
+            try:
+                found.append((self.view(self._of(job_id, owner)), None))
+            except Problem as problem:
+                found.append((None, problem))
+        return found
+
     def cancel(self, job_id: str, owner: str) -> None:
         """Cancel an unfinished job; a finished one stays as it is.
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from serve.jobs import JobStore
@@ -74,16 +76,22 @@ def _actor(settings: Settings) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=-1,
+        allow_out_of_order_execution=True,  # otherwise one call that is lost holds up all that follow it for 30 s
     )
     return actor.remote(settings.model_dump())
 
 
 class StoreHandle:
-    """Calls the store, and again while it is being restarted; every method of the store can be called twice."""
+    """Calls the store, and again while it is being restarted; every method of the store can be called twice.
+
+    Ray cancels what a request has called when its client hangs up. A call to the store goes on: it belongs to a task
+    without a context, of which Ray does not know the request.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.actor = _actor(settings)
+        self._open: set[asyncio.Task[Any]] = set()
 
     def call(self, method: str, *args: Any, patience_s: float = PATIENCE_S) -> Any:
         """Call a method of `JobStore` and wait for its result.
@@ -104,12 +112,30 @@ class StoreHandle:
                 time.sleep(0.3)
                 self._find_again(error)
 
-    def tell(self, method: str, *args: Any) -> None:
-        """Call a method of `JobStore` without waiting."""
-        self.actor.call.remote(method, *args)
-
     async def acall(self, method: str, *args: Any) -> Any:
-        """As `call`, for coroutines."""
+        """As `call`, for coroutines; where the caller is cancelled the call goes on to its end."""
+        return await asyncio.shield(self._start(self._acall(method, *args)))
+
+    def tell(self, method: str, *args: Any) -> None:
+        """Call a method of `JobStore` without waiting, once every call that was made before has ended.
+
+        For coroutines: what a request that was cut off has begun is undone by what is told afterwards.
+        """
+        self._start(self._told(set(self._open), method, *args))
+
+    def _start(self, call: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        task = asyncio.get_running_loop().create_task(call, context=contextvars.Context())
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+        return task
+
+    async def _told(self, before: "set[asyncio.Task[Any]]", method: str, *args: Any) -> None:
+        if before:
+            await asyncio.wait(before)
+        with contextlib.suppress(Problem):
+            await self._acall(method, *args)
+
+    async def _acall(self, method: str, *args: Any) -> Any:
         from ray.exceptions import RayActorError
 
         until = time.monotonic() + PATIENCE_S

@@ -10,17 +10,19 @@ import anyio.to_thread
 from fastapi import Request, UploadFile
 
 from aldm.config import SamplingConfig
+from aldm.data.naming import choose_source
 from aldm.errors import UserError
 from aldm.pairs import check_pair
 from aldm.translate import choose_sampling
 from serve import files
 from serve.models import Model
+from serve.news import News
 from serve.problems import Problem
 from serve.records import DONE, FINISHED, Job, new_id
 from serve.schemas import JobView, job_view
 from serve.settings import Settings
 from serve.store import StoreHandle
-from serve.uploads import accept, guess_source
+from serve.uploads import accept
 from serve.work_folder import JOBS
 
 AUTO = "auto"
@@ -31,6 +33,7 @@ class Service:
 
     def __init__(self, settings: Settings, model: Model, store: StoreHandle) -> None:
         self.settings, self.model, self.store = settings, model, store
+        self.news = News(store)
         self.folder = settings.folder / JOBS
         self._checking = asyncio.Semaphore(1)  # volumes are held in memory one at a time
 
@@ -52,7 +55,9 @@ class Service:
         folder.mkdir(mode=0o700)
         try:
             async with self._checking:
-                words, voxels = await anyio.to_thread.run_sync(accept, volume.file, name, folder, self.settings)
+                words, voxels = await anyio.to_thread.run_sync(
+                    accept, volume.file, name, folder, self.settings, values["series"] or None
+                )
             source, source_from = self._source(values["source"], name, words)
             self._check_pairs(source, targets)
             if values["format"] == files.DICOM and not files.is_series(folder):
@@ -117,12 +122,10 @@ class Service:
     def _source(self, wanted: str, name: str, words: str) -> tuple[str, str]:
         if wanted != AUTO:
             return wanted, "request"
-        for place, text in (("file name", name), ("header", words)):
-            found = guess_source(text, self.model.config.modalities)
-            if found is not None:
-                return found, place
-        known = ", ".join(self.model.config.modalities)
-        raise Problem(422, f"neither the file's name nor its header says the modality: give source, one of {known}")
+        try:
+            return choose_source(name, words, self.model.config.modalities)
+        except UserError as error:
+            raise Problem(422, f"volume: {error}") from error
 
     async def remove(self, job_id: str, owner: str) -> None:
         """Cancel a job that is not finished, forget one that is; raises Problem 404."""

@@ -5,10 +5,11 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from aldm.data.dicom_files import SUFFIXES
 from aldm.errors import UserError
 from serve.files import keep_nifti, keep_series
 from serve.problems import Problem, without_paths
@@ -25,26 +26,19 @@ MAX_DIRECTORY = 2**21
 _BLOCK = 2**20
 _HEADER = 2**16
 """Bytes beside its voxels that a file of a series may have."""
-_ALIASES = {
-    "t1ce": {"t1ce", "t1c", "t1gd", "t1post", "t1wce", "t1contrast"},
-    "flair": {"flair", "t2flair", "t2f", "tirm"},
-    "t2": {"t2", "t2w", "t2n", "t2tse"},
-    "pd": {"pd", "pdw"},
-    "t1": {"t1", "t1w", "t1n", "mprage", "mpr", "bravo", "t1mprage"},
-}
-_CONTRAST_WORDS = {"ce", "gd", "gad", "post", "contrast", "gadolinium"}
 
 
-def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tuple[str, int]:
+def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings, series: str | None = None) -> tuple[str, int]:
     """Check an upload and keep it in the folder of its job.
 
-    Returns the words of its header, for `guess_source`, and its voxels.
+    Returns the words of its header, for `choose_source`, and its voxels.
 
     Args:
         stream: the upload, at its beginning.
         name: what the client calls the file; only its ending is used.
         folder: of the job, empty.
         settings: the limits.
+        series: which one of a zip that holds several, as `read_series` takes it.
 
     Raises:
         Problem: 415 for another kind of file, 422 for what `aldm translate` refuses, 413 for a zip that grows too much;
@@ -53,32 +47,22 @@ def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tup
     suffix = next((one for one in (*NIFTI_SUFFIXES, ".zip") if name.lower().endswith(one)), None)
     if suffix is None:
         raise Problem(415, "volume: wanted a file named .nii, .nii.gz, or .zip (of one DICOM series)")
+    if series is not None and suffix != ".zip":
+        raise Problem(422, "series chooses among the DICOM series of a zip: leave it out with a NIfTI file")
     try:
         return (
-            _accept_series(stream, folder, settings)
+            _accept_series(stream, folder, settings, series)
             if suffix == ".zip"
             else _accept_nifti(stream, suffix, folder, settings)
         )
     except UserError as error:
-        text = re.sub(rf"({re.escape(str(folder))}/series/)?\b(\d{{5}})\.dcm", _entry, str(error))
+        text = re.sub(rf"({re.escape(str(folder))}/series/)?\b(\d{{5}})\.(dcm|file)\b", _entry, str(error))
         raise Problem(422, without_paths(text, folder.parent)) from error
 
 
 def _entry(match: re.Match[str]) -> str:
     """Name a file of a zip as the client can find it: files have names of our own here."""
     return f"{'volume, ' if match[1] else ''}file {int(match[2]) + 1} of the zip"
-
-
-def guess_source(words: str, modalities: Iterable[str]) -> str | None:
-    """Return the modality that a file name or a header's description speaks of; None where it does not say."""
-    tokens = set(re.split(r"[^a-z0-9]+", words.lower()))
-    known = set(modalities)
-    found = [name for name, aliases in _ALIASES.items() if tokens & aliases]
-    if "t1" in found and tokens & _CONTRAST_WORDS:
-        found = ["t1ce" if name == "t1" else name for name in found]
-    if set(found) == {"flair", "t2"}:  # T2-weighted FLAIR
-        found = ["flair"]
-    return found[0] if len(set(found)) == 1 and found[0] in known else None
 
 
 def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Settings) -> tuple[str, int]:
@@ -97,18 +81,16 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
         upload.unlink(missing_ok=True)
 
 
-def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> tuple[str, int]:
+def _accept_series(stream: BinaryIO, folder: Path, settings: Settings, wanted: str | None) -> tuple[str, int]:
     from aldm.data.dicom import read_series
-    from aldm.data.dicom_header import series_description
 
     series = folder / "series"
     series.mkdir()
     try:
         _unpack(stream, series, settings)
-        volume, source = read_series(series, max_voxels=settings.max_voxels, patient=False)
-        words = series_description(series)
+        volume, source = read_series(series, series=wanted, max_voxels=settings.max_voxels, patient=False)
         keep_series(folder, volume, source)
-        return words, volume.data.size
+        return source.description, volume.data.size
     finally:
         shutil.rmtree(series, ignore_errors=True)
 
@@ -124,7 +106,9 @@ def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
         left = 8 * settings.max_voxels + len(entries) * _HEADER  # 64-bit voxels and a generous header each
         for index, entry in enumerate(entries):
             _check_entry(entry)
-            left -= _unpack_entry(archive, entry, folder / f"{index:05d}.dcm", left)
+            promised = entry.filename.lower().endswith(SUFFIXES)
+            path = folder / f"{index:05d}.{'dcm' if promised else 'file'}"
+            left -= _unpack_entry(archive, entry, path, left)
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:

@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import random
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,12 +58,41 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: token.__exit__(None, None, None))
 
 
+KINDS = {
+    "ray_cluster": "ray",
+    "head": "ray",
+    "service": "service",
+    "closed": "service",
+    "browser": "browser",
+    "pod": "image",
+    "image": "image",
+}
+"""Fixture -> the mark of what needs it: a contributor leaves out what their machine lacks, -m "not browser"."""
+SHARED = {"service": "service", "ray_cluster": "ray"}
+"""Fixture of the whole session -> the group of tests that --dist loadgroup runs in one process: it starts once."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, with --dist loadgroup, the tests that share something: by default those of one file."""
+    """Mark tests by kind; keep together what shares something, a file by default, the longest groups first."""
     for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        for kind in {KINDS[name] for name in fixtures if name in KINDS}:
+            item.add_marker(kind)
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            shared = [SHARED[name] for name in SHARED if name in fixtures]
+            item.add_marker(pytest.mark.xdist_group([*shared, item.path.stem][0]))
+    if sys.platform != "linux":
+        for item in items:
+            if any(item.get_closest_marker(kind) for kind in ("linux", "ray", "service")):
+                item.add_marker(pytest.mark.skip(reason="needs Linux: it looks into /proc"))
+    items.sort(key=lambda item: _group(item) not in SHARED.values())  # the order is kept otherwise
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return str(mark.args[0])
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +131,11 @@ def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Volum
     return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
 
 
+def _warned(message: str, *values: object) -> None:
+    """Let pytest count a start of Ray that had to be tried again: its summary of warnings names it."""
+    warnings.warn(message % values, stacklevel=2)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
@@ -110,6 +146,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr("pipelines.ray_session.logger.warning", _warned)
         start_ray(
             num_cpus=4,
             object_store_memory=2**28,

@@ -3,14 +3,13 @@
 python tests/page_picture.py
 """
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from browser import PATIENCE_MS, launch
 from playwright.sync_api import Page, expect, sync_playwright
 from service import RunningService
-from test_serve_page import FLAGS, PATIENCE_MS
 
 from aldm.default_model import default_model
 
@@ -19,13 +18,12 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "page.png
 
 def main() -> int:
     """Start the service, use the page, write the picture."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with (
         tempfile.TemporaryDirectory() as folder,
         RunningService(default_model(), Path(folder)) as service,
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = launch(playwright)
         page = browser.new_page(viewport={"width": 1280, "height": 980})
         page.set_default_timeout(PATIENCE_MS)
         page.goto(service.url)

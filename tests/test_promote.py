@@ -48,7 +48,9 @@ def broken_model(folder: Path, model: Path) -> Path:
 
 
 def evaluate(model: Path, store: VolumeStore, out: Path) -> Path:
+    """One pair of the nine is enough to compare two models on."""
     words = ["evaluate", "--model", model, "--store", store.path, "--out", out, "--champion", "translator"]
+    words += ["--source", "t1", "--target", "t2"]
     assert main([*map(str, words), "--log-level", "warning"]) == 0
     return out
 
@@ -63,6 +65,7 @@ def version_of(alias: str, server: str) -> int | None:
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_the_better_model_is_the_champion(
     models: dict[str, Path], ixi_store: VolumeStore, tmp_path: Path, server: str, capsys
 ) -> None:

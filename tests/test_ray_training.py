@@ -201,27 +201,27 @@ def driver(latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_driver_leaves_nothing_running_and_the_run_goes_on(
-    driver: subprocess.Popen[bytes],
-    ray_cluster: None,
-    latents: Path,
-    reference: dict[int, float],
-    tmp_path: Path,
-    number: signal.Signals,
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_driver_leaves_nothing_running_and_a_checkpoint(
+    driver: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """What goes on from it goes on as after SIGKILL, below."""
+    folder = tmp_path / "run"
+    step = stop(driver, folder, number, code)
+    assert status_of(folder) == "KILLED"
+    (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}")
+    assert load_checkpoint(checkpoint, "ms-spade").meta["training"]["step"] == step
+    assert [json.loads(line)["step"] for line in lines_until(folder, step) if "ms-spade/loss" in line][-1] == step
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_a_killed_driver_leaves_nothing_running_and_the_run_goes_on(
+    driver: subprocess.Popen[bytes], ray_cluster: None, latents: Path, reference: dict[int, float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    deadline = time.monotonic() + 300
-    while not committed(folder):
-        assert driver.poll() is None, "the training ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    started = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(number)
-    code = driver.wait(timeout=180)
-    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-    wait_for_end(started, killed=number == signal.SIGKILL)
-    assert status_of(folder) == ("RUNNING" if number == signal.SIGKILL else "KILLED")
+    stop(driver, folder, signal.SIGKILL, -9)
+    assert status_of(folder) == "RUNNING"
     kept = lines_until(folder, committed(folder))
     words = [word for word in train(latents, folder) if word != "--no-tracking"]
     assert run(*words, *LONG, "--num-workers", 2, "--resume") == 0
@@ -229,6 +229,20 @@ def test_a_stopped_driver_leaves_nothing_running_and_the_run_goes_on(
     assert_same_curve(folder, reference)
     assert_best_is_kept(folder)
     assert status_of(folder) == "FINISHED"
+
+
+def stop(driver: subprocess.Popen[bytes], folder: Path, number: signal.Signals, code: int) -> int:
+    """Send the driver a signal after its first checkpoint, see all that it started end, and return its last step."""
+    deadline = time.monotonic() + 300
+    while not committed(folder):
+        assert driver.poll() is None, "the training ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(number)
+    assert driver.wait(timeout=180) == code
+    wait_for_end(started, killed=number == signal.SIGKILL)
+    return committed(folder)
 
 
 def status_of(folder: Path) -> str:

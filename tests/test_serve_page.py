@@ -5,29 +5,24 @@ import gzip
 import io
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from browser import PATIENCE_MS, launch, skip_without_browser
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from service import RunningService
-
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-FLAGS += ["--ignore-gpu-blocklist", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium with WebGL in software."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert found is not None, "the page is tested in Chromium: apt-get install chromium, or see .ci/find-chromium"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        skip_without_browser(playwright)
+        browser = launch(playwright)
         yield browser
         browser.close()
 
@@ -71,6 +66,7 @@ def translate(page: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_a_file_goes_up_and_its_translation_is_seen_and_fetched(
     page: Page, service: RunningService, tmp_path: Path
 ) -> None:

@@ -9,12 +9,10 @@ import pytest
 from untrained import save_untrained
 
 from aldm.cli import main
-from aldm.data.modalities import MODALITIES
 from aldm.errors import UserError
 from pipelines.registry import register
 from serve.models import find_model
 from serve.security import new_token, owner_of, read_tokens
-from serve.uploads import guess_source
 from serve.work_folder import locked
 
 
@@ -133,29 +131,3 @@ def test_a_file_without_good_tokens_is_refused(tmp_path, text):
     (tmp_path / "tokens").write_text(text)
     with pytest.raises(UserError, match="--token-file"):
         read_tokens(tmp_path / "tokens")
-
-
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        ("BraTS2021_00001_t1.nii.gz", "t1"),
-        ("BraTS2021_00001_t1ce.nii.gz", "t1ce"),
-        ("BraTS2021_00001_flair.nii.gz", "flair"),
-        ("IXI002-Guys-0828-T2.nii.gz", "t2"),
-        ("IXI002-Guys-0828-PD.nii.gz", "pd"),
-        ("sub-01_ce-gad_T1w.nii.gz", "t1ce"),
-        ("sub-01_T1w.nii.gz", "t1"),
-        ("BraTS-GLI-00000-000-t1c.nii.gz", "t1ce"),
-        ("BraTS-GLI-00000-000-t2f.nii.gz", "flair"),
-        ("t1_mprage_sag", "t1"),
-        ("AX T1 POST GAD", "t1ce"),
-        ("t2_flair_tra", "flair"),
-        ("t1_and_t2", None),
-        ("scan.nii.gz", None),
-        ("", None),
-    ],
-)
-def test_the_modality_is_read_from_names(words, wanted):
-    assert guess_source(words, MODALITIES) == wanted
-    if wanted is not None:
-        assert guess_source(words, [name for name in MODALITIES if name != wanted]) is None

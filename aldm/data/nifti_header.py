@@ -65,6 +65,14 @@ def is_nifti_name(path: str | Path) -> bool:
     return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
+def is_input_name(name: str) -> bool:
+    """Tell whether a file that lies in a folder is a NIfTI file by its name, and not a hidden one.
+
+    macOS leaves a `._scan.nii.gz`, which holds no volume, beside every scan.nii.gz on file systems of others.
+    """
+    return is_nifti_name(name) and not name.startswith(".")
+
+
 def open_nifti(path: Path) -> IO[bytes]:
     """Open a .nii or .nii.gz file for reading, decompressed."""
     if not is_nifti_name(path):

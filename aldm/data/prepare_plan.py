@@ -1,5 +1,6 @@
 """What preparing a data set would do: its subjects, what is wrong with their files, and whether it may be written."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.integrity import SubjectCheck, check_subject, digest, stored_metadata
-from aldm.data.layouts import Problem, SubjectFiles, apply_splits, discover
+from aldm.data.layouts import FIRST_RUN, Problem, SubjectFiles, apply_splits, discover
 from aldm.data.modalities import sort_modalities
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.parallel import Workers
@@ -17,7 +18,11 @@ from aldm.data.store import FORMAT_VERSION, MANIFEST_FILE, SPLITS, STORE_FILE, r
 from aldm.errors import UserError
 from aldm.files import check_folder
 
+logger = logging.getLogger(__name__)
+
 _BYTES_PER_VOXEL = 16  # of a subject's files while it is prepared (measured at equal spacing: 8, with registration 20)
+MAX_NOTES = 40
+"""So many are shown."""
 _BYTES_PER_GRID_VOXEL = 8  # of its arrays on the model's grid (measured: 5 to 7)
 
 
@@ -34,6 +39,8 @@ class Request:
     config: PreprocessConfig
     splits: Path | None = None
     """CSV file of subject_id, split that wins over the layout's."""
+    run: str = FIRST_RUN
+    """Which of several images of one modality counts in layout bids: first, last or a number."""
     overwrite: bool = False
     """Whether a store of another configuration or other subjects may be replaced."""
     max_voxels: int = MAX_VOXELS
@@ -57,6 +64,8 @@ class Plan:
     fingerprint: str
     memory_per_process_gib: float
     """Expected peak of one process."""
+    notes: tuple[Problem, ...] = ()
+    """What is to be said of the files and stops nothing."""
 
     def summary(self) -> str:
         """Return the counts in a few lines."""
@@ -82,15 +91,16 @@ def make_plan(request: Request, workers: Workers) -> Plan:
             the store is one of another configuration and `overwrite` is off.
     """
     _check_place(request)
-    subjects, problems = discover(request.source, request.layout)
+    subjects, problems = discover(request.source, request.layout, request.run)
     if request.splits is not None:
         subjects = apply_splits(subjects, request.splits)
     known = None if request.overwrite or not (request.store / STORE_FILE).is_file() else request.store
     check = partial(check_subject, config=request.config, root=request.root, store=known, max_voxels=request.max_voxels)
     checks = list(workers.map(check, subjects, description="checking the files", unit="subject"))
     problems += [problem for result in checks for problem in result.problems]
-    if problems:
-        raise UserError(report(request.source, problems))
+    stopping = [problem for problem in problems if problem.stops]
+    if stopping:
+        raise UserError(report(request.source, stopping))
     keys = {result.subject_id: result.key for result in sorted(checks, key=lambda result: result.subject_id)}
     plan = Plan(
         subjects=tuple(subjects),
@@ -98,9 +108,14 @@ def make_plan(request: Request, workers: Workers) -> Plan:
         finished=tuple(sorted(result.subject_id for result in checks if result.finished)),
         fingerprint=_fingerprint(subjects, keys, request),
         memory_per_process_gib=_memory_gib(checks),
+        notes=tuple(sorted((problem for problem in problems if not problem.stops), key=lambda note: note.path)),
     )
     if known is not None:
         _check_same_subjects(known, plan)
+    for note in plan.notes[:MAX_NOTES]:
+        logger.warning("%s: %s", note.path, note.message)
+    if len(plan.notes) > MAX_NOTES:
+        logger.warning("and %d more files of which something is to be said", len(plan.notes) - MAX_NOTES)
     return plan
 
 
