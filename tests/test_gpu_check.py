@@ -20,7 +20,15 @@ NEEDED = ("torch", "numpy", "scipy", "nibabel", "pydicom", "SimpleITK", "safeten
 STAGES = ("vqgan", "ms-spade", "diffusion", "unet")
 RUN = """
 import json, runpy, sys
-sys.modules.update(dict.fromkeys(json.loads(sys.argv.pop(1))))  # an import of these is an ImportError
+names = set(json.loads(sys.argv.pop(1)))
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in names else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
 sys.path[0] = sys.argv.pop(1)
 runpy.run_path(sys.path[0], run_name="__main__")
 """
