@@ -119,11 +119,11 @@ def plan_tasks(
         UserError: a name that is not a NIfTI file's, two results by one name, a result that would replace an input, or
             DICOM from something else than a series.
     """
-    from aldm.data.dicom_files import is_dicom
+    from aldm.data import dicom
 
     tasks = []
     for path in inputs:
-        is_series = path.is_dir() or (not path.name.lower().endswith(_SUFFIXES) and is_dicom(path))
+        is_series = dicom.is_series(path)
         if format == DICOM and not is_series:
             raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
         outputs = []

@@ -14,6 +14,7 @@ import json
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hypothesis import settings
 from service import RunningService
 from untrained import save_untrained
 
+from aldm import cli
 from aldm.data.phantom import write_phantom
 from aldm.data.preparing import prepare_store
 from aldm.data.store import VolumeStore
@@ -130,6 +132,30 @@ def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Volum
     return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
 
 
+def _warned(message: str, *values: object) -> None:
+    """Let pytest count a start of Ray that had to be tried again: its summary of warnings names it."""
+    warnings.warn(message % values, stacklevel=2)
+
+
+@pytest.fixture(scope="session")
+def haar_latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lossless codec's latents of `brats_store`, as `aldm encode` writes them. Read them only."""
+    out = tmp_path_factory.mktemp("latents") / "haar"
+    words = ["encode", "--store", str(brats_store.path), "--codec", "haar", "--out", str(out)]
+    assert cli.main([*words, "--preset", "tiny", "--device", "cpu", "--log-level", "warning"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def stage_2(haar_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an MS-SPADE network of the tiny preset, trained on `haar_latents`. Read it only."""
+    out = tmp_path_factory.mktemp("runs") / "ms-spade"
+    words = ["train", "ms-spade", "--latents", str(haar_latents), "--run-dir", str(out), "--preset", "tiny"]
+    words += ["--device", "cpu", "--log-level", "warning", "--engine", "plain", "--no-tracking"]
+    assert cli.main(words) == 0
+    return out
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
@@ -140,6 +166,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr("pipelines.ray_session.logger.warning", _warned)
         start_ray(
             num_cpus=4,
             object_store_memory=2**28,

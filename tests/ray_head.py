@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -74,12 +75,16 @@ class RayHead:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no traffic to wait for: SIGTERM ends it at once
             "RAY_JOB_STOP_WAIT_TIME_S": "60",  # 3 s are little on a busy machine
             "OMP_NUM_THREADS": "1",
+            "ALDM_SERVE_IDLE_S": "5",  # a service that is shut down is gone sooner
         }
         for left in reversed(range(START_TRIES)):
             try:
                 self._start(token.read_text())
                 break
-            except TooSlowError:
+            except TooSlowError as error:
+                warnings.warn(
+                    f"Ray's head did not start, {left} tries are left: {error}", stacklevel=2
+                )  # pytest counts it
                 self._end_processes()
                 if not left:
                     self._stack.close()

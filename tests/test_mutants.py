@@ -144,8 +144,9 @@ def test_a_change_is_noticed_where_a_test_fails_on_it_and_nothing_is_written(tmp
     (tmp_path / "test_half.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'mutants'}:{tmp_path}"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     command = [sys.executable, "-c", SCRIPT]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     *found, last = ran.stdout.splitlines()
     assert set(found) == {

@@ -53,7 +53,7 @@ def test_a_killed_process_costs_at_most_one_attempt(
     process = service.process_of(killed)
     assert service.job(job)["state"] == "running"
     process.kill()
-    done = service.wait(job)
+    done = service.wait(job, wounded=True)
     assert (done["state"], done["attempt"]) == ("done", attempts), done
     assert not process.is_running()
     same_image(image_of(service.result(job, "t2")), wanted)
@@ -83,7 +83,7 @@ def test_a_stream_of_events_that_breaks_can_be_taken_up_again(service: RunningSe
     service.process_of(":api").kill()
     thread.join(60)
     assert not thread.is_alive()
-    assert service.wait(job)["state"] == "done"
+    assert service.wait(job, wounded=True)["state"] == "done"
     listen()
     assert '"state":"done"' in seen[-2] + seen[-1]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-OPTIONS = ["-x", "-q", "-m", "not slow", "-o", "addopts=--strict-markers", "--hypothesis-seed=0"]
+OPTIONS = ["-x", "-q", "-m", "not slow", "-o", "addopts=--strict-markers"]
 OPTIONS += ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 OWN = ("aldm", "pipelines", "serve", "tune", "k8s", "conftest", "test_")
 
