@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aldm.config import PreprocessConfig, to_dict
-from aldm.data.layouts import Problem, SubjectFiles
+from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.preprocess import model_grid
 from aldm.data.store import FORMAT_VERSION, ShardReader, shard_path
@@ -62,7 +62,10 @@ def load_labels(path: Path, *, max_voxels: int = MAX_VOXELS) -> Volume:
 
 
 def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[LoadedSubject, list[Problem]]:
-    """Read all files of a subject; what cannot be used is left out and named in the problems."""
+    """Read all files of a subject; what cannot be used, or is to be said, is named in the problems.
+
+    What has problems that stop is not whole.
+    """
     problems: list[Problem] = []
     volumes: dict[str, Volume] = {}
     sources: dict[str, NiftiSource] = {}
@@ -75,11 +78,12 @@ def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[
                     raise UserError(f"{path}: the mask is empty")
             else:
                 volumes[role], sources[role] = load_nifti(path, max_voxels=max_voxels)
+                problems += [Problem(path, note, stops=False) for note in sources[role].notes]
         except UserError as error:
             problems.append(Problem(path, str(error).removeprefix(f"{path}: ")))
     loaded = LoadedSubject(volumes, sources, labels.get("mask"), labels.get("seg"))
-    if not problems:
-        problems = _geometry_problems(files, {**volumes, **labels})
+    if not stopping(problems):
+        problems += _geometry_problems(files, {**volumes, **labels})
     return loaded, problems
 
 
@@ -95,7 +99,7 @@ def check_subject(
     if store is not None and stored_metadata(store, files.subject_id).get("key") == key:
         return SubjectCheck(files.subject_id, key, True, ())
     loaded, problems = load_subject(files, max_voxels=max_voxels)
-    if problems:
+    if stopping(problems):
         return SubjectCheck(files.subject_id, key, False, tuple(problems))
     extra = [volume for volume in (loaded.mask, loaded.seg) if volume is not None]
     volumes = [*loaded.volumes.values(), *extra]
@@ -105,7 +109,7 @@ def check_subject(
         problem = Problem(next(iter(files.volumes.values())), f"{error} (`spacing_mm`, or a higher `max_voxels`)")
         return SubjectCheck(files.subject_id, key, False, (problem,))
     num_voxels = sum(volume.data.size for volume in volumes)
-    return SubjectCheck(files.subject_id, key, False, (), num_voxels, math.prod(grid) * len(volumes))
+    return SubjectCheck(files.subject_id, key, False, tuple(problems), num_voxels, math.prod(grid) * len(volumes))
 
 
 def subject_key(files: SubjectFiles, config: PreprocessConfig, root: Path) -> str:
