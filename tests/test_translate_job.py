@@ -99,7 +99,7 @@ def test_the_result_has_exactly_the_input_s_grid(
     image.set_qform(affine, code=form_codes[0])
     image.set_sform(affine, code=form_codes[1])
     image.header.set_xyzt_units(units, "sec")
-    source, output = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    source, output = tmp_path / f"in{suffix}", tmp_path / f"out-{len(suffix)}{suffix}"  # out.json is of one alone
     nibabel.save(image, source)
     assert run(source, output, "--overwrite", "--intensity", "unit", model=model, target="t1") == 0
     given_image, result = nibabel.load(source), nibabel.load(output)
