@@ -3,6 +3,7 @@
 # make test-all    that and all other tests but those of the image (20 minutes altogether)
 # make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
+# make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (half an hour; goes on where it stopped)
 # make docs        write the generated pages of docs/ again
 # make clean       remove what these targets made, the environment included (results in demo/ stay)
 #
@@ -11,7 +12,7 @@
 # that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-all test-image browser docs clean
+.PHONY: help demo lint test test-all test-image browser mutants docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +44,9 @@ test-image: $(STAMP)
 
 browser: $(STAMP)
 	bash .ci/install-browser $(CURDIR)/$(BIN)/python
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

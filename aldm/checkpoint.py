@@ -23,7 +23,8 @@ from aldm.errors import UserError
 from aldm.files import atomic_folder
 from aldm.records import Kinds, check_record, has_file, read_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: another rule of intensities (preprocess.intensity)."""
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 WAY_OUT = "write the checkpoint again"
 

@@ -33,10 +33,11 @@ class PreprocessConfig:
     """Voxel size of the model's grid, mm."""
     spatial_shape: Shape = (192, 192, 144)
     """Voxels of the model's grid after crop / pad."""
-    lower_percentile: float = 0.5
-    """Percentile of the whole volume that becomes -1."""
-    upper_percentile: float = 99.5
-    """Percentile of the whole volume that becomes +1; values outside are clipped."""
+    intensity: str = "foreground"
+    """What becomes -1 and +1: foreground (percentiles of the patient's voxels, with room for lesions) or paper (0.5 and
+    99.5 percentile of the model's box, as in the supplement); values outside are clipped."""
+    bias_correction: str = "none"
+    """Correction of the slow shading that a coil leaves, before the percentiles: none or n4."""
     register: str = "none"
     """Registration of a subject's volumes onto its first modality: none (affines only) or rigid."""
 
@@ -47,12 +48,9 @@ class PreprocessConfig:
                 f"PreprocessConfig.spatial_shape is {self.spatial_shape}, {math.prod(self.spatial_shape):,} voxels, "
                 f"wanted at most {MAX_GRID_VOXELS:,}"
             )
+        choice("preprocess.intensity", self.intensity, ("foreground", "paper"))
+        choice("preprocess.bias_correction", self.bias_correction, ("none", "n4"))
         choice("preprocess.register", self.register, ("none", "rigid"))
-        if not 0 <= self.lower_percentile < self.upper_percentile <= 100:
-            raise UserError(
-                f"preprocess percentiles are {self.lower_percentile} and {self.upper_percentile}, "
-                "wanted 0 <= lower < upper <= 100"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

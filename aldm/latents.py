@@ -33,7 +33,7 @@ from aldm.files import atomic_folder
 from aldm.models.codecs import Codec
 from aldm.records import check_record, has_file, read_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATENTS_FILE = "latents.json"
 _WAY_OUT = "encode again with `overwrite`"
 _HEADER = {
@@ -48,6 +48,7 @@ _HEADER = {
     "data.fingerprint": str,
     "data.preprocess": dict,
     "data.median_percentiles": dict,
+    "data.backgrounds": dict,
     "subjects": list,
 }
 _SUBJECT = {"subject_id": str, "split": str, "modalities": list}
@@ -70,6 +71,7 @@ def data_record(store: VolumeStore, modalities: Sequence[str]) -> dict[str, Any]
         "preprocess": asdict(store.preprocess),
         "num_subjects": {split: len(store.subjects(split)) for split in ("train", "validation", "test")},
         "median_percentiles": {name: list(store.median_percentiles(name)) for name in modalities},
+        "backgrounds": {name: store.median_background(name) for name in modalities},
     }
 
 

@@ -18,6 +18,7 @@ LATENTS = {
     "latents.std": list,
     "latents.data.fingerprint": str,
     "latents.data.median_percentiles": dict,
+    "latents.data.backgrounds": dict,
 }
 """What `latents_record` leaves in the meta of a checkpoint, to be checked by whoever reads it."""
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from aldm import __version__
 from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
+from aldm.data.bias import shaded
+from aldm.data.foreground import constant_background
 from aldm.data.intensity import unscale
 from aldm.data.modalities import modality_index
 from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore
@@ -128,6 +130,7 @@ class Translator:
         *,
         kind: str,
         median_percentiles: dict[str, tuple[float, float]],
+        backgrounds: Mapping[str, float | None] | None = None,
         model_hash: str,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -138,11 +141,12 @@ class Translator:
             config: the whole configuration; `modalities` must be named.
             kind: aldm, unet or a comparison method.
             median_percentiles: modality -> the training set's median lower and upper percentile, in its own units.
+            backgrounds: modality -> background of the training set's masked volumes, None where they are not masked.
             model_hash: identifies the weights.
             device: where to compute.
         """
         self.predictor, self.config, self.kind, self.model_hash = predictor, config, kind, model_hash
-        self.median_percentiles = median_percentiles
+        self.median_percentiles, self.backgrounds = median_percentiles, dict(backgrounds or {})
         self.device = torch.device(device)
         predictor.to(self.device).eval().requires_grad_(False)
 
@@ -161,7 +165,8 @@ class Translator:
 
         Args:
             folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
-                data.median_percentiles {modality: [low, high]} and, for kind aldm, latents.mean and latents.std.
+                data.median_percentiles {modality: [low, high]}, data.backgrounds {modality: value or None} and, for
+                kind aldm, latents.mean and latents.std.
             device: where to compute.
             sampling, precision: instead of the folder's own.
             max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
@@ -182,6 +187,8 @@ class Translator:
         predictor = build_predictor(checkpoint.kind, config, checkpoint.meta)
         load_weights(predictor, checkpoint.weights, folder)
         percentiles = _percentiles(checkpoint)
+        checkpoint.check_meta({"data.backgrounds": dict})
+        backgrounds = checkpoint.meta["data"]["backgrounds"]
         model_hash = checkpoint.hash
         kind = checkpoint.kind
         del checkpoint  # its copy of the weights
@@ -197,6 +204,7 @@ class Translator:
             config,
             kind=kind,
             median_percentiles=percentiles,
+            backgrounds=backgrounds,
             model_hash=model_hash,
             device=device,
         )
@@ -418,6 +426,19 @@ class Translator:
         spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
         made = self.provenance(request.source, target, sampling, request.seed)
         made |= {"intensity": intensity, "intensity_range": [low, high]}
+        if volume.num_nan:
+            made["nan_background_voxels"] = volume.num_nan
+        if record.bias is not None:  # the shading that was taken from the source is the result's too
+            data = shaded(data, volume.affine, record.bias, min(0.0, low))
+            spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
+            made["bias_correction"] = "n4, multiplied back"
+        outside = None if record.background is None else constant_background(volume.data)
+        if outside is not None:  # a masked volume's result is masked alike
+            background = self.backgrounds.get(target)
+            made["background"] = low if background is None or intensity == "unit" else background
+            data[outside] = made["background"]
+            if spread is not None:
+                spread[outside] = 0.0
         return Translation(Volume(data, volume.affine), spread, made)
 
     def _check_room(self, volume: Volume, limit: MemoryLimit) -> None:

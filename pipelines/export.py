@@ -206,7 +206,7 @@ def _codec_training(codec: str) -> list[dict[str, Any]]:
 
 def _data(place: str) -> dict[str, type]:
     """Return what the model card and the translator read of the record of the data."""
-    kinds = {"layout": str, "fingerprint": str, "num_subjects": dict, "median_percentiles": dict}
+    kinds = {"layout": str, "fingerprint": str, "num_subjects": dict, "median_percentiles": dict, "backgrounds": dict}
     return {f"{place}.{key}": kind for key, kind in kinds.items()}
 
 

@@ -27,6 +27,7 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
     data, config = model.meta["data"], model.config
     spacing = " x ".join(f"{side:g}" for side in config.preprocess.spacing_mm)
     shape = " x ".join(map(str, config.preprocess.spatial_shape))
+    shading = "" if config.preprocess.bias_correction == "none" else ", after a bias correction by N4"
     subjects = ", ".join(f"{number} {split}" for split, number in data["num_subjects"].items())
     names = ", ".join(config.modalities)
     if model.kind == "aldm":
@@ -58,8 +59,8 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             "## Data",
             "",
             f"Layout {data['layout']}, subjects: {subjects}. Volumes are resampled to {spacing} mm, a box of {shape} "
-            f"voxels, percentiles {config.preprocess.lower_percentile:g} to {config.preprocess.upper_percentile:g} "
-            f"scaled to [-1, 1]. Fingerprint {data['fingerprint']}.",
+            f"voxels, intensities scaled to [-1, 1] by the rule {config.preprocess.intensity}{shading}. "
+            f"Fingerprint {data['fingerprint']}.",
             "",
             "## Scores",
             "",

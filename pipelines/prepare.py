@@ -1,11 +1,13 @@
 """`aldm prepare`: a data set of NIfTI files becomes a store of prepared volumes."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from aldm.config import Config, PreprocessConfig, Spacing
+from aldm.data.clipping import clipping_report
 from aldm.data.layouts import FIRST_RUN, LAYOUTS, TABLE_COLUMNS
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.prepare_plan import Request
@@ -13,6 +15,8 @@ from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from pipelines.arguments import job_parser, resolve_config
 from pipelines.ray_workers import add_worker_arguments, open_workers
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Check every file of a data set, then resample, rescale and crop its volumes into a store. All problems
 are reported together, before anything is written. An interrupted run goes on when it is run again, and ends with the
@@ -49,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     subjects = store.subjects()
     regions = ", ".join(sorted({record.region for record in subjects}))
     print(f"{args.store}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
+    lines, warnings = clipping_report(subjects)
+    print("\n".join(lines))
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def _parser() -> argparse.ArgumentParser:

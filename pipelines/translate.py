@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
     _check_modalities(args, maker)
     paths, is_batch = find_inputs(args.input)
-    inputs = choose_inputs(paths, args.source, args.target, maker, is_batch=is_batch, max_voxels=args.max_voxels)
+    inputs = choose_inputs(
+        paths, args.source, args.target, maker, is_batch=is_batch, series=args.series, max_voxels=args.max_voxels
+    )
     into_folder = is_batch or len(inputs[0].targets) > 1
     tasks = plan_tasks(
         [one for one in inputs if not one.status],
@@ -155,7 +157,7 @@ def _dry_run(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args:
     for task in tasks:
         try:
             check_outputs(task, format=args.format, overwrite=args.overwrite)
-            volume, _ = read_input(task, args.max_voxels)
+            volume, _ = read_input(task, args.max_voxels, args.series)
         except UserError as error:
             failed += 1
             print(f"cannot be translated: {with_flags(str(error))}")
@@ -173,7 +175,8 @@ def _parser() -> JobParser:
     parser.add_argument(
         "input",
         metavar="INPUT",
-        help="a NIfTI file (.nii, .nii.gz), a DICOM series folder, a folder of NIfTI files, or a quoted glob",
+        help="a NIfTI file (.nii, .nii.gz), a DICOM series folder or an enhanced (multi-frame) DICOM file, a folder of "
+        "NIfTI files, or a quoted glob",
     )
     parser.add_argument(
         "output",
@@ -201,6 +204,12 @@ def _parser() -> JobParser:
         required=True,
         help=f"modality of the input ({names}; the model may know fewer), or {AUTO}: what its name says, or else its "
         "header; of several inputs those whose names say another one, a mask or a map are skipped",
+    )
+    parser.add_argument(
+        "--series",
+        metavar="SERIES",
+        help="which DICOM series of a folder that holds several: its number (5; 5.2 for the second volume of it), its "
+        "UID, or a part of its description (default: the only one; the message for several lists them)",
     )
     parser.add_argument("--target", required=True, help=f"wanted modality, or {ALL} for every one that the model knows")
     parser.add_argument(

@@ -123,6 +123,13 @@ def _is_hidden(name: str) -> bool:
     return Path(name).name.startswith(".")
 
 
+def is_series_input(path: Path) -> bool:
+    """Whether an input is a DICOM series: a folder, or an enhanced (multi-frame) file."""
+    from aldm.data.dicom_files import is_dicom
+
+    return path.is_dir() or (not path.name.lower().endswith(_SUFFIXES) and is_dicom(path))
+
+
 def plan_tasks(
     inputs: Sequence[Input],
     output: Path,
@@ -150,7 +157,7 @@ def plan_tasks(
     tasks = []
     for given in inputs:
         path = given.path
-        is_series = path.is_dir()
+        is_series = is_series_input(path)
         if format == DICOM and not is_series:
             raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
         outputs = []
@@ -171,7 +178,7 @@ def plan_tasks(
 
 def _check_suffixes(paths: Sequence[Path | None]) -> None:
     for path in paths:
-        if path is not None and _stem(path) in (path.name, ""):
+        if path is not None and (not path.name.lower().endswith(_SUFFIXES) or not _stem(path)):
             raise UserError(f"{path}: wanted a name that ends in .nii or .nii.gz")
 
 
@@ -194,21 +201,16 @@ def _check_names(tasks: Sequence[Task]) -> None:
                 written[path.resolve()] = task.path
 
 
-def read_input(task: Task, max_voxels: int) -> tuple["Volume", "NiftiSource | DicomSource"]:
-    """Read and check an input; raises UserError for everything that makes it unusable."""
+def read_input(task: Task, max_voxels: int, series: str | None = None) -> tuple["Volume", "NiftiSource | DicomSource"]:
+    """Read and check an input; `series` chooses among several. Raises UserError for all that makes it unusable."""
     from aldm.data.dicom import read_series
     from aldm.data.volume import load_nifti
 
-    read: Callable[..., Any] = read_series if task.is_series else load_nifti
-    volume, source = read(task.path, max_voxels=max_voxels)
-    return volume, source
-
-
-def notes_of(source: "NiftiSource | DicomSource") -> list[str]:
-    """Return what is to be said of a file that could be read all the same."""
-    from aldm.data.nifti_header import NiftiSource
-
-    return list(source.notes) if isinstance(source, NiftiSource) else []
+    if task.is_series:
+        return read_series(task.path, series=series, max_voxels=max_voxels)
+    if series is not None:
+        raise UserError(f"{task.path}: `series` chooses among DICOM series, and this is none: leave it out")
+    return load_nifti(task.path, max_voxels=max_voxels)
 
 
 class _NothingToWrite(Exception):
@@ -390,8 +392,8 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
 
 def _stem(path: Path) -> str:
-    """Return the name without .nii or .nii.gz."""
-    for suffix in _SUFFIXES:
+    """Return the name without .nii, .nii.gz or .dcm."""
+    for suffix in (*_SUFFIXES, ".dcm"):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name

@@ -10,7 +10,7 @@ from aldm.default_model import default_model
 from aldm.errors import UserError
 from aldm.pairs import check_pair, pair_is_known
 from aldm.progress import progress
-from pipelines.translate_files import Task, notes_of, read_input, writing
+from pipelines.translate_files import Task, read_input, writing
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
@@ -71,9 +71,8 @@ class LocalModel:
         args = self._args
         translator, sampling = self._loaded
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
-            volume, source = read_input(task, args.max_voxels)
-            notes = notes_of(source)
-            for note in notes:
+            volume, source = read_input(task, args.max_voxels, args.series)
+            for note in () if task.is_series else source.notes:  # of a series it is said already
                 logger.warning("%s: %s", task.path, note)
             targets = [output.target for output in task.outputs]
             evaluations = sampling.num_inference_steps * sampling.num_samples * len(targets)
@@ -89,8 +88,8 @@ class LocalModel:
                 )
                 for output, result in zip(task.outputs, results, strict=True):
                     result.provenance["input"] = task.path.name
-                    if notes:
-                        result.provenance["notes"] = notes
+                    if source.notes:
+                        result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)
 
     def describe(self) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
+from aldm.data.dicom_files import SUFFIXES
 from aldm.data.modalities import modality_index
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
@@ -140,6 +141,7 @@ class RemoteService:
             "num_inference_steps": args.num_inference_steps,
             "num_samples": args.num_samples,
             "seed": args.seed,
+            "series": args.series,
             "format": "dicom" if args.format == DICOM else "nii.gz",
         }
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -259,8 +261,9 @@ class _Away(UserError):
 
 
 def _files_of(series: Path) -> list[Path]:
-    """Return the files of a folder that are sent: all but those that macOS leaves beside others."""
-    return sorted(path for path in series.iterdir() if path.is_file() and not path.name.startswith("._"))
+    """Return the files of a series that are sent: all but those that macOS leaves beside others."""
+    inside = series.iterdir() if series.is_dir() else [series]
+    return sorted(path for path in inside if path.is_file() and not path.name.startswith("._"))
 
 
 def _token(file: Path | None) -> str:
@@ -306,7 +309,8 @@ def _upload(task: Task) -> Iterator[tuple[str, BinaryIO]]:
         with tempfile.TemporaryFile() as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
                 for number, file in enumerate(_files_of(task.path)):
-                    archive.write(file, f"{number:05d}.dcm")
+                    promised = file.suffix.lower() in SUFFIXES  # other names may say who the patient is
+                    archive.write(file, f"{number:05d}.{'dcm' if promised else 'file'}")
             yield f"{task.path.name}.zip", stream
     except OSError as error:
         raise UserError(f"{task.path}: cannot be sent: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from typing import Protocol
 from aldm.cli import with_flags
 from aldm.data.naming import NotAVolume, check_source, choose_source, read_name
 from aldm.errors import UserError
-from pipelines.translate_files import Input
+from pipelines.translate_files import Input, is_series_input
 
 AUTO, ALL = "auto", "all"
 
@@ -27,7 +27,14 @@ class Pairs(Protocol):
 
 
 def choose_inputs(
-    paths: Sequence[Path], source: str, target: str, pairs: Pairs, *, is_batch: bool, max_voxels: int
+    paths: Sequence[Path],
+    source: str,
+    target: str,
+    pairs: Pairs,
+    *,
+    is_batch: bool,
+    series: str | None,
+    max_voxels: int,
 ) -> list[Input]:
     """Return what each input is taken for, and of what nothing is made.
 
@@ -38,6 +45,7 @@ def choose_inputs(
         pairs: of the model.
         is_batch: whether an input that is something else than `source`, or than anything that the model translates, is
             skipped; otherwise it is an error.
+        series: which DICOM series, where there are several.
         max_voxels: largest volume that is read.
 
     Raises:
@@ -46,7 +54,11 @@ def choose_inputs(
     inputs = []
     for path in paths:
         try:
-            inputs.append(_choose(path, source, target, pairs, max_voxels))
+            if source != AUTO:
+                check_source(path.name, source)
+                inputs.append(Input(path, source, "request", _targets(source, target, pairs)))
+            else:
+                inputs.append(_guessed(path, target, pairs, series, max_voxels))
         except UserError as error:
             message = str(error).removeprefix(f"{path}: ")
             if not is_batch:
@@ -56,12 +68,9 @@ def choose_inputs(
     return inputs
 
 
-def _choose(path: Path, source: str, target: str, pairs: Pairs, max_voxels: int) -> Input:
-    if source != AUTO:
-        check_source(path.name, source)
-        return Input(path, source, "request", _targets(source, target, pairs))
+def _guessed(path: Path, target: str, pairs: Pairs, series: str | None, max_voxels: int) -> Input:
     reading = read_name(path.name)
-    header = "" if reading.refused or reading.modality else _header_words(path, max_voxels)
+    header = "" if reading.refused or reading.modality else _header_words(path, series, max_voxels)
     found, place = choose_source(path.name, header, pairs.modalities)
     if found == target:
         raise NotAVolume(f"by its {place} it is {found} already")
@@ -78,9 +87,11 @@ def _targets(source: str, target: str, pairs: Pairs) -> tuple[str, ...]:
     return (target,)
 
 
-def _header_words(path: Path, max_voxels: int) -> str:
+def _header_words(path: Path, series: str | None, max_voxels: int) -> str:
     """Return what a volume's header says in words."""
-    from aldm.data.dicom_header import series_description
+    from aldm.data.dicom import series_description
     from aldm.data.volume import read_source
 
-    return series_description(path) if path.is_dir() else read_source(path, max_voxels=max_voxels).words()
+    if is_series_input(path):
+        return series_description(path, series=series, max_voxels=max_voxels)
+    return read_source(path, max_voxels=max_voxels).words()

@@ -6,7 +6,7 @@ It holds no job and no model, so it may die at any time.
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -47,10 +47,14 @@ Steps = Annotated[int | None, Form(ge=1, le=10_000, description="network evaluat
 Samples = Annotated[
     int | None, Form(ge=1, le=10_000, description="the result is their mean; above 1 gives an uncertainty")
 ]
+SeriesName = Annotated[
+    str | None,
+    Form(description="which series of a zip that holds several: its number, UID, or a part of its description"),
+]
 Seed = Annotated[int, Form(ge=0, lt=2**63 - 2**20, description="of the first sample; sample i has seed + i")]
 
 
-def build_api(settings: Settings, model: Model, tokens: dict[str, str], store: StoreHandle) -> Any:
+def build_api(settings: Settings, model: Model, tokens: Mapping[str, str], store: StoreHandle) -> Any:
     """Return the ASGI application, guard included.
 
     Args:
@@ -72,7 +76,7 @@ def build_api(settings: Settings, model: Model, tokens: dict[str, str], store: S
     _add_errors(app)
     _add_translations(app, service)
     add_results(app, service)
-    _add_service(app, service, tokens)
+    _add_service(app, service)
     add_pages(app)
     return Guard(app, settings=settings, tokens=tokens, store=store)
 
@@ -91,11 +95,12 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
         seed: Seed = 0,
+        series: SeriesName = None,
         format: Annotated[Literal["nii.gz", "dicom"], Form(description="of the results")] = "nii.gz",
     ) -> JobView:
         """Queue a translation. Its state is at the answer's Location."""
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
-        values |= {"num_samples": num_samples, "seed": seed, "format": format}
+        values |= {"num_samples": num_samples, "seed": seed, "format": format, "series": series}
         view = await service.submit(request, volume, values, target)
         response.headers["Location"] = view.links.self
         return view
@@ -115,10 +120,11 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
         seed: Seed = 0,
+        series: SeriesName = None,
     ) -> FileResponse:
         """Translate in one call that ends with the result, for scripts."""
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
-        values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI}
+        values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI, "series": series}
         view = await service.submit(request, volume, values, [target])
         owner = request.state.owner
         try:
@@ -177,7 +183,7 @@ async def _events(service: Service, view: JobView, owner: str) -> AsyncIterator[
             return
 
 
-def _add_service(app: FastAPI, service: Service, tokens: dict[str, str]) -> None:
+def _add_service(app: FastAPI, service: Service) -> None:
     settings, model = service.settings, service.model
     base = model.config.sampling
     diffusion = model.kind == "aldm"

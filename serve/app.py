@@ -41,20 +41,23 @@ def build_app(args: Settings) -> "Application":
     """
     from ray import serve
 
-    tokens = read_tokens(Path(args.token_file).expanduser()) if args.token_file else {}
+    token_file = Path(args.token_file).expanduser().absolute() if args.token_file else None
+    if token_file is not None:
+        read_tokens(token_file)  # a file that cannot be used is refused now
     model = find_model(args.model, args.folder)
     settings = args.model_dump()
 
-    def build() -> Any:  # in the replica
+    def build() -> Any:  # in the replica; it is kept by Ray, so it holds no token
         from serve.api import build_api
+        from serve.tokens import TokenFile
 
-        if not tokens:
+        if token_file is None:
             check_no_proxy()
         store = start_store(args)
         while not store.call("may_serve", model.hash):  # or it would take jobs that nobody makes; the old one goes on
             time.sleep(WAIT_S)
         store.call("configure", settings, {"name": model.name, "hash": model.hash})
-        return build_api(args, model, tokens, store)
+        return build_api(args, model, {} if token_file is None else TokenFile(token_file), store)
 
     worker = serve.deployment(Worker).options(
         name="model",

@@ -76,7 +76,8 @@ def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
 
     path = folder / _VOLUME
     save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
-    kept = asdict(replace(source, folder=Path(), affine=None, patient=(), study_uid="", frame_of_reference_uid=""))
+    nobody = {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
+    kept = asdict(replace(source, folder=Path(), affine=None, **nobody))
     kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
     (folder / _SERIES).write_text(json.dumps(kept))
 
@@ -97,7 +98,7 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
         return volume, replace(source, notes=tuple(json.loads(notes.read_text())) if notes.is_file() else ())
     kept: dict[str, Any] = json.loads((folder / _SERIES).read_text())
     affine = np.array(kept.pop("volume_affine"))
-    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient"):
+    for name in ("shape", "orientation_cosines", "pixel_spacing", "patient", "notes"):
         kept[name] = tuple(kept[name])
     kept |= {"folder": folder, "affine": np.array(kept["affine"]), "positions": tuple(map(tuple, kept["positions"]))}
     return Volume(volume.data, affine), DicomSource(**kept)
@@ -119,11 +120,11 @@ def write_results(
     """
     from aldm.data.nifti_header import NiftiSource, source_of
     from aldm.data.volume import save_nifti, to_source_orientation
-    from pipelines.translate_files import describe, notes_of
+    from pipelines.translate_files import describe
 
     made, result = translation.provenance, translation.volume
-    if notes := notes_of(source):
-        made["notes"] = notes
+    if source.notes:
+        made["notes"] = list(source.notes)
     target, words = made["target"], describe(made)
     path = result_file(folder, target, format)
     grid = source if isinstance(source, NiftiSource) else source_of(result.affine, result.data.shape, path)

@@ -117,7 +117,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
         values["use_gpu"] = select_device(args).type == "cuda"
     if args.token_file is not None:
-        values["token_file"] = str(Path(args.token_file).expanduser().resolve())
+        values["token_file"] = str(Path(args.token_file).expanduser().absolute())  # a link may be turned later
     values["work_dir"] = str(Path(args.work_dir).expanduser().resolve())
     try:
         return Settings(**values)

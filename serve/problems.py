@@ -5,7 +5,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-FIELDS = frozenset({"source", "target", "sampler", "num_inference_steps", "num_samples", "seed", "format"})
+FIELDS = frozenset({"source", "target", "sampler", "num_inference_steps", "num_samples", "seed", "format", "series"})
 """The fields of the form, which have the library's names."""
 _PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 MEDIA_TYPE = "application/problem+json"

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -68,14 +68,14 @@ def new_token(path: Path, name: str) -> str:
     """
     if not re.fullmatch(r"[\w-]{1,64}", name, flags=re.ASCII) or name == LOCAL_OWNER:
         raise UserError(f"--new-token is {name!r}: wanted letters, digits, - and _, and not {LOCAL_OWNER!r}")
-    known = read_tokens(path) if path.exists() else {}
-    if name in known:
+    text = _text_of(path) if path.exists() else ""
+    if name in _tokens_in(text, path):
         raise UserError(f"{path} has a token named {name} already: take another name, or remove its line first")
     token = f"aldm_{secrets.token_urlsafe(32)}"
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a") as stream:
-            stream.write(f"{name} {_digest(token)}\n")
+            stream.write("\n" * (text != "" and not text.endswith("\n")) + f"{name} {_digest(token)}\n")
     except OSError as error:
         raise UserError(f"--token-file {path}: cannot be written: {error.strerror}") from error
     return token
@@ -87,12 +87,22 @@ def read_tokens(path: Path) -> dict[str, str]:
     Raises:
         UserError: no such file, a line that is not `NAME SHA256`, or no token at all.
     """
+    tokens = _tokens_in(_text_of(path), path)
+    if not tokens:
+        raise UserError(f"--token-file {path} holds no token: make one with aldm serve --new-token NAME")
+    return tokens
+
+
+def _text_of(path: Path) -> str:
     try:
-        lines = path.read_text().splitlines()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--token-file {path}: cannot be read: {error}") from error
+
+
+def _tokens_in(text: str, path: Path) -> dict[str, str]:
     tokens = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"([\w-]+)\s+([0-9a-f]{64})\s*", line, flags=re.ASCII)
@@ -102,12 +112,10 @@ def read_tokens(path: Path) -> dict[str, str]:
                 "aldm serve --new-token NAME --token-file FILE"
             )
         tokens[match[1]] = match[2]
-    if not tokens:
-        raise UserError(f"--token-file {path} holds no token: make one with aldm serve --new-token NAME")
     return tokens
 
 
-def owner_of(header: str, tokens: dict[str, str]) -> str | None:
+def owner_of(header: str, tokens: Mapping[str, str]) -> str | None:
     """Return the name of the token that an Authorization header carries; every hash is compared, in constant time."""
     scheme, _, token = header.partition(" ")
     digest = _digest(token.strip())
@@ -134,7 +142,7 @@ def check_no_proxy() -> None:
 class Guard:
     """ASGI middleware around the whole application: host, token, size and room are checked before a body is read."""
 
-    def __init__(self, app: Any, *, settings: Settings, tokens: dict[str, str], store: StoreHandle) -> None:
+    def __init__(self, app: Any, *, settings: Settings, tokens: Mapping[str, str], store: StoreHandle) -> None:
         self.app, self.settings, self.tokens, self.store = app, settings, tokens, store
         self._arriving = 0
 
@@ -186,7 +194,8 @@ class Guard:
         if not self.tokens:
             _check_local(scope, headers)
             return LOCAL_OWNER
-        name = owner_of(headers.get("authorization", ""), self.tokens)
+        header = headers.get("authorization")
+        name = None if header is None else owner_of(header, self.tokens)
         if name is None and not OPEN_PATHS.fullmatch(scope["path"]):
             raise Problem(
                 401,

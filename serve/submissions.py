@@ -55,7 +55,9 @@ class Service:
         folder.mkdir(mode=0o700)
         try:
             async with self._checking:
-                words, voxels = await anyio.to_thread.run_sync(accept, volume.file, name, folder, self.settings)
+                words, voxels = await anyio.to_thread.run_sync(
+                    accept, volume.file, name, folder, self.settings, values["series"] or None
+                )
             source, source_from = self._source(values["source"], name, words)
             self._check_pairs(source, targets)
             if values["format"] == files.DICOM and not files.is_series(folder):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from aldm.data.dicom_files import SUFFIXES
 from aldm.errors import UserError
 from serve.files import keep_nifti, keep_series
 from serve.problems import Problem, without_paths
@@ -27,7 +28,7 @@ _HEADER = 2**16
 """Bytes beside its voxels that a file of a series may have."""
 
 
-def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tuple[str, int]:
+def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings, series: str | None = None) -> tuple[str, int]:
     """Check an upload and keep it in the folder of its job.
 
     Returns the words of its header, for `choose_source`, and its voxels.
@@ -37,6 +38,7 @@ def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tup
         name: what the client calls the file; only its ending is used.
         folder: of the job, empty.
         settings: the limits.
+        series: which one of a zip that holds several, as `read_series` takes it.
 
     Raises:
         Problem: 415 for another kind of file, 422 for what `aldm translate` refuses, 413 for a zip that grows too much;
@@ -45,14 +47,16 @@ def accept(stream: BinaryIO, name: str, folder: Path, settings: Settings) -> tup
     suffix = next((one for one in (*NIFTI_SUFFIXES, ".zip") if name.lower().endswith(one)), None)
     if suffix is None:
         raise Problem(415, "volume: wanted a file named .nii, .nii.gz, or .zip (of one DICOM series)")
+    if series is not None and suffix != ".zip":
+        raise Problem(422, "series chooses among the DICOM series of a zip: leave it out with a NIfTI file")
     try:
         return (
-            _accept_series(stream, folder, settings)
+            _accept_series(stream, folder, settings, series)
             if suffix == ".zip"
             else _accept_nifti(stream, suffix, folder, settings)
         )
     except UserError as error:
-        text = re.sub(rf"({re.escape(str(folder))}/series/)?\b(\d{{5}})\.dcm", _entry, str(error))
+        text = re.sub(rf"({re.escape(str(folder))}/series/)?\b(\d{{5}})\.(dcm|file)\b", _entry, str(error))
         raise Problem(422, without_paths(text, folder.parent)) from error
 
 
@@ -75,18 +79,16 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
         upload.unlink(missing_ok=True)
 
 
-def _accept_series(stream: BinaryIO, folder: Path, settings: Settings) -> tuple[str, int]:
+def _accept_series(stream: BinaryIO, folder: Path, settings: Settings, wanted: str | None) -> tuple[str, int]:
     from aldm.data.dicom import read_series
-    from aldm.data.dicom_header import series_description
 
     series = folder / "series"
     series.mkdir()
     try:
         _unpack(stream, series, settings)
-        volume, source = read_series(series, max_voxels=settings.max_voxels, patient=False)
-        words = series_description(series)
+        volume, source = read_series(series, series=wanted, max_voxels=settings.max_voxels, patient=False)
         keep_series(folder, volume, source)
-        return words, volume.data.size
+        return source.description, volume.data.size
     finally:
         shutil.rmtree(series, ignore_errors=True)
 
@@ -102,7 +104,9 @@ def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
         left = 8 * settings.max_voxels + len(entries) * _HEADER  # 64-bit voxels and a generous header each
         for index, entry in enumerate(entries):
             _check_entry(entry)
-            left -= _unpack_entry(archive, entry, folder / f"{index:05d}.dcm", left)
+            promised = entry.filename.lower().endswith(SUFFIXES)
+            path = folder / f"{index:05d}.{'dcm' if promised else 'file'}"
+            left -= _unpack_entry(archive, entry, path, left)
 
 
 def _is_twin(entry: zipfile.ZipInfo) -> bool:

@@ -14,6 +14,7 @@ import json
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,11 @@ def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Volum
     return _prepared(ixi_tree, "ixi", tmp_path_factory.mktemp("store") / "ixi")
 
 
+def _warned(message: str, *values: object) -> None:
+    """Let pytest count a start of Ray that had to be tried again: its summary of warnings names it."""
+    warnings.warn(message % values, stacklevel=2)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray session of 4 logical CPUs for the whole test run; the jobs find and use it."""
@@ -140,6 +146,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr("pipelines.ray_session.logger.warning", _warned)
         start_ray(
             num_cpus=4,
             object_store_memory=2**28,

@@ -82,8 +82,8 @@ def curve(
         precision: fp32 or bf16.
 
     Returns:
-        log and exported weights of rank 0; codebooks: a digest of every rank's; refused: every rank's message;
-        poisoned: the subjects of the loss that was not a number, of every rank.
+        log and exported weights of rank 0; codebooks, parameters: a digest of every rank's; refused: every rank's
+        message; poisoned: the subjects of the loss that was not a number, of every rank.
     """
     from safetensors.numpy import load_file
 
@@ -112,6 +112,7 @@ def curve(
         "log": logged,
         "weights": weights,
         "codebooks": of_all_ranks(made, codebook_digest(built)),
+        "parameters": of_all_ranks(made, parameters_digest(built)),
         "refused": of_all_ranks(made, message),
         "poisoned": of_all_ranks(made, poisoned),
     }
@@ -143,6 +144,17 @@ def codebook_digest(stage: Any) -> str | None:
         return None
     state = sorted(quantizer.state_dict().items())
     return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for _, tensor in state)).hexdigest()
+
+
+def parameters_digest(stage: Any) -> str:
+    """Return a digest of what is trained; buffers, such as a batch norm's averages, are each rank's own."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for player in stage.players:
+        for parameter in player.module.parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def of_all_ranks(engine: Any, value: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +80,10 @@ class RayHead:
             try:
                 self._start(token.read_text())
                 break
-            except TooSlowError:
+            except TooSlowError as error:
+                warnings.warn(
+                    f"Ray's head did not start, {left} tries are left: {error}", stacklevel=2
+                )  # pytest counts it
                 self._end_processes()
                 if not left:
                     self._stack.close()

@@ -151,23 +151,28 @@ class RunningService:
         with volume.open("rb") as stream:
             return self.client.post(path, files={"volume": (volume.name, stream)}, data=fields)
 
-    def job(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Return where a job stands, as long as it takes the service to answer (it may be restarting)."""
+    def job(self, job: dict[str, Any], *, wounded: bool = False) -> dict[str, Any]:
+        """Return where a job stands.
+
+        Args:
+            job: as it was submitted.
+            wounded: a process of the service was killed, so that it may not answer for a while; else it has to.
+        """
         until = time.monotonic() + START_S
         while True:
-            with contextlib.suppress(httpx.TransportError):
+            with contextlib.suppress(*([httpx.TransportError] if wounded else [])):
                 answer = self.client.get(job["links"]["self"])
-                if answer.status_code < 500:
+                if answer.status_code < 500 or not wounded:
                     assert answer.status_code == 200, answer.text
                     view: dict[str, Any] = answer.json()
                     return view
             assert time.monotonic() < until, self.log.read_text()
             time.sleep(0.2)
 
-    def wait(self, job: dict[str, Any], *states: str) -> dict[str, Any]:
+    def wait(self, job: dict[str, Any], *states: str, wounded: bool = False) -> dict[str, Any]:
         """Return a job once it is in one of the states (none: once it is finished)."""
         until = time.monotonic() + START_S
-        while (view := self.job(job))["state"] not in (states or FINISHED):
+        while (view := self.job(job, wounded=wounded))["state"] not in (states or FINISHED):
             assert time.monotonic() < until, view
             time.sleep(0.1)
         return view

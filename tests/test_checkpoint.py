@@ -102,9 +102,9 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
         ("{", r"config\.json is damaged, it is not JSON"),
         ("[]", "is damaged, it holds no JSON object"),
         ("{}", "format version None"),
-        ('{"format_version": 1}', "it lacks kind; it lacks hash; it lacks config; it lacks meta; write the checkpoint"),
+        ('{"format_version": 2}', "it lacks kind; it lacks hash; it lacks config; it lacks meta; write the checkpoint"),
         (
-            '{"format_version": 1, "kind": 3, "hash": "", "config": {}, "meta": []}',
+            '{"format_version": 2, "kind": 3, "hash": "", "config": {}, "meta": []}',
             r"kind is 3, wanted text; meta is \[\]",
         ),
     ],

@@ -21,8 +21,8 @@ from serve.app import LONGEST_JOB_S, SURGE_PERCENT
 from serve.metrics import Tally, prometheus_text
 from serve.settings import Settings
 
-RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-CRDS = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if (path / "kuberay-crds").is_dir()), None)
+CRDS = json.loads((ROOT / "tests" / "data" / "kuberay-crds.json").read_text())
+"""The schemas of KubeRay's own CRDs, but for what is inside pods (tests/data/reduce_crds.py)."""
 JOBS = {
     "prepare",
     "train-vqgan",
@@ -85,21 +85,26 @@ def test_whose_workers_have_gpus(name: str) -> None:
     assert with_gpus == ({f"aldm-{job}" for job in JOBS - without} if name == "gpu" else set())
 
 
-@pytest.mark.skipif(
-    CRDS is None, reason="no shared/kuberay-crds beside the repository: the CRDs themselves are not compared"
-)
-@pytest.mark.parametrize("kind", RAY_KINDS)
+def crd(kind: str) -> dict[str, Any]:
+    """Return the schema of a kind's CRD, in which unknown fields are errors."""
+    schema: dict[str, Any] = strict(CRDS["kinds"][kind] | {"$defs": {"cluster": CRDS["cluster"]}})
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+@pytest.mark.parametrize("kind", CRDS["kinds"])
 def test_ray_objects_are_what_the_crd_says(kind: str) -> None:
     """And k8s/schemas.yaml, which stands in for it elsewhere, allows no field that it does not know."""
-    assert CRDS is not None
-    text = (CRDS / "kuberay-crds" / f"ray.io_{RAY_KINDS[kind]}.yaml").read_text()
-    versions = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
-    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
-    schema = strict(schema)
-    schema["properties"]["metadata"] = {"type": "object"}
-    for name in OVERLAYS:
-        for manifest in all_of(name, kind):
-            assert json_errors(manifest, schema) == [], name_of(manifest)
+    found = [manifest for name in OVERLAYS for manifest in all_of(name, kind)]
+    for manifest in found:
+        assert json_errors(manifest, crd(kind)) == [], name_of(manifest)
+        broken = json.loads(json.dumps(manifest))
+        cluster_spec(broken)["headGroupSpec"]["rayStartParameters"] = {}
+        cluster_spec(broken)["enableInTreeAutoscaling"] = "yes"
+        errors = "\n".join(json_errors(broken, crd(kind)))
+        assert "rayStartParameters" in errors
+        assert "'yes' is not of type 'boolean'" in errors
+    assert found or kind == "RayCluster"
 
 
 def test_both_overlays_have_every_job() -> None:
@@ -125,7 +130,7 @@ def test_versions_agree() -> None:
     locked = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert locked is not None
     for name in OVERLAYS:
-        for kind in RAY_KINDS:
+        for kind in CRDS["kinds"]:
             assert {cluster_spec(item)["rayVersion"] for item in all_of(name, kind)} == {locked[1]}
         images = {container["image"] for *_, spec in pods(name) for container in containers_of(spec)}
         ours = [image for image in images if image.startswith("aldm:")]

@@ -91,7 +91,7 @@ def test_the_codecs_hash_follows_its_weights() -> None:
         (None, "is not a store of latents"),
         ("{", "is damaged"),
         ('{"format_version": 0}', "format version 0"),
-        ('{"format_version": 1}', "it lacks codec_hash; it lacks codec.kind; .*encode again with --overwrite"),
+        ('{"format_version": 2}', "it lacks codec_hash; it lacks codec.kind; .*encode again with `overwrite`"),
     ],
 )
 def test_what_is_not_a_cache_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

@@ -23,9 +23,9 @@ from aldm.models.codecs import build_codec
 
 
 def test_hinge_losses() -> None:
-    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.5])
-    assert float(hinge_generator_loss(fake)) == pytest.approx(1.25)
-    assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 0.75))
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 1.5])
+    assert float(hinge_generator_loss(fake)) == pytest.approx(0.75)
+    assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 1.25))
 
 
 def test_class_loss_is_the_mean_over_samples_and_patches() -> None:
@@ -50,6 +50,12 @@ def test_fake_is_a_class_of_its_own() -> None:
     assert float(latent_discriminator_loss(sure([0, 2], 4), sure([0, 0], 4), target)) > 10  # class 0 is t1, not fake
     assert float(latent_generator_loss(sure([0, 2], 4), target)) < 1e-6
     assert float(latent_generator_loss(sure([3, 2], 4), target)) > 10
+
+
+def test_the_latent_discriminator_s_loss_is_the_mean_of_its_two_halves() -> None:
+    real, fake, target = torch.randn(2, 4, 2, 3, 1), torch.randn(2, 4, 2, 3, 1), torch.tensor([0, 2])
+    halves = class_loss(real, target), class_loss(fake, torch.tensor([3, 3]))
+    assert torch.allclose(latent_discriminator_loss(real, fake, target), sum(halves) / 2)
 
 
 def test_the_edge_loss_sees_blur_and_no_offset() -> None:
@@ -92,6 +98,13 @@ def test_the_adaptive_weight_is_the_ratio_at_the_last_layer_and_leaves_no_gradie
     assert torch.allclose(got, wanted)
     assert not got.requires_grad
     assert all(parameter.grad is None for module in (body, last, critic) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("adversarial", "wanted"), [(0.0, 1e4), (1e-4, 4.0 / 2e-4 / 2), (1.0, 4 / 1.0001)])
+def test_the_adaptive_weight_has_an_upper_limit(adversarial: float, wanted: float) -> None:
+    """Where the adversarial gradient is nearly zero: |4| / (|adversarial| + 1e-4), at most 1e4."""
+    got = adaptive_weight(torch.ones(1), lambda weight: weight, lambda x: 4 * x.sum(), lambda x: adversarial * x.sum())
+    assert float(got) == pytest.approx(min(wanted, 1e4), rel=1e-4)
 
 
 def test_the_image_space_loss_is_the_images_error_up_to_one_factor() -> None:

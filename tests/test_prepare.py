@@ -74,8 +74,10 @@ def test_the_store_holds_the_rescaled_voxels_of_an_aligned_tree(brats_tree, brat
         for name in record.modalities:
             image = nibabel.load(brats_tree / record.sources[name]["path"])
             data = nibabel.as_closest_canonical(image).get_fdata()
-            low, high = np.percentile(data, (0.5, 99.5))
-            np.testing.assert_allclose(record.percentiles[name], (low, high))
+            low, top = np.percentile(data[data != 0], (0.1, 99.9))
+            high = low + 1.25 * (top - low)
+            np.testing.assert_allclose(record.percentiles[name], (low, high), rtol=1e-6)
+            assert record.backgrounds[name] == 0
             expected = np.clip((data - low) / (high - low) * 2 - 1, -1, 1)
             np.testing.assert_allclose(brats_store.whole(record.subject_id, name), expected, atol=1e-3)
             np.testing.assert_array_equal(record.sources[name]["affine"], image.affine)
@@ -220,7 +222,7 @@ def test_the_fingerprint_depends_on_what_it_should(source, tmp_path):
     elsewhere = shutil.copytree(source, tmp_path / "copy")
     base = prepare(source, tmp_path / "a").fingerprint
     assert prepare(elsewhere, tmp_path / "b").fingerprint == base
-    assert prepare(source, tmp_path / "c", config=replace(CONFIG, upper_percentile=99.0)).fingerprint != base
+    assert prepare(source, tmp_path / "c", config=replace(CONFIG, intensity="paper")).fingerprint != base
     (tmp_path / "splits.csv").write_text("subject_id,split\nS00,test\nS01,test\nS02,test\n")
     assert prepare(source, tmp_path / "d", splits=tmp_path / "splits.csv").fingerprint != base
     write_volume(elsewhere / "S00" / "S00_t1.nii.gz", seed=99)

@@ -53,7 +53,7 @@ def test_a_killed_process_costs_at_most_one_attempt(
     process = service.process_of(killed)
     assert service.job(job)["state"] == "running"
     process.kill()
-    done = service.wait(job)
+    done = service.wait(job, wounded=True)
     assert (done["state"], done["attempt"]) == ("done", attempts), done
     assert not process.is_running()
     same_image(image_of(service.result(job, "t2")), wanted)
@@ -83,7 +83,7 @@ def test_a_stream_of_events_that_breaks_can_be_taken_up_again(service: RunningSe
     service.process_of(":api").kill()
     thread.join(60)
     assert not thread.is_alive()
-    assert service.wait(job)["state"] == "done"
+    assert service.wait(job, wounded=True)["state"] == "done"
     listen()
     assert '"state":"done"' in seen[-2] + seen[-1]
 
@@ -153,6 +153,20 @@ def test_the_client_sends_its_token(
     assert main([*words, "--overwrite"]) == 0
     assert main([*words, "--overwrite", "--token-file", str(tokens[0])]) == 2  # the service's own file of hashes
     assert "wanted the token alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_token_is_taken_back_while_the_service_runs(closed: RunningService, tokens: tuple[Path, str, str]) -> None:
+    path = tokens[0]
+    kept = path.read_text()
+    taken = {"Authorization": f"Bearer {new_token(path, 'ward-3')}"}
+    for text, wanted in ((path.read_text(), 200), (kept, 401)):
+        path.write_text(text)
+        until = time.monotonic() + 20
+        while (found := httpx.get(f"{closed.url}/v1/models", headers=taken, timeout=60).status_code) != wanted:
+            assert time.monotonic() < until, found
+            time.sleep(0.2)
+    assert closed.client.get("/v1/models").status_code == 200
 
 
 @pytest.mark.slow

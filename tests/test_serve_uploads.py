@@ -54,6 +54,30 @@ def refuses(content: bytes, name: str, folder: Path, status: int, words: str, **
     assert list(folder.iterdir()) == []
 
 
+def test_one_series_of_a_zip_is_chosen(tmp_path: Path) -> None:
+    both: dict[str, bytes] = {}
+    for number in (3, 4):
+
+        def named(k: int, header: Any, number: int = number) -> None:
+            header.SeriesNumber, header.SeriesDescription = number, f"t{number - 2} Doe"
+
+        make_series(tmp_path / "series", edit=named)
+        both |= {f"{number}/{path.name}": path.read_bytes() for path in sorted((tmp_path / "series").iterdir())}
+    content = zipped({**both, "notes.txt": b"no DICOM"})
+    with pytest.raises(Problem, match=r"2 series in one folder \(3: MR, 7x6x5; 4: MR, 7x6x5\)") as caught:
+        upload(content, "x.zip", tmp_path / "none")
+    assert "choose one with series" in caught.value.detail
+    for wanted in ("4", "t2 d"):
+        folder = tmp_path / wanted
+        folder.mkdir()
+        words, voxels = accept(io.BytesIO(content), "x.zip", folder, Settings(model="unused"), wanted)
+        assert (words, voxels) == ("t2 Doe", 210)
+        assert "Doe" not in (folder / "series.json").read_text()
+    refuses(zipped({**both, "4/z.dcm": b"no DICOM"}), "x.zip", tmp_path / "bad", 422, "file 11 of the zip: named like")
+    with pytest.raises(Problem, match="leave it out with a NIfTI file"):
+        accept(io.BytesIO(scan()), "t1.nii", tmp_path / "nifti", Settings(model="unused"), "4")
+
+
 def test_a_volume_of_as_many_voxels_as_allowed_is_taken_and_none_of_more(tmp_path: Path) -> None:
     """The limit is that of the settings, far below the library's own."""
     words, voxels = upload(scan(), "t1.nii", tmp_path / "taken", max_voxels=VOXELS)

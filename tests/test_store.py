@@ -45,6 +45,8 @@ def record(subject_id, split, modalities=("t1", "t2"), has_seg=False, start=(1, 
         grid_shape=GRID,
         crop_start=start,
         percentiles=dict.fromkeys(modalities, (low, 100.0 + low)),
+        backgrounds=dict.fromkeys(modalities, low if start[0] > 0 else None),
+        clipped=dict.fromkeys(modalities, (0.25, 0.5 if has_seg else None)),
         sources={
             name: {"path": f"{subject_id}/{name}.nii", "affine": ((1.0, 0, 0, 0),) * 4, "shape": (18, 18, 18)}
             for name in modalities
@@ -227,7 +229,7 @@ def test_what_is_not_a_finished_store_is_refused(tmp_path):
     (path / "store.json").write_text(json.dumps({**header, "preprocess": None, "layout": 3}))
     with pytest.raises(UserError, match="layout is 3, wanted text; preprocess is None, wanted a mapping; prepare"):
         VolumeStore.open(path)
-    (path / "store.json").write_text('{"format_version": 1}')
+    (path / "store.json").write_text('{"format_version": 2}')
     with pytest.raises(UserError, match="it lacks layout; it lacks preprocess; it lacks modalities; it lacks finger"):
         VolumeStore.open(path)
     (path / "store.json").write_text("{")

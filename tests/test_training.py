@@ -24,7 +24,7 @@ from aldm.data.store import VolumeStore
 from aldm.errors import UserError
 from aldm.latents import LatentStore, encode_store
 from aldm.models.codecs import build_codec
-from aldm.pace import MEASURED_STEPS, Pace, learning_rate
+from aldm.pace import MEASURED_STEPS, RECENT_STEPS, Pace, learning_rate
 from aldm.players import Batch, Engine, Export, Player, Stage, StepInfo, Values, only_trainable
 from aldm.presets import tiny
 from aldm.randomness import derived_generator
@@ -559,6 +559,7 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[104] == pytest.approx(0.0)
     assert learning_rate(replace(config, decay="constant"), 103, 104) == 2.0
     assert learning_rate(config, 0, 20) == pytest.approx(1.0)  # a warm-up of at most a tenth
+    assert learning_rate(config, 130, 104) == pytest.approx(0.0)  # and not up again
 
 
 @pytest.mark.parametrize(("start", "rates"), [(0.5, [2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4, 0]), (0.0, [])])
@@ -585,6 +586,42 @@ def simulate(config: TrainingConfig, seconds: Callable[[int], float], starts: li
     pace.validation_done(step, 3.0)
     pace.checkpoint_done(1.0)
     return pace
+
+
+def test_steps_are_fitted_to_the_mean_of_the_last_ones_and_what_comes_between() -> None:
+    """By hand: what is left of the time over a step's mean and its share of a validation and of a checkpoint."""
+    config = TrainingConfig(max_steps=100_000, max_minutes=10, validate_every=20, checkpoint_every=50)
+    pace = Pace.plan(config, 100, [0])
+    pace.validation_done(0, 4.0)
+    pace.checkpoint_done(5.0)
+    seconds = [30.0] + [1.0 + step / 8 for step in range(1, 80)]
+    for step, one in enumerate(seconds, start=1):
+        before = pace.num_steps
+        pace.step_done(step, one)
+        if step % MEASURED_STEPS:
+            assert pace.num_steps == before
+            continue
+        last = seconds[max(1, step - RECENT_STEPS) : step]
+        left = 600 - 4 - 5 - sum(seconds[:step]) - 4 - 5
+        assert pace.num_steps == step + int(left / (sum(last) / len(last) + 4 / 20 + 5 / 50))
+
+
+def test_steps_are_not_fitted_before_a_validation_is_timed() -> None:
+    config = TrainingConfig(max_steps=10_000, max_minutes=10, validate_every=100)
+    pace = Pace.plan(config, 100, [0])
+    for step in range(1, MEASURED_STEPS + 1):
+        pace.step_done(step, 1.0)
+        assert pace.wants_validation_time
+        assert pace.num_steps == 10_000
+    pace.validation_done(MEASURED_STEPS, 0.0)
+    assert not pace.wants_validation_time
+    assert pace.num_steps == MEASURED_STEPS + 590
+    early = Pace.plan(config, 100, [0])
+    for step in range(1, MEASURED_STEPS):
+        early.step_done(step, 1.0)
+    early.validation_done(MEASURED_STEPS - 1, 0.0)  # too few steps are known
+    assert early.num_steps == 10_000
+    assert not Pace.plan(replace(config, max_minutes=None), 100, [0]).wants_validation_time
 
 
 @pytest.mark.parametrize("slow", [1.0, 1.7])

@@ -222,10 +222,10 @@ def test_a_bug_on_one_file_is_told_and_the_others_go_on(model, tmp_path, monkeyp
         write(tmp_path / "in" / f"{name}.nii", affine=np.diag([8.0, 8, 8, 1]))
     read = pipelines.translate_local.read_input
 
-    def broken(task, limit):
+    def broken(task, *more):
         if task.path.name == "b.nii":
             raise ZeroDivisionError("oh")
-        return read(task, limit)
+        return read(task, *more)
 
     monkeypatch.setattr(pipelines.translate_local, "read_input", broken)
     assert run(tmp_path / "in", tmp_path / "out", model=model) == 2
@@ -263,6 +263,28 @@ def test_a_dicom_series_is_an_input_and_may_be_the_output(form, echo, model, tmp
         header = pydicom.dcmread(sorted(output.iterdir())[0])
         assert "SYNTHETIC t2 from t1" in header.SeriesDescription
         assert header.PatientName != "Doe^Jane"
+
+
+def test_one_of_several_series_is_chosen_alone_and_in_a_batch(echo, model, tmp_path, capsys):
+    echo(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=(16, 16, 16))
+    for patient in ("x", "y"):
+        for number in (3, 4):
+            make_series(tmp_path / "one", edit=lambda k, header, number=number: setattr(header, "SeriesNumber", number))
+            (tmp_path / "in" / patient).mkdir(parents=True, exist_ok=True)
+            for path in (tmp_path / "one").iterdir():
+                path.rename(tmp_path / "in" / patient / f"{number}-{path.name}")
+    assert run(tmp_path / "in" / "x", tmp_path / "out.nii.gz", model=model) == 2
+    said = "2 series in one folder (3: MR, 7x6x5; 4: MR, 7x6x5); choose one with --series"
+    assert said in capsys.readouterr().err
+    assert run(tmp_path / "in" / "x", tmp_path / "out.nii.gz", "--series", "4", model=model) == 0
+    assert run(tmp_path / "in" / "*", tmp_path / "none", model=model) == 2
+    assert "choose one with --series" in (tmp_path / "none" / "results.csv").read_text()
+    assert run(tmp_path / "in" / "*", tmp_path / "out", "--series", "4", model=model) == 0
+    made = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert made == {"x_synthetic-t2.nii.gz", "y_synthetic-t2.nii.gz"}
+    scan = write(tmp_path / "scan.nii", affine=np.diag([8.0, 8, 8, 1]))
+    assert run(scan, tmp_path / "o.nii", "--series", "4", model=model) == 2
+    assert "--series chooses among DICOM series, and this is none" in capsys.readouterr().err
 
 
 def test_dry_run_reads_the_inputs_and_writes_nothing(model, tmp_path, capsys):
@@ -352,8 +374,8 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "RGB": (".nii", colours, r"in\.nii: RGB voxels"),
     "all zero": (".nii", lambda path: write(path, np.zeros((8, 8, 8), np.float32)), "every voxel is zero"),
     "constant": (".nii", lambda path: write(path, np.full((8, 8, 8), 7, np.float32)), r"every voxel is 7 \(constant\)"),
-    "NaN": (".nii", spoiled(np.nan), "1 of 1680 voxels are NaN or infinite"),
-    "infinite": (".nii", spoiled(np.inf), "1 of 1680 voxels are NaN or infinite"),
+    "NaN": (".nii", spoiled(np.nan), "1 of 1680 voxels are NaN inside the patient"),
+    "infinite": (".nii", spoiled(np.inf), "1 of 1680 voxels are infinite"),
     "singular affine": (".nii", singular, r"in\.nii: singular affine"),
     "wrong suffix": (
         ".img",
@@ -453,7 +475,7 @@ def test_a_model_of_another_format_version_or_kind_is_refused(model, tmp_path, c
     write(tmp_path / "in.nii")
     record = json.loads((model / "config.json").read_text())
     for change, words in (
-        ({"format_version": 99}, "of format version 99, wanted 1"),
+        ({"format_version": 99}, "of format version 99, wanted 2"),
         ({"kind": "vqgan"}, "checkpoint of kind 'vqgan'"),
     ):
         (tmp_path / "model").mkdir(exist_ok=True)

@@ -189,9 +189,9 @@ BAD = {
     "unknown-type": (with_header(datatype=12345), "voxel type"),
     "zero": (nifti_bytes(np.zeros(SHAPE, np.int16)), "zero"),
     "constant": (nifti_bytes(np.full(SHAPE, 7, np.int16)), "constant"),
-    "nan": (with_voxel(np.nan), "1 of 693 voxels are NaN or infinite"),
-    "inf": (with_voxel(-np.inf), "NaN or infinite"),
-    "overflow": (nifti_bytes(noise().astype(np.float64) * 1e300), "NaN or infinite"),
+    "nan": (with_voxel(np.nan), "1 of 693 voxels are NaN inside the patient, wanted finite numbers there"),
+    "inf": (with_voxel(-np.inf), "1 of 693 voxels are infinite"),
+    "overflow": (nifti_bytes(noise().astype(np.float64) * 1e300), "voxels are infinite"),
     "bad-slope": (with_header(scl_slope=2, scl_inter=np.inf), "scale factors"),
     "singular": (nifti_bytes(noise(), change=lambda h: h.set_sform(np.diag([1, 1, 0, 1]), code=1)), "singular"),
     "flat": (

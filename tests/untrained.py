@@ -29,7 +29,10 @@ def save_untrained(
     channels = build_codec(config.codec).latent_channels
     meta = {
         "latents": {"mean": [0.0] * channels, "std": [1.0] * channels},
-        "data": {"median_percentiles": {name: PERCENTILES[name] for name in modalities}},
+        "data": {
+            "median_percentiles": {name: PERCENTILES[name] for name in modalities},
+            "backgrounds": dict.fromkeys(modalities),
+        },
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

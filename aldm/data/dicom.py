@@ -1,19 +1,23 @@
 """MR series in DICOM: read into an RAS+ volume, and a derived series written on exactly the same grid.
 
-Headers are read with pydicom, voxels with SimpleITK (every transfer syntax that GDCM knows, rescale slope and intercept
-applied slice by slice). A derived series says in each file that it is synthetic, carries new UIDs and no private
-element, and names the patient only when asked to.
+Headers are read with pydicom, voxels with SimpleITK (every transfer syntax that GDCM knows). A derived series says in
+each file that it is synthetic, carries new UIDs and no private element, and names the patient only when asked to.
 """
 
+import logging
 import math
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from aldm import __version__
-from aldm.data.dicom_header import DicomSource, checked_series, decimal_string, is_dicom, read_headers
+from aldm.data.dicom_enhanced import frames_of, is_enhanced
+from aldm.data.dicom_files import Slice, damage_of, is_dicom, read_headers
+from aldm.data.dicom_header import DicomSource, checked_series, decimal_string
+from aldm.data.dicom_series import SeriesVolume, chosen_volume, volumes_of
+from aldm.data.dicom_voxels import read_voxels
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.volume import Volume, to_ras, to_source_orientation
 from aldm.errors import UserError
@@ -21,6 +25,8 @@ from aldm.files import atomic_folder
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+
+logger = logging.getLogger(__name__)
 
 MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 FIRST_FILE = "SYNTHETIC_0001.dcm"
@@ -33,51 +39,73 @@ def is_series_folder(path: str | Path) -> bool:
     return path.is_dir() and any(is_dicom(file) for file in sorted(path.iterdir()))
 
 
-def read_series(
-    folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bool = True
-) -> tuple[Volume, DicomSource]:
-    """Read the one MR series in a folder as an RAS+ volume in float32, rescale slope and intercept applied.
-
-    Files that are not DICOM are passed over, as are folders below.
-
-    Args:
-        folder: the series.
-        max_voxels: limit that the headers are checked against before anything is allocated.
-        patient: read who and which study as well, for `write_series(keep_patient=True)`.
+def list_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bool = True) -> list[SeriesVolume]:
+    """Return the volumes that a folder of DICOM files (or one file) holds; voxels are left on the disk.
 
     Raises:
-        UserError: no DICOM file, several series, another modality than MR, colour or multi-frame images, a damaged
-            file, a single slice, slices that are missing, uneven, doubled or sheared, or a volume without contrast.
+        UserError: no image in DICOM, or a damaged header.
+    """
+    return _volumes(Path(folder), max_voxels, patient)[0]
+
+
+def series_description(
+    folder: str | Path, *, series: str | None = None, max_voxels: int = MAX_VOXELS, patient: bool = True
+) -> str:
+    """Return what a series says that it shows, before its voxels are read; free text, which may name anybody.
+
+    Raises:
+        UserError: as `list_series`, and none or several volumes meant by `series`.
+    """
+    volumes, _ = _volumes(Path(folder), max_voxels, patient)
+    return chosen_volume(volumes, series, folder, names=patient).description
+
+
+def _volumes(folder: Path, max_voxels: int, patient: bool) -> tuple[list[SeriesVolume], str]:
+    """Return what a folder holds, and what is to be said of what was left out."""
+    slices: list[Slice] = []
+    items, note = read_headers(folder, patient=patient)
+    for item in items:
+        with damage_of(item.path):
+            slices += frames_of(item, max_voxels) if is_enhanced(item) else [item]
+    with damage_of(folder):
+        return volumes_of(slices), note
+
+
+def read_series(
+    folder: str | Path, *, series: str | None = None, max_voxels: int = MAX_VOXELS, patient: bool = True
+) -> tuple[Volume, DicomSource]:
+    """Read an MR series as an RAS+ volume in float32, rescale slope and intercept applied.
+
+    Files that are not DICOM are passed over, as are folders below; presentation states, reports and other objects
+    without an image are left out, which `notes` of the source says.
+
+    Args:
+        folder: the series, one file a slice or enhanced (multi-frame); or one enhanced file.
+        series: which one where there are several: the Series Number (5; 5.2 for the second of its volumes), the Series
+            Instance UID, or a part of the Series Description.
+        max_voxels: limit that the headers are checked against before anything is allocated.
+        patient: read who and which study as well, for `write_series(keep_patient=True)`; without it no message repeats
+            a description either.
+
+    Raises:
+        UserError: no image in DICOM, none or several volumes meant by `series` (the message lists them), another
+            modality than MR, mosaics, colour images, multi-frame images without functional groups, a damaged file, a
+            single slice, slices that are missing, uneven, doubled or sheared, or a volume without contrast.
     """
     folder = Path(folder)
-    slices = read_headers(folder, patient=patient)
-    source, files = checked_series(folder, slices, max_voxels)
-    data = _voxels(folder, files, source.shape)
+    volumes, note = _volumes(folder, max_voxels, patient)
+    chosen = chosen_volume(volumes, series, folder, names=patient)
+    source, slices = checked_series(folder, chosen.slices, max_voxels)
+    data = read_voxels(folder, slices, source.shape)
     low, high = float(data.min()), float(data.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{folder}: some voxels are NaN or infinite, wanted finite numbers")
     if low == high:
         raise UserError(f"{folder}: every voxel is {low:g} (constant), so there is nothing to see in it")
+    if note:
+        logger.warning("%s: %s", folder, note)
+        source = replace(source, notes=(note,))
     return to_ras(data, source.affine), source
-
-
-def _voxels(folder: Path, files: list[Path], shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the voxels (X, Y, Z), float32, of the files in that order."""
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # they would go to stderr, with values of the headers
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(path) for path in files])
-    reader.SetOutputPixelType(sitk.sitkFloat32)  # the first slice's own type would cut off what others' slopes make
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        reason = re.sub(r"\(0x\w+\)|\s+", " ", str(error).strip().splitlines()[-1])
-        raise UserError(f"{folder}: a file's voxels cannot be read, it is damaged or cut off: {reason}") from error
-    data = np.asarray(sitk.GetArrayFromImage(image)).transpose(2, 1, 0)
-    if data.shape != shape:
-        raise UserError(f"{folder}: the voxels make {data.shape}, the headers {shape}: a file is damaged")
-    return data
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

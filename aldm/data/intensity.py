@@ -1,24 +1,42 @@
-"""Intensities of a volume, scaled to what the models take and back."""
+"""Intensities of a volume, scaled to what the models take and back.
+
+Two rules. `foreground`: the 0.1st percentile of the patient's own voxels becomes -1 and their 99.9th 0.6, so a quarter
+of that range is left above for what is brighter still, such as a small lesion; neither depends on how much air is in
+view. `paper`: the 0.5 and 99.5 percentiles of the model's box become -1 and 1, as the supplement and the authors' code
+have it. What lies outside is clipped in both.
+"""
 
 import numpy as np
 
-from aldm.config import PreprocessConfig
 from aldm.errors import UserError
 
+PERCENTILES = {"foreground": (0.1, 99.9), "paper": (0.5, 99.5)}
+"""Rule -> lower and upper percentile."""
+HEADROOM = {"foreground": 1.25, "paper": 1.0}
+"""Rule -> the distance from the lower percentile to what becomes +1, in distances between the two percentiles."""
+MAX_CLIPPED = 0.01
+"""Clipped share of a region from which it is warned."""
 
-def percentiles(data: np.ndarray, config: PreprocessConfig) -> tuple[float, float]:
-    """Return the intensities at the lower and the upper percentile of all voxels.
+
+def intensity_range(values: np.ndarray, rule: str) -> tuple[float, float]:
+    """Return the intensities that become -1 and +1.
+
+    Args:
+        values: by the rule foreground those inside the mask, by paper those of the model's box; any shape.
+        rule: foreground or paper.
 
     Raises:
-        UserError: they are equal, so there is no contrast to rescale.
+        UserError: there is no contrast to rescale.
     """
-    low, high = np.percentile(data, (config.lower_percentile, config.upper_percentile), overwrite_input=False)
+    lower, upper = PERCENTILES[rule]
+    low, high = (float(value) for value in np.percentile(values, (lower, upper)))
     if not low < high:
+        where = "foreground" if rule == "foreground" else "model's box"
         raise UserError(
-            f"the {config.lower_percentile} and {config.upper_percentile} percentiles of the volume are both {low:g}: "
-            "almost every voxel has this value, so there is no contrast to rescale"
+            f"the {lower} and {upper} percentiles of the {where} are both {low:g}: almost every voxel has "
+            "this value, so there is no contrast to rescale"
         )
-    return float(low), float(high)
+    return low, low + HEADROOM[rule] * (high - low)
 
 
 def rescale(data: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -30,3 +48,8 @@ def rescale(data: np.ndarray, low: float, high: float) -> np.ndarray:
 def unscale(x: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map [-1, 1] to [low, high], as float32 (undoes rescale, but for what was clipped)."""
     return (x.astype(np.float32, copy=False) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
+
+
+def clipped_share(values: np.ndarray, low: float, high: float) -> float:
+    """Return the share, 0 to 1, of values that `rescale` clips; 0 of none."""
+    return float(np.mean((values < low) | (values > high))) if values.size else 0.0

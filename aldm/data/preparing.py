@@ -188,6 +188,8 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "grid_shape": first.grid_shape,
         "crop_start": first.crop_start,
         "percentiles": {name: (record.low, record.high) for name, record in prepared.records.items()},
+        "backgrounds": {name: record.background for name, record in prepared.records.items()},
+        "clipped": {name: (clipped.mask, clipped.seg) for name, clipped in prepared.clipped.items()},
         "sources": sources,
     }
 

@@ -1,7 +1,7 @@
 """From volumes as they were scanned to the model's grid and intensities, and back.
 
-All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; intensities between two
-percentiles become [-1, 1]; a box of the model's size is cut out around the foreground. The record of it undoes it.
+All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; an interval of their
+intensities becomes [-1, 1]; a box of the model's size is cut out around the foreground. The record of it undoes it.
 Arrays are X Y Z of RAS+ volumes.
 """
 
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from aldm.config import PreprocessConfig, Shape
-from aldm.data.foreground import brain_mask
-from aldm.data.intensity import percentiles, rescale
+from aldm.data.bias import BiasField, corrected
+from aldm.data.foreground import Foreground, brain_mask, find_foreground, mask_on_grid, own_masks
+from aldm.data.intensity import clipped_share, intensity_range, rescale
 from aldm.data.modalities import sort_modalities
 from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
 from aldm.errors import UserError
@@ -34,6 +35,10 @@ class PreprocessRecord:
     """Intensity that became -1."""
     high: float
     """Intensity that became +1."""
+    background: float | None = None
+    """Intensity of the constant background of a masked volume; None where there is none."""
+    bias: BiasField | None = None
+    """What the volume was divided by; None where its shading was left alone."""
 
     @property
     def crop_affine(self) -> np.ndarray:
@@ -53,7 +58,19 @@ class PreprocessRecord:
             crop_start=_shape(values["crop_start"]),
             low=float(values["low"]),
             high=float(values["high"]),
+            background=None if values["background"] is None else float(values["background"]),
+            bias=None if values["bias"] is None else BiasField.from_dict(values["bias"]),
         )
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Shares, 0 to 1, of the voxels of a volume that were darker than -1 or brighter than +1."""
+
+    mask: float
+    """Of the region that scores are taken over."""
+    seg: float | None
+    """Of what is labelled in the segmentation; None without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +80,15 @@ class PreparedSubject:
     volumes: dict[str, np.ndarray]
     """Modality -> whole resampled grid, float32 in [-1, 1]."""
     records: dict[str, PreprocessRecord]
-    """Modality -> record; they differ in low and high alone."""
+    """Modality -> record; grid and box are the same in all."""
     mask: np.ndarray
     """bool, whole grid: the brain, or the foreground where no brain is marked off."""
     region: str
     """What `mask` is: brain or foreground."""
     seg: np.ndarray | None
     """uint8 labels, whole grid, or None."""
+    clipped: dict[str, Clipped]
+    """Modality -> how much of its contrast was lost."""
 
 
 def model_grid(
@@ -137,21 +156,23 @@ def prepare_subject(
         for name in names[1:]:
             aligned[name] = register_rigid(aligned[names[0]], aligned[name])
     affine, shape = model_grid([aligned[names[0]]], config, max_voxels=max_voxels)
-    inside, region = brain_mask(list(aligned.values()), mask, affine, shape)
+    found = {name: find_foreground(volume) for name, volume in aligned.items()}
+    inside, region = brain_mask(list(found.values()), mask, affine, shape)
     start = crop_box(inside, config.spatial_shape)
-    scaled, records = {}, {}
-    for name, volume in aligned.items():
-        data = resample(volume, affine, shape, fill=float(volume.data.min())).data
-        try:
-            low, high = percentiles(data, config)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        scaled[name] = rescale(data, low, high)
-        records[name] = PreprocessRecord(_rows(affine), shape, start, low, high)
     labels = None
     if seg is not None:
         labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
-    return PreparedSubject(scaled, records, inside, region, labels)
+    scaled, records, clipped = {}, {}, {}
+    for name in names:
+        try:
+            data, records[name] = _on_grid(found.pop(name), config, affine, shape, start)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        low, high = records[name].low, records[name].high
+        in_seg = None if labels is None else clipped_share(data[labels > 0], low, high)
+        clipped[name] = Clipped(clipped_share(data[inside], low, high), in_seg)
+        scaled[name] = rescale(data, low, high)
+    return PreparedSubject(scaled, records, inside, region, labels, clipped)
 
 
 def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray, PreprocessRecord]:
@@ -161,12 +182,35 @@ def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray
         UserError: the volume has no contrast, or its grid is too large.
     """
     affine, shape = model_grid([volume], config)
-    mask, _ = brain_mask([volume], None, affine, shape)
+    found = find_foreground(volume)
+    mask, _ = brain_mask([found], None, affine, shape)
     start = crop_box(mask, config.spatial_shape)
-    whole = resample(volume, affine, shape, fill=float(volume.data.min()))
-    low, high = percentiles(whole.data, config)
-    scaled = rescale(crop_or_pad(whole, start, config.spatial_shape, low).data, low, high)
-    return scaled, PreprocessRecord(_rows(affine), shape, start, low, high)
+    data, record = _on_grid(found, config, affine, shape, start)
+    box = crop_or_pad(Volume(data, affine), start, config.spatial_shape, record.low).data
+    return rescale(box, record.low, record.high), record
+
+
+def _on_grid(
+    found: Foreground, config: PreprocessConfig, affine: np.ndarray, shape: Shape, start: Shape
+) -> tuple[np.ndarray, PreprocessRecord]:
+    """Return a volume on the whole grid, not rescaled yet, and its record.
+
+    Its own foreground decides on its intensities, with or without a mask file and whatever other volumes there are: so
+    a volume is prepared alike for a training and alone.
+    """
+    bias = None
+    if config.bias_correction == "n4":
+        found, bias = corrected(found)
+    if config.intensity == "paper":
+        volume, dark = found.with_background()
+        data = resample(volume, affine, shape, fill=dark).data
+        values = crop_or_pad(Volume(data, affine), start, config.spatial_shape, dark).data
+    else:
+        data = resample(found.volume, affine, shape, fill=found.dark).data
+        masks, region = own_masks([found], None)
+        values = data[mask_on_grid(masks, region, affine, shape)]
+    low, high = intensity_range(values, config.intensity)
+    return data, PreprocessRecord(_rows(affine), shape, start, low, high, found.background, bias)
 
 
 def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:

@@ -26,7 +26,8 @@ from aldm.errors import UserError
 from aldm.files import atomic_path
 from aldm.records import check_record, has_file, read_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: another rule of intensities (preprocess.intensity), what was clipped, and the background."""
 SPLITS = ("train", "validation", "test")
 STORE_FILE, MANIFEST_FILE, SHARD_FOLDER = "store.json", "manifest.parquet", "shards"
 _OPEN_SHARDS = 64
@@ -124,6 +125,10 @@ class SubjectRecord:
     """Voxel of the whole grid at which the model's box begins; may be negative."""
     percentiles: dict[str, tuple[float, float]]
     """Modality -> the intensities that became -1 and +1."""
+    backgrounds: dict[str, float | None]
+    """Modality -> intensity of the constant background of a masked volume, None where there is none."""
+    clipped: dict[str, tuple[float, float | None]]
+    """Modality -> shares, 0 to 1, of the region's and of the segmentation's voxels that were clipped."""
     sources: dict[str, dict[str, Any]]
     """Modality -> path, affine and shape of the file that it was read from (the file's own axes)."""
 
@@ -213,6 +218,12 @@ class VolumeStore:
         lows, highs = zip(*pairs, strict=True)
         return statistics.median(lows), statistics.median(highs)
 
+    def median_background(self, modality: str) -> float | None:
+        """Return the median over the masked training volumes of their background; None where most are not masked."""
+        found = [record.backgrounds[modality] for record in self._training_subjects(modality)]
+        values = [value for value in found if value is not None]
+        return statistics.median(values) if 2 * len(values) > len(found) else None
+
     def training_mean(self, modality: str) -> np.ndarray:
         """Return the mean over the training volumes, (spatial_shape) float32 in [-1, 1] (kept in memory)."""
         if modality not in self._means:
@@ -289,6 +300,9 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
             "crop_start": list(record.crop_start),
             "low": record.percentiles[modality][0],
             "high": record.percentiles[modality][1],
+            "background": record.backgrounds[modality],
+            "clipped": record.clipped[modality][0],
+            "clipped_seg": record.clipped[modality][1],
             "source_path": record.sources[modality]["path"],
             "source_affine": [value for row in record.sources[modality]["affine"] for value in row],
             "source_shape": list(record.sources[modality]["shape"]),
@@ -332,6 +346,8 @@ def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
         grid_shape=tuple(first["grid_shape"]),
         crop_start=tuple(first["crop_start"]),
         percentiles={row["modality"]: (row["low"], row["high"]) for row in rows},
+        backgrounds={row["modality"]: row["background"] for row in rows},
+        clipped={row["modality"]: (row["clipped"], row["clipped_seg"]) for row in rows},
         sources={
             row["modality"]: {
                 "path": row["source_path"],

@@ -6,9 +6,10 @@ indices.
 
 import contextlib
 import gzip
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,8 @@ from aldm.data.nifti_header import is_nifti_name, open_nifti, read_header, read_
 from aldm.errors import UserError
 from aldm.files import atomic_path
 
+logger = logging.getLogger(__name__)
+
 _RAS = nibabel.orientations.axcodes2ornt("RAS")
 
 
@@ -32,6 +35,8 @@ class Volume:
 
     data: np.ndarray
     affine: np.ndarray
+    num_nan: int = 0
+    """Voxels around the patient that were NaN in the file and are as dark as the darkest here."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -127,6 +132,22 @@ def _fill_outside(
         sampled[x][outside] = fill
 
 
+def connected_to_faces(mask: np.ndarray, structure: np.ndarray | None = None) -> np.ndarray:
+    """Return the components of a mask (X, Y, Z) that touch the faces of the field of view, as bool.
+
+    Args:
+        mask: bool.
+        structure: which neighbours are connected (scipy.ndimage.label); None takes those that share a face.
+    """
+    labels, count = ndimage.label(mask, structure)
+    touching = np.zeros(count + 1, bool)
+    for axis in range(3):
+        for index in (0, -1):
+            touching[np.unique(labels.take(index, axis=axis))] = True
+    touching[0] = False
+    return np.asarray(touching[labels])
+
+
 def to_ras(data: np.ndarray, affine: np.ndarray) -> Volume:
     """Return the volume with its axes flipped and permuted so that they run R, A, S; nothing is resampled."""
     orientation = nibabel.io_orientation(affine)
@@ -157,8 +178,8 @@ def load_nifti(
 
     Raises:
         UserError: anything about the file that makes it unusable: missing, not NIfTI, truncated, more data than the
-            header says, too large, not 3D (trailing axes of length 1 are dropped), complex or RGB voxels, NaN or
-            infinite voxels, constant or all zero, singular affine.
+            header says, too large, not 3D (trailing axes of length 1 are dropped), complex or RGB voxels, infinite
+            voxels, NaN elsewhere than around the patient, constant or all zero, singular affine.
     """
     path = Path(path)
     with open_nifti(path) as stream:
@@ -175,13 +196,38 @@ def load_nifti(
     with np.errstate(over="ignore"):
         data = data.astype(np.float32, copy=False)
     low, high = float(data.min()), float(data.max())
+    num_nan = 0
     if not (math.isfinite(low) and math.isfinite(high)):
-        bad = int(data.size - np.isfinite(data).sum())
-        raise UserError(f"{path}: {bad} of {data.size} voxels are NaN or infinite, wanted finite numbers")
+        num_nan = _darken_nan(data, path)
+        low, high = float(data.min()), float(data.max())
     if low == high and not allow_constant:
         what = "every voxel is zero" if low == 0 else f"every voxel is {low:g} (constant)"
         raise UserError(f"{path}: {what}, so there is nothing to see in it")
-    return to_ras(data, source.affine), source
+    return replace(to_ras(data, source.affine), num_nan=num_nan), source
+
+
+def _darken_nan(data: np.ndarray, path: Path) -> int:
+    """Give NaN voxels that surround the patient the least value, in place, and return how many there are.
+
+    Raises:
+        UserError: infinite voxels, or NaN that is not connected to the faces of the field of view.
+    """
+    nan = np.isnan(data)
+    infinite = int(data.size - np.isfinite(data).sum() - nan.sum())
+    if infinite or nan.all():
+        found = f"{infinite} of {data.size} voxels are infinite" if infinite else "every voxel is NaN"
+        raise UserError(f"{path}: {found}, wanted finite numbers")
+    around = connected_to_faces(nan, np.ones((3, 3, 3)))
+    inside = int(nan.sum() - around.sum())
+    if inside:
+        raise UserError(
+            f"{path}: {inside} of {data.size} voxels are NaN inside the patient, wanted finite numbers there (NaN "
+            "around the patient is taken as background): fill them, such as with fslmaths -nan"
+        )
+    data[nan] = np.nanmin(data)
+    num_nan = int(nan.sum())
+    logger.warning("%s: %d of %d voxels are NaN around the patient: taken as background", path, num_nan, data.size)
+    return num_nan
 
 
 def read_source(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> NiftiSource:

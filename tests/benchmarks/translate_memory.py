@@ -64,7 +64,10 @@ def save_model(folder: Path, config: Config) -> None:
     channels = build_codec(config.codec).latent_channels
     meta = {
         "latents": {"mean": [0.0] * channels, "std": [1.0] * channels},
-        "data": {"median_percentiles": {name: [0.0, 1000.0] for name in config.modalities}},
+        "data": {
+            "median_percentiles": {name: [0.0, 1000.0] for name in config.modalities},
+            "backgrounds": dict.fromkeys(config.modalities),
+        },
     }
     torch.manual_seed(0)
     predictor = build_predictor("aldm", config, meta)

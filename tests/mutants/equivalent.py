@@ -1,0 +1,3 @@
+"""Changes that nothing could notice: (file, change) -> the reason."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
