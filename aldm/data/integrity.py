@@ -186,8 +186,10 @@ def _geometry_problems(files: SubjectFiles, volumes: Mapping[str, Volume]) -> li
         overlap = shared_field_of_view(fixed, volume)
         inside, labelled = labels_inside(volume, fixed) if role in ("mask", "seg") else (1, 1)
         if overlap < MIN_OVERLAP:
-            words = f"{overlap:.0%} of its field of view, or of the smaller one, lie in that of {reference}"
-            words += f" ({files.volumes[reference].name}), wanted {MIN_OVERLAP:.0%}; {way_out}"
+            words = "its field of view lies outside"
+            if overlap > 0:
+                words = f"{overlap:.0%} of its field of view, or of the smaller one, lie in"
+            words += f" that of {reference} ({files.volumes[reference].name}), wanted {MIN_OVERLAP:.0%}; {way_out}"
             problems.append(Problem(path, words))
         elif inside < MIN_LABELS_INSIDE * labelled:
             words = f"{inside:,} of {labelled:,} labelled voxels lie in the field of view of {reference}"
