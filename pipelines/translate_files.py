@@ -123,13 +123,6 @@ def _is_hidden(name: str) -> bool:
     return Path(name).name.startswith(".")
 
 
-def is_series_input(path: Path) -> bool:
-    """Whether an input is a DICOM series: a folder, or an enhanced (multi-frame) file."""
-    from aldm.data.dicom_files import is_dicom
-
-    return path.is_dir() or (not path.name.lower().endswith(_SUFFIXES) and is_dicom(path))
-
-
 def plan_tasks(
     inputs: Sequence[Input],
     output: Path,
@@ -154,10 +147,12 @@ def plan_tasks(
         UserError: a name that is not a NIfTI file's, two results by one name, a result that would replace an input, or
             DICOM from something else than a series.
     """
+    from aldm.data import dicom
+
     tasks = []
     for given in inputs:
         path = given.path
-        is_series = is_series_input(path)
+        is_series = dicom.is_series(path)
         if format == DICOM and not is_series:
             raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
         outputs = []

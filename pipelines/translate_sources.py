@@ -7,7 +7,7 @@ from typing import Protocol
 from aldm.cli import with_flags
 from aldm.data.naming import NotAVolume, check_source, choose_source, read_name
 from aldm.errors import UserError
-from pipelines.translate_files import Input, is_series_input
+from pipelines.translate_files import Input
 
 AUTO, ALL = "auto", "all"
 
@@ -89,9 +89,9 @@ def _targets(source: str, target: str, pairs: Pairs) -> tuple[str, ...]:
 
 def _header_words(path: Path, series: str | None, max_voxels: int) -> str:
     """Return what a volume's header says in words."""
-    from aldm.data.dicom import series_description
+    from aldm.data.dicom import is_series, series_description
     from aldm.data.volume import read_source
 
-    if is_series_input(path):
+    if is_series(path):
         return series_description(path, series=series, max_voxels=max_voxels)
     return read_source(path, max_voxels=max_voxels).words()

@@ -19,7 +19,7 @@ from serve.problems import Problem, busy
 from serve.records import CANCELLED, DONE, FAILED, FINISHED, QUEUED, RUNNING, Job
 from serve.settings import Settings
 
-LEASE_S = 20.0
+LEASE_S = float(os.environ.get("ALDM_SERVE_LEASE_S", "20"))
 """A worker that is silent for so long is dead. It speaks every 2 s, but a busy machine may keep it from doing so."""
 CHECK_S = 900.0
 """The checks of an upload that has arrived, others before it, take less."""

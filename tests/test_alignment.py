@@ -56,7 +56,7 @@ def test_a_file_that_lost_its_affine_is_refused_with_the_way_out(subject, role):
         plan_store(Request(source=subject.parent, store=subject.parent / "s", layout="brats", config=CONFIG), 1)
     assert str(caught.value).startswith("1 problem in ")
     assert file_of(subject, role).name in str(caught.value)
-    assert "lie in that of t1" in str(caught.value)
+    assert "lies outside that of t1" in str(caught.value)
     assert "it has the shape of t1 and another affine: if the voxels belong together, copy the affine" in str(
         caught.value
     )

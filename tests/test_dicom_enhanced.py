@@ -308,6 +308,10 @@ UNUSABLE: dict[str, tuple[Edit, str]] = {
         lambda made: made.PerFrameFunctionalGroupsSequence.pop(),
         "5 frames, functional groups for 4",
     ),
+    "too many frames": (
+        lambda made: setattr(made, "NumberOfFrames", 2**14 + 1),
+        "16,385 frames, the limit is 16,384",
+    ),
     "voxels cut off": (
         lambda made: setattr(made, "PixelData", made.PixelData[:-2]),
         "truncated, 420 bytes of voxels wanted, 418 there",

@@ -18,7 +18,7 @@ from aldm.data.dicom_files import Slice, damage_of, is_dicom, read_headers
 from aldm.data.dicom_header import DicomSource, checked_series, decimal_string
 from aldm.data.dicom_series import SeriesVolume, chosen_volume, volumes_of
 from aldm.data.dicom_voxels import read_voxels
-from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.nifti_header import MAX_VOXELS, is_nifti_name
 from aldm.data.volume import Volume, to_ras, to_source_orientation
 from aldm.errors import UserError
 from aldm.files import atomic_folder
@@ -37,6 +37,12 @@ def is_series_folder(path: str | Path) -> bool:
     """Tell whether a folder holds a DICOM file (not in a folder below it)."""
     path = Path(path)
     return path.is_dir() and any(is_dicom(file) for file in sorted(path.iterdir()))
+
+
+def is_series(path: str | Path) -> bool:
+    """Tell whether a path is one for `read_series`: a folder or a DICOM file, and no NIfTI file by its name."""
+    path = Path(path)
+    return not is_nifti_name(path) and (path.is_dir() or is_dicom(path))
 
 
 def list_series(folder: str | Path, *, max_voxels: int = MAX_VOXELS, patient: bool = True) -> list[SeriesVolume]:

@@ -12,6 +12,8 @@ from aldm.errors import UserError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+MAX_FRAMES = 2**14
+"""Frames of one image: what each is takes milliseconds to read."""
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 _GROUPS = {
     "UnassignedSharedConvertedAttributesSequence": ("EchoTime", "InversionTime"),  # of legacy converted images
@@ -44,12 +46,14 @@ def frames_of(item: Slice, max_voxels: int) -> list[Slice]:
         max_voxels: limit on all its frames together.
 
     Raises:
-        UserError: more voxels than that, or not one set of functional groups for each frame.
+        UserError: more voxels than that or too many frames, or not one set of functional groups for each frame.
     """
     header = item.header
     sizes = [whole_number(item, keyword, 1) for keyword in ("Columns", "Rows", "NumberOfFrames")]
     if sizes[0] * sizes[1] * sizes[2] > max_voxels:
         raise UserError(f"{item.path}: {'x'.join(map(str, sizes))} voxels, the limit is {max_voxels:,}")
+    if sizes[2] > MAX_FRAMES:
+        raise UserError(f"{item.path}: {sizes[2]:,} frames, the limit is {MAX_FRAMES:,}; convert it to NIfTI")
     groups = header[_PER_FRAME].value
     if len(groups) != sizes[2]:
         raise UserError(f"{item.path}: damaged DICOM file: {sizes[2]} frames, functional groups for {len(groups)}")

@@ -16,7 +16,7 @@ from aldm.errors import UserError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-PIXEL_DATA = 0x7FE00010
+PIXEL_DATA, _PER_FRAME = 0x7FE00010, 0x52009230
 PATIENT_TAGS = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "PatientWeight"),
     *("StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName"),
@@ -151,7 +151,7 @@ def _slice(path: Path, patient: bool) -> Slice:
     with open_dicom(path) as stream:
         header = pydicom.dcmread(stream, defer_size=4096, specific_tags=[*tags, *(PATIENT_TAGS if patient else ())])
         for tag in list(header.keys()):  # each value is converted here, or the file is refused
-            if tag != PIXEL_DATA:
+            if tag not in (PIXEL_DATA, _PER_FRAME):
                 header[tag]
         size = stream.seek(0, io.SEEK_END)
     if "TransferSyntaxUID" not in header.file_meta:

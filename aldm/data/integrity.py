@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from aldm.config import PreprocessConfig, to_dict
+from aldm.data.dicom import is_series, read_series
 from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.overlap import labels_inside, lost_labels, shared_field_of_view
@@ -69,6 +70,20 @@ def load_labels(path: Path, *, max_voxels: int = MAX_VOXELS) -> Volume:
     return Volume(np.rint(volume.data), volume.affine)
 
 
+def load_volume(path: Path, series: str | None = None, *, max_voxels: int = MAX_VOXELS) -> tuple[Volume, NiftiSource]:
+    """Read a NIfTI file or a DICOM series as an RAS+ volume, and its grid.
+
+    Raises:
+        UserError: as load_nifti and read_series, and for a `series` where there is none.
+    """
+    if is_series(path):
+        volume, source = read_series(path, series=series, max_voxels=max_voxels, patient=False)
+        return volume, source.as_nifti()
+    if series is not None:
+        raise UserError(f"{path}: `series` chooses among DICOM series, and this is none: leave it out")
+    return load_nifti(path, max_voxels=max_voxels)
+
+
 def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[LoadedSubject, list[Problem]]:
     """Read all files of a subject; what cannot be used, or is to be said, is named in the problems.
 
@@ -85,7 +100,7 @@ def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[
                 if role == "mask" and not labels[role].data.any():
                     raise UserError(f"{path}: the mask is empty")
             else:
-                volumes[role], sources[role] = load_nifti(path, max_voxels=max_voxels)
+                volumes[role], sources[role] = load_volume(path, files.series.get(role), max_voxels=max_voxels)
                 problems += [Problem(path, note, stops=False) for note in sources[role].notes]
         except UserError as error:
             problems.append(Problem(path, str(error).removeprefix(f"{path}: ")))
@@ -129,12 +144,11 @@ def subject_key(files: SubjectFiles, config: PreprocessConfig, root: Path) -> st
 
     Of each file: role, path (relative to `root` where it lies below), size, and a sha256 of the content. Of a .nii.gz
     that is its first and last 64 KiB: the header, and the checksum of all voxels that gzip ends with. Of a .nii it is
-    the whole file.
+    the whole file, of the folder of a DICOM series every file in it, and which series is meant.
     """
-    described = {
-        role: [relative_name(path, root), path.stat().st_size, _content_hash(path)]
-        for role, path in files.files().items()
-    }
+    described = {role: [relative_name(path, root), *_content(path)] for role, path in files.files().items()}
+    for role, series in files.series.items():
+        described[role].append(series)
     return digest({"format_version": FORMAT_VERSION, "preprocess": to_dict(config), "files": described})
 
 
@@ -158,6 +172,15 @@ def stored_metadata(store: Path, subject_id: str) -> dict[str, str]:
         return ShardReader(path).metadata
     except UserError:
         return {}
+
+
+def _content(path: Path) -> tuple[int, str]:
+    """Return the size of a file, or of all files in a folder, and a hash of what they hold."""
+    if not path.is_dir():
+        return path.stat().st_size, _content_hash(path)
+    inside = [file for file in sorted(path.iterdir()) if file.is_file()]
+    held = [[file.name, file.stat().st_size, _content_hash(file)] for file in inside]
+    return sum(file.stat().st_size for file in inside), digest({"files": held})
 
 
 def _content_hash(path: Path) -> str:

@@ -19,7 +19,7 @@ from aldm.data.store import SPLITS
 from aldm.errors import UserError
 
 LAYOUTS = ("brats", "ixi", "bids", "table")
-TABLE_COLUMNS = ("subject_id", "modality", "path", "mask", "seg")
+TABLE_COLUMNS = ("subject_id", "modality", "path", "mask", "seg", "series")
 
 FIRST_RUN, LAST_RUN = "first", "last"
 _BRATS_NAME = re.compile(r"(?P<subject>.+)[_-](?P<word>[A-Za-z0-9]+)\.nii(\.gz)?")
@@ -60,6 +60,8 @@ class SubjectFiles:
     """Modality -> file, in the vocabulary's order."""
     mask: Path | None = None
     seg: Path | None = None
+    series: dict[str, str] = field(default_factory=dict)
+    """Modality -> which DICOM series of its path, where that is said."""
 
     def files(self) -> dict[str, Path]:
         """Return every file under its role: a modality, mask or seg."""
@@ -165,6 +167,8 @@ class _Found:
     """A modality, mask or seg."""
     path: Path
     split: str
+    series: str = ""
+    """Which DICOM series of the path; empty where it holds one, or is no DICOM."""
 
 
 def _brats_files(source: Path, names: Iterable[Path]) -> Iterator[_Found]:
@@ -270,7 +274,7 @@ def _table_rows(source: Path, problems: list[Problem]) -> Iterator[_Found]:
             except UserError as error:
                 words = f"taken as {modality}, as line {line} of {source.name} says; {error}"
                 problems.append(Problem(source.parent / row["path"], words, stops=False))
-            yield _Found(subject_id, modality, source.parent / row["path"], split)
+            yield _Found(subject_id, modality, source.parent / row["path"], split, row.get("series", ""))
             for role in ("mask", "seg"):
                 if row.get(role):
                     yield _Found(subject_id, role, source.parent / row[role], split)
@@ -322,5 +326,6 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
             continue
         volumes = {name: paths[name] for name in sort_modalities(paths)}
         splits = {item.split for item in roles.values()}
-        subjects.append(SubjectFiles(subject_id, min(splits), volumes, mask=extra["mask"], seg=extra["seg"]))
+        series = {name: roles[name].series for name in volumes if roles[name].series}
+        subjects.append(SubjectFiles(subject_id, min(splits), volumes, extra["mask"], extra["seg"], series))
     return subjects

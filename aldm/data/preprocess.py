@@ -209,7 +209,8 @@ def _on_grid(
         data = resample(found.volume, affine, shape, fill=found.dark).data
         masks, region = own_masks([found], None)
         values = data[mask_on_grid(masks, region, affine, shape)]
-    low, high = intensity_range(values, config.intensity)
+    air = None if found.stripped or config.intensity == "paper" else found.dark
+    low, high = intensity_range(values, config.intensity, air)
     return data, PreprocessRecord(_rows(affine), shape, start, low, high, found.background, bias)
 
 

@@ -113,7 +113,7 @@ function targets() {
 // The fields that are sent, without what is left to the service.
 function fields() {
   const chosen = [["source", $("source").value], ...targets().map((name) => ["target", name])];
-  const optional = { sampler: "sampler", num_inference_steps: "steps", num_samples: "samples", seed: "seed" };
+  const optional = { sampler: "sampler", num_inference_steps: "steps", num_samples: "samples", seed: "seed", series: "series" };
   for (const [name, id] of Object.entries(optional)) {
     if ($(id).value !== "" && !(id === "seed" && $(id).value === "0")) chosen.push([name, $(id).value]);
   }
