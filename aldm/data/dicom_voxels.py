@@ -85,7 +85,11 @@ def _stored_values(folder: Path, path: Path, slices: Sequence[Slice]) -> np.ndar
     with tempfile.TemporaryDirectory(prefix="aldm-") as scratch:
         bare = Path(scratch) / "voxels.dcm"
         with damage_of(path):
-            _write_bare(bare, path, [item.frame or 0 for item in slices])
+            stripped = _stripped(path, [item.frame or 0 for item in slices])
+        try:
+            stripped.save_as(bare, enforce_file_format=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {scratch}, where temporary files go: {error.strerror}") from error
         try:
             stored = sitk.GetArrayFromImage(sitk.ReadImage(str(bare)))
         except RuntimeError as error:
@@ -99,8 +103,8 @@ def _stored_values(folder: Path, path: Path, slices: Sequence[Slice]) -> np.ndar
     return stored
 
 
-def _write_bare(bare: Path, path: Path, frames: Sequence[int]) -> None:
-    """Write frames of a file as one that holds their stored values, as they are encoded, and nothing else."""
+def _stripped(path: Path, frames: Sequence[int]) -> "Dataset":
+    """Return frames of a file as an image that holds their stored values, as they are encoded, and nothing else."""
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate, generate_frames
@@ -128,4 +132,4 @@ def _write_bare(bare: Path, path: Path, frames: Sequence[int]) -> None:
     made.SOPClassUID, made.SOPInstanceUID = _BYTES if bits == 8 else _WORDS, generate_uid()
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == DeflatedExplicitVRLittleEndian else syntax
-    made.save_as(bare, enforce_file_format=True)
+    return made
