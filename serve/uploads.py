@@ -80,10 +80,8 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
         with upload.open("wb") as target:
             shutil.copyfileobj(stream, target, _BLOCK)
         volume, source = load_nifti(upload, max_voxels=settings.max_voxels)
-        header = source.parsed_header()
-        words = " ".join(bytes(header[name].tobytes()).decode("latin-1") for name in ("descrip", "intent_name"))
         keep_nifti(folder, volume, source)
-        return words.replace("\0", " "), volume.data.size
+        return source.words(), volume.data.size
     finally:
         upload.unlink(missing_ok=True)
 
@@ -107,7 +105,7 @@ def _accept_series(stream: BinaryIO, folder: Path, settings: Settings, wanted: s
 def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
     """Unpack a zip under names of our own, counting what comes out."""
     with _opened(stream) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_twin(entry)]
         if not entries:
             raise Problem(422, "volume: the zip is empty, wanted the files of one DICOM series")
         if len(entries) > MAX_ENTRIES:
@@ -119,6 +117,11 @@ def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
             promised = entry.filename.lower().endswith(SUFFIXES)
             path = folder / f"{index:05d}.{'dcm' if promised else 'file'}"
             left -= _unpack_entry(archive, entry, path, left)
+
+
+def _is_twin(entry: zipfile.ZipInfo) -> bool:
+    """Whether it is one of the files that macOS puts into a zip beside every file."""
+    return re.split(r"[/\\]", entry.filename)[-1].startswith("._")
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:

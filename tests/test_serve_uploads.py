@@ -139,6 +139,12 @@ def test_names_of_any_other_kind_are_taken(tmp_path: Path) -> None:
     assert upload(zipped(renamed), "t1.zip", tmp_path / "x")[1] == 210
 
 
+def test_what_macos_adds_to_a_zip_is_left_there(tmp_path: Path) -> None:
+    files = series(tmp_path / "series")
+    twins = {f"__MACOSX/._{name}": content for name, content in files.items()}  # doubled slices, were they read
+    assert upload(zipped(files | twins), "t1.zip", tmp_path / "x")[1] == 210
+
+
 def test_as_many_files_as_allowed_are_looked_at(tmp_path: Path) -> None:
     small = {f"{number}.dcm": b"x" for number in range(MAX_ENTRIES + 1)}
     refuses(zipped(small), "x.zip", tmp_path / "x", 413, "4,097 files, the limit is 4,096")
