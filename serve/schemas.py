@@ -76,6 +76,10 @@ class JobView(BaseModel):
     eta: float
     seed: int
     format: Literal["nii.gz", "dicom"]
+    num_boxes: int | None = Field(description="boxes of the model's shape that the volume took; null until it is done")
+    share_outside: float | None = Field(
+        description="share of the volume's foreground outside of these, which is background in the result"
+    )
     progress: float = Field(ge=0, le=1)
     queue_position: int | None
     attempt: int = Field(description="how often it was begun: above 1 after a copy of the model died")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import os
 import threading
 import time
 from collections.abc import Coroutine
@@ -16,7 +17,7 @@ CALL_S = 5.0
 """A call without an answer for so long is made again."""
 PATIENCE_S = 60.0
 """So long the store may be away (it is started again within seconds) before callers give up."""
-IDLE_S = 30.0
+IDLE_S = float(os.environ.get("ALDM_SERVE_IDLE_S", "30"))
 """A store that nobody calls for so long ends: workers call it many times in it, so there are none any more."""
 
 

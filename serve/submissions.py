@@ -13,7 +13,7 @@ from aldm.config import SamplingConfig
 from aldm.data.naming import choose_source
 from aldm.errors import UserError
 from aldm.pairs import check_pair
-from aldm.translate import choose_sampling
+from aldm.sampling_choice import choose_sampling
 from serve import files
 from serve.models import Model
 from serve.news import News

@@ -26,6 +26,7 @@ from hypothesis import settings
 from service import RunningService
 from untrained import save_untrained
 
+from aldm import cli
 from aldm.data.phantom import write_phantom
 from aldm.data.preparing import prepare_store
 from aldm.data.store import VolumeStore
@@ -134,6 +135,25 @@ def ixi_store(ixi_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Volum
 def _warned(message: str, *values: object) -> None:
     """Let pytest count a start of Ray that had to be tried again: its summary of warnings names it."""
     warnings.warn(message % values, stacklevel=2)
+
+
+@pytest.fixture(scope="session")
+def haar_latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lossless codec's latents of `brats_store`, as `aldm encode` writes them. Read them only."""
+    out = tmp_path_factory.mktemp("latents") / "haar"
+    words = ["encode", "--store", str(brats_store.path), "--codec", "haar", "--out", str(out)]
+    assert cli.main([*words, "--preset", "tiny", "--device", "cpu", "--log-level", "warning"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def stage_2(haar_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an MS-SPADE network of the tiny preset, trained on `haar_latents`. Read it only."""
+    out = tmp_path_factory.mktemp("runs") / "ms-spade"
+    words = ["train", "ms-spade", "--latents", str(haar_latents), "--run-dir", str(out), "--preset", "tiny"]
+    words += ["--device", "cpu", "--log-level", "warning", "--engine", "plain", "--no-tracking"]
+    assert cli.main(words) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ class RayHead:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no traffic to wait for: SIGTERM ends it at once
             "RAY_JOB_STOP_WAIT_TIME_S": "60",  # 3 s are little on a busy machine
             "OMP_NUM_THREADS": "1",
+            "ALDM_SERVE_IDLE_S": "5",  # a service that is shut down is gone sooner
         }
         for left in reversed(range(START_TRIES)):
             try:

@@ -50,6 +50,7 @@ class RunningService:
 
     def __enter__(self) -> "RunningService":
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment["ALDM_SERVE_LEASE_S"] = "10"  # a killed worker is noticed sooner
         words = [sys.executable, "-m", "aldm.cli", "serve", "--model", str(self.folder), "--port", str(self.port)]
         words += ["--work-dir", str(self.work_dir), *self.flags]
         self.work_dir.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from engine_curves import assert_same, losses, run_on
 
-from aldm.config_baselines import METHODS
 from aldm.data.store import VolumeStore
-from pipelines.train import main as train_job
 
 TRAINING = {
     "batch_size": 2,
@@ -18,8 +16,9 @@ TRAINING = {
     "num_validation_samples": 2,
     "checkpoint_every": 2,
 }
-SHARDED = ("zero-1", "zero-2", "zero-3")
-OF_ITS_OWN = ("pix2pix", "pix2pix-3d", "resvit-cnn", "resvit", "dea-gan", "gea-gan", "cyclegan", "cyclegan-3d")
+METHODS = ("pix2pix", "cyclegan-3d", "nicegan", "reggan")
+"""One of each kind: batch norms, image pools and three players, shared encoders, a field. Engines know no more."""
+OF_ITS_OWN = ("pix2pix", "cyclegan-3d")
 """Batch norms see a share of the batch, and image pools are kept, by each worker: two train otherwise than one, but the
 two have the same parameters all the same, since every step is one of the mean of their gradients."""
 
@@ -30,22 +29,18 @@ def trained(
 ) -> dict[tuple[int, str, str], dict[str, Any]]:
     """Trainings by (number of workers, method, engine)."""
     folder = tmp_path_factory.mktemp("methods")
-    first = folder / "first"
-    words = ["resvit-cnn", "--store", ixi_store.path, "--source", "t1", "--target", "t2", "--run-dir", first]
-    words += ["--preset", "tiny", "--engine", "plain", "--no-tracking", "--log-level", "warning"]
-    train_job([str(word) for word in words])
+    inputs = {"store": str(ixi_store.path)}
 
     def run(number: int, engines: tuple[str, ...]) -> dict[tuple[int, str, str], dict[str, Any]]:
         tasks = {}
         for method in METHODS:
-            inputs = {"store": str(ixi_store.path)} | ({"pretrained": str(first)} if method == "resvit" else {})
             for engine in engines:
                 own = folder / str(number) / method / engine
                 task = {"stage": method, "engine": engine, "inputs": inputs, "training": TRAINING, "folder": str(own)}
                 tasks[number, method, engine] = task
         return dict(zip(tasks, run_on(number, list(tasks.values()), folder), strict=True))
 
-    return run(1, ("plain", "ddp")) | run(2, ("ddp", *SHARDED))
+    return run(1, ("plain", "ddp")) | run(2, ("ddp", "zero-2"))
 
 
 @pytest.mark.slow
@@ -57,22 +52,17 @@ def test_one_worker_computes_what_one_process_computes(trained: Any, method: str
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_workers_compute_what_one_process_computes(trained: Any, method: str) -> None:
-    got, wanted = losses(trained[2, method, "ddp"]), losses(trained[1, method, "plain"])
     first, second = trained[2, method, "ddp"]["parameters"]
     assert first == second
-    if method in OF_ITS_OWN:
-        assert got.keys() == wanted.keys()
-    else:
-        assert_same(got, wanted, 1e-3)
+    if method not in OF_ITS_OWN:
+        assert_same(losses(trained[2, method, "ddp"]), losses(trained[1, method, "plain"]), 1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("engine", SHARDED)
-def test_every_zero_stage_computes_what_ddp_computes(trained: Any, method: str, engine: str) -> None:
-    run, ddp = trained[2, method, engine], trained[2, method, "ddp"]
-    got, wanted = losses(run), losses(ddp)
-    assert_same(got, wanted, 1e-4)
+def test_sharded_states_compute_what_ddp_computes(trained: Any, method: str) -> None:
+    run, ddp = trained[2, method, "zero-2"], trained[2, method, "ddp"]
+    assert_same(losses(run), losses(ddp), 1e-4)
     assert run["weights"].keys() == ddp["weights"].keys()
     for name, weight in ddp["weights"].items():
         if not name.endswith("bias"):  # before an instance norm its gradient is rounding, which Adam takes for a sign

@@ -249,8 +249,9 @@ def test_the_paper_s_sizes_go_through(method: str, preset: Callable[[], Config])
         assert run(x).shape == x.shape
 
 
-@pytest.mark.parametrize("preset", [brats, ixi])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("preset", "method"), [*((brats, method) for method in METHODS), (ixi, "pix2pix"), (ixi, "pix2pix-3d")]
+)
 def test_a_training_step_at_the_paper_s_sizes(method: str, preset: Callable[[], Config]) -> None:
     """Losses and gradients of every player, on tensors without values; the loader gives what the batch asks for."""
     config = preset()

@@ -26,6 +26,8 @@ from pipelines.benchmark_plan import BENCHMARKED, Contest, check_methods, plan_e
 from pipelines.benchmark_table import interval
 
 PAIR = ("--source", "t1", "--target", "t2")
+BUDGET = 0.1
+"""Minutes of a training that is stopped in the middle."""
 
 
 def contest_of(tmp_path: Path) -> Contest:
@@ -108,9 +110,9 @@ def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore,
 
 
 def start(store: VolumeStore, out: Path, *flags: str) -> "subprocess.Popen[str]":
-    """Start a benchmark of the unet in a process of its own, long enough to be stopped in the middle."""
-    words = ["benchmark", "--store", str(store.path), "--out", str(out), *PAIR, "--preset", "tiny", "--methods", "unet"]
-    words += ["--set", "train_unet.checkpoint_every=5", "--set", "train_unet.log_every=1", "--budget", "0.2", *flags]
+    """Start a benchmark in a process of its own, whose trainings are long enough to be stopped in the middle."""
+    words = ["benchmark", "--store", str(store.path), "--out", str(out), *PAIR, "--preset", "tiny", *flags]
+    words += ["--set", "train_unet.checkpoint_every=5", "--set", "train_unet.log_every=1", "--budget", str(BUDGET)]
     return subprocess.Popen(
         [sys.executable, "-m", "aldm.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -137,7 +139,7 @@ def trainings_in(out: Path) -> list[psutil.Process]:
 
 def stopped(store: VolumeStore, out: Path, stop: signal.Signals, code: int, *flags: str) -> None:
     """Stop a benchmark in the middle of its training: nothing of it stays, and there is no table."""
-    first = start(store, out, *flags)
+    first = start(store, out, "--methods", "unet", *flags)
     wait_for(lambda: (out / "unet" / "seed-0" / "unet" / "last").exists(), first)
     first.send_signal(stop)
     assert first.wait(90) == code
@@ -147,44 +149,33 @@ def stopped(store: VolumeStore, out: Path, stop: signal.Signals, code: int, *fla
 
 
 @pytest.mark.slow
-def test_interrupted_it_leaves_nothing_running(ixi_store: VolumeStore, tmp_path: Path) -> None:
-    stopped(ixi_store, tmp_path / "out", signal.SIGINT, 130)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "stop", "code"),
-    [((), signal.SIGKILL, -9), (("--num-workers", "1"), signal.SIGINT, 130)],
+    ("workers", "stop", "code"),
+    [(0, signal.SIGKILL, -9), (2, signal.SIGINT, 130)],
     ids=["killed", "interrupted on Ray"],
 )
 def test_stopped_it_leaves_nothing_running_and_goes_on(
-    flags: tuple[str, ...], stop: signal.Signals, code: int, ixi_store: VolumeStore, tmp_path: Path
+    workers: int, stop: signal.Signals, code: int, ixi_store: VolumeStore, tmp_path: Path
 ) -> None:
+    """Going on, workers share it with another method."""
+    flags = ("--num-workers", str(workers)) if workers else ()
+    methods = ("unet", "reggan") if workers else ("unet",)
     out = tmp_path / "out"
     run = out / "unet" / "seed-0" / "unet"
     stopped(ixi_store, out, stop, code, *flags)
-    second = start(ixi_store, out, *flags)
+    second = start(ixi_store, out, "--methods", *methods, *flags)
     text, _ = second.communicate(timeout=240)
     assert second.returncode == 0, text
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "elapsed_s" in record]
     assert steps == sorted(set(steps)), "a step twice"
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
-    assert max(record.get("elapsed_s", 0) for record in records) < 1.5 * 0.2 * 60
+    assert max(record.get("elapsed_s", 0) for record in records) < 1.5 * BUDGET * 60
     cells = next(line for line in (out / "benchmark.md").read_text().splitlines() if "| unet |" in line).split("|")
     assert cells[6].strip() == f"{steps[-1] * tiny().train_unet.batch_size:,}"
-
-
-@pytest.mark.slow
-def test_workers_share_the_methods(ray_cluster: None, ixi_store: VolumeStore, tmp_path: Path) -> None:
-    """The same folders as one after the other, and one table."""
-    words = ["benchmark", "--store", str(ixi_store.path), "--out", str(tmp_path / "out"), *PAIR, "--preset", "tiny"]
-    words += ["--budget", "0.03", "--methods", "unet", "reggan", "--num-workers", "2"]
-    assert main(words) == 0
-    page = (tmp_path / "out" / "benchmark.md").read_text()
-    for method in ("unet", "reggan"):
-        assert (tmp_path / "out" / method / "seed-0" / "scores" / "scores.csv").is_file()
-        assert f"| {method} |" in page
+    for method in methods:
+        assert (out / method / "seed-0" / "scores" / "scores.csv").is_file()
+        assert f"| {method} |" in (out / "benchmark.md").read_text()
 
 
 def test_what_makes_no_sense_is_refused(ixi_store: VolumeStore, tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from aldm.data.dicom import MR_IMAGE_STORAGE, is_series_folder, read_series, write_series
 from aldm.data.phantom_anatomy import rotation
@@ -375,6 +375,16 @@ def test_compressed_voxels_are_read(tmp_path: Path) -> None:
     make_series(tmp_path / "rle", edit=compress)
     assert pydicom.dcmread(tmp_path / "rle" / "IM0.dcm").file_meta.TransferSyntaxUID == RLELossless
     assert np.array_equal(read_series(tmp_path / "rle")[0].data, read_series(tmp_path / "plain")[0].data)
+
+
+def test_voxels_in_big_endian_are_read(tmp_path: Path) -> None:
+    def swap(k: int, header: Dataset) -> None:
+        header.PixelData = np.frombuffer(header.PixelData, "<u2").astype(">u2").tobytes()
+        header.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+
+    make_series(tmp_path / "plain")
+    make_series(tmp_path / "big", edit=swap)
+    assert np.array_equal(read_series(tmp_path / "big")[0].data, read_series(tmp_path / "plain")[0].data)
 
 
 def test_folders_without_a_series(tmp_path: Path) -> None:

@@ -98,6 +98,20 @@ def test_how_far_a_slice_may_be_out_of_step(share: float, taken: bool, tmp_path:
             read_series(folder)
 
 
+@pytest.mark.parametrize(("drift_mm", "taken"), [(0.0, True), (0.01, True), (0.3, False)])
+def test_how_far_a_stack_may_lean(drift_mm: float, taken: bool, tmp_path: Path) -> None:
+    def leaning(k: int, header: Dataset) -> None:
+        header.ImagePositionPatient = [-31.4 + drift_mm * k, 22.25, 10.125 + 2.5 * k]
+
+    make_series(tmp_path / "in", edit=leaning)
+    if taken:
+        _, source = read_series(tmp_path / "in")
+        assert source.affine[0, 2] == pytest.approx(-drift_mm, abs=1e-9)
+    else:
+        with pytest.raises(UserError, match="shifted against each other"):
+            read_series(tmp_path / "in")
+
+
 @pytest.mark.parametrize("cut", [128, 132])
 def test_a_slice_without_its_preamble_is_read(cut: int, plain: np.ndarray, tmp_path: Path) -> None:
     make_series(tmp_path / "in")

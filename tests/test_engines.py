@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_curves import assert_same, losses, run_on
+from engine_curves import assert_same, curve, losses, run_on
 from safetensors.torch import save_file
 
 from aldm.data.store import VolumeStore
@@ -27,83 +27,117 @@ TRAINING = {
 }
 STAGES = ("vqgan", "diffusion")
 """Two players and one."""
+RESUMED = ("ddp", "zero-2", "zero-3")
+BF16 = ("ddp", "zero-2", "zero-3")
+"""Zero stages 1 and 2 are one optimizer of DeepSpeed; 1 is compared in fp32."""
 
 
 @pytest.fixture(scope="module")
-def inputs(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def inputs(brats_store: VolumeStore, haar_latents: Path, stage_2: Path) -> dict[str, dict[str, str]]:
     """The paths that each stage is built from."""
-    from pipelines.encode import main as encode_job
-
-    folder = tmp_path_factory.mktemp("engines")
-    latents, run = folder / "latents", folder / "ms-spade"
-    common = ["--preset", "tiny", "--log-level", "warning"]
-    encode_job(["--store", str(brats_store.path), "--codec", "haar", "--out", str(latents), *common])
-    train_job(
-        ["ms-spade", "--latents", str(latents), "--run-dir", str(run), "--engine", "plain", "--no-tracking", *common]
-    )
     return {
         "vqgan": {"store": str(brats_store.path)},
-        "diffusion": {"latents": str(latents), "ms_spade": str(run)},
+        "diffusion": {"latents": str(haar_latents), "ms_spade": str(stage_2)},
+    }
+
+
+Trained = dict[tuple[str, str, str], dict[str, Any]]
+"""Trainings by (number of workers, stage, engine); those marked + go on from step 2 of two workers."""
+
+
+def tasks_of(
+    inputs: dict[str, dict[str, str]],
+    folder: Path,
+    workers: str,
+    engines: tuple[str, ...],
+    stages: tuple[str, ...] = STAGES,
+    **changes: Any,
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What is trained, as `engine_curves.curve` takes it."""
+    planned = {}
+    for stage in stages:
+        for engine in engines:
+            task = {"stage": stage, "engine": engine, "inputs": inputs[stage], "training": TRAINING}
+            planned[workers, stage, engine] = task | {"folder": str(folder / workers / stage / engine)} | changes
+    return planned
+
+
+def run(number: int, planned: dict[tuple[str, str, str], dict[str, Any]], folder: Path) -> Trained:
+    return dict(zip(planned, run_on(number, list(planned.values()), folder), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster: None, inputs: dict[str, dict[str, str]], folder: Path) -> Trained:
+    """Stage 3 by two workers, and by this process."""
+    diffusion = ("diffusion",)
+    (plain,) = tasks_of(inputs, folder, "1", ("plain",), diffusion).values()
+    return run(2, tasks_of(inputs, folder, "2", ("ddp", "zero-2"), diffusion), folder / "pair") | {
+        ("1", "diffusion", "plain"): curve(**plain)
     }
 
 
 @pytest.fixture(scope="module")
-def trained(
-    ray_cluster: None, inputs: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Trainings by (number of workers, stage, engine); those marked + go on from step 2 of two workers."""
-    folder = tmp_path_factory.mktemp("trained")
-    found = {}
+def trained(pair: Trained, inputs: dict[str, dict[str, str]], folder: Path) -> Trained:
+    """All other trainings too, in three groups of workers."""
 
-    def tasks(workers: str, engines: tuple[str, ...], resume: bool = False) -> dict[tuple[str, str, str], Any]:
-        planned = {}
-        for stage in STAGES:
-            for engine in engines:
-                own = folder / workers / stage / engine
-                task = {"stage": stage, "engine": engine, "inputs": inputs[stage], "training": TRAINING}
-                task |= {"folder": str(own)}
-                if resume:
-                    task["resume"] = str(folder / "2" / stage / engine / "2")
-                planned[workers, stage, engine] = task
-        return planned
+    def tasks(workers: str, engines: tuple[str, ...], *stages: str, **changes: Any) -> dict[Any, dict[str, Any]]:
+        return tasks_of(inputs, folder, workers, engines, stages or STAGES, **changes)
 
-    def run(number: int, planned: dict[tuple[str, str, str], Any]) -> None:
-        found.update(zip(planned, run_on(number, list(planned.values()), folder), strict=True))
+    def going_on(workers: str, engines: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
+        return {
+            key: task | {"resume": str(folder / "2" / task["stage"] / task["engine"] / "2")}
+            for key, task in tasks(workers, engines).items()
+        }
 
-    whole = tasks("2", ("ddp", "zero-0", "zero-1", "zero-2", "zero-3"))
-    poisoned = tasks("poisoned", ("ddp", "zero-2"))
-    run(2, whole | {key: task | {"poisoned_rank": 1} for key, task in poisoned.items()})
-    going_on = ("ddp", "zero-1", "zero-2", "zero-3")
-    bf16 = tasks("bf16", ("plain", "ddp", "zero-1", "zero-2", "zero-3"))
-    run(
-        1,
-        tasks("1", ("plain", "ddp", "zero-0", "zero-1"))
-        | tasks("1+", going_on, resume=True)
-        | {key: task | {"precision": "bf16"} for key, task in bf16.items()},
+    two = (
+        tasks("2", ("ddp", "zero-0", "zero-1", "zero-2", "zero-3"), "vqgan")
+        | tasks("2", ("zero-0", "zero-1", "zero-3"), "diffusion")
+        | tasks("poisoned", ("ddp",), "diffusion", poisoned_rank=1)
+        | tasks("poisoned", ("zero-2",), "vqgan", poisoned_rank=1)
     )
-    run(3, tasks("3+", going_on, resume=True))
-    return found
+    found = pair | run(2, two, folder)
+    one = (
+        tasks("1", ("plain",), "vqgan")
+        | tasks("1", ("ddp", "zero-1"))
+        | going_on("1+", RESUMED)
+        | tasks("bf16", ("plain", *BF16), "diffusion", precision="bf16")
+    )
+    found |= run(1, one, folder)
+    return found | run(3, going_on("3+", ("ddp", "zero-2")), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_two_workers_compute_what_one_process_computes(pair: Trained) -> None:
+    """Stage 3; in stage 1 the workers draw other vectors for the first codes."""
+    wanted = losses(pair["1", "diffusion", "plain"])
+    for engine in ("ddp", "zero-2"):
+        assert_same(losses(pair["2", "diffusion", engine]), wanted, 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ["ddp", "zero-0", "zero-1"])
-def test_one_worker_computes_what_one_process_computes(trained: Any, stage: str, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "zero-1"])
+def test_one_worker_computes_what_one_process_computes(trained: Trained, stage: str, engine: str) -> None:
     assert_same(losses(trained["1", stage, engine]), losses(trained["1", stage, "plain"]), 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ["ddp", "zero-1", "zero-2", "zero-3"])
-def test_one_worker_in_bf16_computes_what_one_process_computes(trained: Any, stage: str, engine: str) -> None:
-    run, plain = trained["bf16", stage, engine], trained["bf16", stage, "plain"]
+@pytest.mark.parametrize("engine", BF16)
+def test_one_worker_in_bf16_computes_what_one_process_computes(trained: Trained, engine: str) -> None:
+    run, plain = trained["bf16", "diffusion", engine], trained["bf16", "diffusion", "plain"]
     assert_same(losses(run), losses(plain), 1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_every_zero_stage_computes_what_ddp_computes(trained: Any, stage: str, zero_stage: int) -> None:
+def test_every_zero_stage_computes_what_ddp_computes(trained: Trained, stage: str, zero_stage: int) -> None:
     run, ddp = trained["2", stage, f"zero-{zero_stage}"], trained["2", stage, "ddp"]
     assert_same(losses(run), losses(ddp), 1e-5)
     assert run["weights"].keys() == ddp["weights"].keys()
@@ -112,17 +146,12 @@ def test_every_zero_stage_computes_what_ddp_computes(trained: Any, stage: str, z
 
 
 @pytest.mark.slow
-def test_two_workers_compute_what_one_process_computes(trained: Any) -> None:
-    """Stage 3; in stage 1 the workers draw other vectors for the first codes."""
-    assert_same(losses(trained["2", "diffusion", "ddp"]), losses(trained["1", "diffusion", "plain"]), 1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ["ddp", "zero-1", "zero-2", "zero-3"])
-@pytest.mark.parametrize("workers", ["1+", "3+"])
+@pytest.mark.parametrize(
+    ("workers", "engine"), [*(("1+", engine) for engine in RESUMED), ("3+", "ddp"), ("3+", "zero-2")]
+)
 def test_a_run_of_two_workers_goes_on_with_one_and_with_three(
-    trained: Any, stage: str, engine: str, workers: str
+    trained: Trained, stage: str, engine: str, workers: str
 ) -> None:
     """The same global batch at the same weights: the losses of having gone on with two."""
     got, wanted = trained[workers, stage, engine], trained["2", stage, engine]
@@ -135,7 +164,7 @@ def test_a_run_of_two_workers_goes_on_with_one_and_with_three(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero-0", "zero-1", "zero-2", "zero-3"])
-def test_the_codebook_is_the_same_on_every_rank(trained: Any, engine: str) -> None:
+def test_the_codebook_is_the_same_on_every_rank(trained: Trained, engine: str) -> None:
     ranks = trained["2", "vqgan", engine]["codebooks"]
     assert len(ranks) == 2
     assert ranks[0] is not None
@@ -143,9 +172,10 @@ def test_the_codebook_is_the_same_on_every_rank(trained: Any, engine: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ["ddp", "zero-2"])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(trained: Any, stage: str, engine: str) -> None:
+@pytest.mark.parametrize(("stage", "engine"), [("vqgan", "zero-2"), ("diffusion", "ddp")])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
+    trained: Trained, stage: str, engine: str
+) -> None:
     stopped = trained["poisoned", stage, engine]
     assert len(stopped["refused"]) == 2
     assert len(set(stopped["refused"])) == 1

@@ -127,6 +127,7 @@ def importable_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+@pytest.mark.linux
 def test_a_full_disk_says_how_much_is_free(tmp_path: Path) -> None:
     """/dev/full answers every write as a full disk does."""
 
@@ -159,6 +160,7 @@ def test_a_full_disk_is_understood_where_a_library_does_not_say_so(
     assert listing(tmp_path) == []
 
 
+@pytest.mark.linux
 def test_a_full_disk_is_understood_in_a_librarys_own_words(tmp_path: Path) -> None:
     def write() -> None:
         with atomic_folder(tmp_path / "model") as temporary:

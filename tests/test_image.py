@@ -4,6 +4,7 @@ The replay is a real one: an empty virtual environment, the files that a build g
 makes then runs as the image does: as user 10001, on a read-only file system, with a new /tmp.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,13 +150,21 @@ def test_patterns_of_dockerignore_are_read_as_docker_reads_them() -> None:
     assert not ignored("x/a", ["a"])
 
 
+def torch_index() -> str:
+    """Return the Dockerfile's index of CPU builds, or TORCH_INDEX; nothing, for pip's own, where it does not answer."""
+    index = os.environ.get("TORCH_INDEX", read_dockerfile(TEXT)[1]["build-cpu"].instructions[0].text.partition("=")[2])
+    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(index, timeout=20):
+        return index
+    return ""
+
+
 @pytest.fixture(scope="module")
 def image() -> Iterator[Replay]:
     """The CPU variant's environment, made by the Dockerfile's own instructions; not in /tmp, which a pod has anew."""
     folder = Path(tempfile.mkdtemp(prefix="aldm-image-", dir="/var/tmp"))
     try:
         folder.chmod(0o755)
-        replay = Replay(folder, {"TORCH_INDEX": ""})
+        replay = Replay(folder, {"TORCH_INDEX": torch_index()})
         replay.build("build")
         yield replay
     finally:
@@ -166,12 +176,16 @@ def pod(image: Replay) -> Callable[[str], str]:
     """Runs a bash command as in a pod: read-only root, new /tmp and /dev/shm, user 10001, no compiler on PATH."""
     if sys.platform != "linux" or not shutil.which("unshare") or not shutil.which("setpriv"):
         pytest.skip("needs Linux with util-linux: a read-only root is made with unshare")
+    root = os.geteuid() == 0
+    unshare = ["unshare", "--mount", *([] if root else ["--map-root-user"])]
+    probe = subprocess.run([*unshare, "mount", "-t", "tmpfs", "t", "/tmp"], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:  # a container without CAP_SYS_ADMIN, or a system that forbids user namespaces
+        pytest.skip(f"this machine lets nobody make a read-only root: {probe.stderr.strip()}")
     tools = image.root / "bin"
     tools.mkdir(exist_ok=True)
     for name in NEEDED:
         (tools / name).symlink_to(str(shutil.which(name)))
     env = {name: image.inside(value) for name, value in environment("run", image.values, str(tools)).items()}
-    root = os.geteuid() == 0
     mounts = "mount -o remount,bind,ro / && mount -t tmpfs t /tmp && mount -t tmpfs t /dev/shm && cd /tmp"
     # It may read as root does, since the Python of this machine may lie where only its owner looks; it writes as 10001.
     reads = "--inh-caps -all,+dac_read_search --ambient-caps +dac_read_search"
@@ -179,7 +193,6 @@ def pod(image: Replay) -> Callable[[str], str]:
     inside = f"{mounts} && exec {user if root else ''} env -i {shlex.join(f'{k}={v}' for k, v in env.items())} bash -c"
 
     def run(command: str) -> str:
-        unshare = ["unshare", "--mount", *([] if root else ["--map-root-user"])]
         done = subprocess.run(
             [*unshare, "sh", "-c", f"{inside} {shlex.quote(command)}"], capture_output=True, text=True, timeout=600
         )

@@ -13,7 +13,6 @@ import pytest
 from mlflow import MlflowClient
 from ray_head import RayHead, Submission, wait_until
 from ray_runs import committed, losses
-from untrained import save_untrained
 
 from aldm import cli
 from aldm.data.store import VolumeStore
@@ -46,20 +45,22 @@ def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
 
 
+def copy_code(folder: Path) -> Path:
+    """A working directory of what the jobs need, quicker to upload than the repository."""
+    for package in CODE:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As this process encodes them."""
-    out = tmp_path_factory.mktemp("latents") / "haar"
-    assert run("encode", "--store", brats_store.path, "--codec", "haar", "--out", out, *TINY) == 0
-    return out
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_code(tmp_path_factory.mktemp("code"))
 
 
 @pytest.fixture
 def edited(tmp_path: Path) -> Path:
     """A working directory whose code differs from the installed one: every step is logged, not one in 15 s."""
-    folder = tmp_path / "edited"
-    for package in CODE:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_code(tmp_path / "edited")
     file = folder / "aldm" / "progress.py"
     text = file.read_text()
     assert text.count("LOG_INTERVAL_S = 15.0") == 1
@@ -85,11 +86,11 @@ def metrics(folder: Path) -> list[str]:
 
 
 def test_a_submitted_training_is_stopped_and_resumed(
-    head: RayHead, latents: Path, edited: Path, tmp_path: Path
+    head: RayHead, haar_latents: Path, edited: Path, tmp_path: Path
 ) -> None:
     """Its logs stream, the uploaded code is what runs, and what it goes on with is its last checkpoint."""
     folder = tmp_path / "run"
-    words = ("aldm", "train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, *STEADY)
+    words = ("aldm", "train", "ms-spade", "--latents", haar_latents, "--run-dir", folder, *TINY, *STEADY)
     endless = ("--max-steps", 10_000, "--set", "train_ms_spade.checkpoint_every=1", "--num-workers", 2)
     submission = head.submit("first", edited, *words, *endless)
     step = re.compile(r"RayTrainWorker pid=\d+.* ms-spade: \d+/10000 step,")
@@ -126,59 +127,38 @@ def test_a_submitted_training_is_stopped_and_resumed(
 
 
 def test_a_submitted_encoding_writes_the_same_bytes(
-    head: RayHead, brats_store: VolumeStore, latents: Path, tmp_path: Path
+    head: RayHead, code: Path, brats_store: VolumeStore, haar_latents: Path, tmp_path: Path
 ) -> None:
+    """Preparing and evaluating on workers, which is done the same way, is in test_ray_workers.py."""
     out = tmp_path / "haar"
     words = ("aldm", "encode", "--store", brats_store.path, "--codec", "haar", "--out", out, *TINY)
-    submission = head.submit("encode", ROOT, *words, "--num-workers", 2)
+    submission = head.submit("encode", code, *words, "--num-workers", 2)
     assert submission.wait() == 0, submission.output
     assert f"{out}: latents of 9 subjects" in submission.output
-    files = sorted(path.relative_to(latents) for path in latents.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(haar_latents) for path in haar_latents.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
-    assert [name for name in files if (out / name).read_bytes() != (latents / name).read_bytes()] == []
+    assert [name for name in files if (out / name).read_bytes() != (haar_latents / name).read_bytes()] == []
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_submitted_preparation_writes_the_same_bytes(
-    head: RayHead, brats_tree: Path, brats_store: VolumeStore, tmp_path: Path
+def test_a_submitted_sweep_leaves_its_results(
+    head: RayHead, code: Path, haar_latents: Path, stage_2: Path, tmp_path: Path
 ) -> None:
-    words = ("aldm", "prepare", brats_tree, tmp_path / "store", "--layout", "brats", *TINY, "--num-workers", 2)
-    submission = head.submit("prepare", ROOT, *words)
-    assert submission.wait() == 0, submission.output
-    assert f"{tmp_path / 'store'}: 9 subjects" in submission.output
-    assert files(tmp_path / "store") == files(brats_store.path)
-
-
-def test_a_submitted_evaluation_writes_the_same_scores(head: RayHead, ixi_store: VolumeStore, tmp_path: Path) -> None:
-    model = save_untrained(tmp_path / "model", preprocess=ixi_store.preprocess)
-    words = ("evaluate", "--store", ixi_store.path, "--model", model, "--max-subjects", 1, "--device", "cpu")
-    submission = head.submit("evaluate", ROOT, "aldm", *words, "--out", tmp_path / "there", "--num-workers", 1)
-    assert run(*words, "--out", tmp_path / "here") == 0
-    assert submission.wait() == 0, submission.output
-    assert files(tmp_path / "there").keys() == files(tmp_path / "here").keys()
-    assert (tmp_path / "there" / "scores.csv").read_bytes() == (tmp_path / "here" / "scores.csv").read_bytes()
-
-
-def test_a_submitted_sweep_leaves_its_results(head: RayHead, latents: Path, tmp_path: Path) -> None:
-    stage_2, out = tmp_path / "ms-spade", tmp_path / "sweep"
-    plain = ("--engine", "plain", "--no-tracking")
-    assert run("train", "ms-spade", "--latents", latents, "--run-dir", stage_2, *TINY, *plain) == 0
-    words = ("aldm", "tune", "--latents", latents, "--ms-spade", stage_2, "--out", out, *TINY, "--num-trials", 1)
+    out = tmp_path / "sweep"
+    words = ("aldm", "tune", "--latents", haar_latents, "--ms-spade", stage_2, "--out", out, *TINY, "--num-trials", 1)
     flags = ("--objectives", "regression", "--scheduler", "none", "--max-steps", 2)
-    submission = head.submit("tune", ROOT, *words, *flags)
+    submission = head.submit("tune", code, *words, *flags)
     assert submission.wait() == 0, submission.output
     assert "tune: 1 trials (1 measured)" in submission.output
     assert {"best.yaml", "pareto.png", "trials.csv", "trials.md"} <= {path.name for path in out.iterdir()}
 
 
-def test_a_refusal_is_in_the_logs_of_a_job_that_failed(head: RayHead, latents: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_in_the_logs_of_a_job_that_failed(
+    head: RayHead, code: Path, haar_latents: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    words = ("aldm", "train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY)
+    words = ("aldm", "train", "ms-spade", "--latents", haar_latents, "--run-dir", folder, *TINY)
     too_many = ("--set", "train_ms_spade.batch_size=64", "--num-workers", 64)
-    submission = head.submit("refused", ROOT, *words, *too_many)
+    submission = head.submit("refused", code, *words, *too_many)
     assert submission.wait() == 1
     assert "aldm train: --num-workers 64 is more than the 4 CPUs of this Ray cluster" in submission.output
     assert "Traceback" not in submission.output

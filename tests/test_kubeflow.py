@@ -288,21 +288,23 @@ def test_without_kfp_it_says_what_to_install(tmp_path: Path, monkeypatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_ended_ends_what_it_started(tmp_path: Path, number: int, code: int) -> None:
+def test_a_run_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+    """By SIGTERM, as Kubernetes ends it."""
     p = Parameters(shared=str(tmp_path), preset="tiny", layout="ixi", num_subjects=40)
     words = ["--local", "--shared", str(tmp_path), "--preset", "tiny", "--layout", "ixi", "--num-subjects", "40"]
     program = [sys.executable, "-m", "pipelines.kubeflow", *words]
     run = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     started: list[psutil.Process] = []
+    deadline = time.monotonic() + 180
     while not any("aldm.cli" in command_of(each) for each in started):
         assert run.poll() is None
+        assert time.monotonic() < deadline
         started = psutil.Process(run.pid).children(recursive=True)
         time.sleep(0.05)
-    run.send_signal(number)
+    run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=180)
-    assert run.returncode == code, output
-    assert output.splitlines()[-1] == f"python -m pipelines.kubeflow: {'terminated' if code == 143 else 'interrupted'}"
+    assert run.returncode == 143, output
+    assert output.splitlines()[-1] == "python -m pipelines.kubeflow: terminated"
     assert psutil.wait_procs(started, timeout=0)[1] == []
     assert (read_step("simulate", p)["state"], is_done("simulate", p)) == ("running", False)
 

@@ -31,18 +31,6 @@ def test_every_job_resolves(job: str) -> None:
     assert callable(importlib.import_module(JOBS[job][0]).main)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
-def test_the_library_names_no_platform(path: Path) -> None:
-    """Import statements anywhere in a file, those inside functions included."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(str(node.module).split(".")[0])
-    assert names & PLATFORM == set()
-
-
 def test_every_module_of_the_library_has_its_layer() -> None:
     contracts = PROJECT["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["name"] == "Layers inside the library")

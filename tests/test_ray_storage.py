@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSelector, FileSystem
+from ray_runs import losses
 
 from aldm import cli
-from aldm.data.store import VolumeStore
 from aldm.errors import UserError
 from pipelines.ray_storage import Storage
 
@@ -66,16 +66,15 @@ def test_a_prefix_of_several_levels_is_made_and_a_bucket_is_not(server: str, tmp
 
 @pytest.mark.slow
 def test_a_training_goes_on_from_a_bucket(
-    ray_cluster: None, brats_store: VolumeStore, server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ray_cluster: None, haar_latents: Path, server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In two parts on Ray it is the curve of one process; what is left on this machine has no secret."""
 
     def run(*words: object) -> int:
         return cli.main([str(word) for word in words])
 
-    latents, folder = tmp_path / "latents", tmp_path / "run"
-    assert run("encode", "--store", brats_store.path, "--codec", "haar", "--out", latents, *TINY[:-1]) == 0
-    words = ("train", "ms-spade", "--latents", latents, *TINY, *STEADY)
+    folder = tmp_path / "run"
+    words = ("train", "ms-spade", "--latents", haar_latents, *TINY, *STEADY)
     uri = f"s3://me:w0rd5ecret@bucket/some/prefix{server}"
     kept = (*words, "--run-dir", folder, "--storage-path", uri)
     assert run(*kept, "--max-steps", 4) == 0
@@ -96,8 +95,3 @@ def test_a_training_goes_on_from_a_bucket(
     assert not [file for file in folder.rglob("*") if file.is_file() and b"w0rd5ecret" in file.read_bytes()]
     output = capfd.readouterr()
     assert "w0rd5ecret" not in output.out + output.err
-
-
-def losses(folder: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["ms-spade/loss"] for record in records if "ms-spade/loss" in record}

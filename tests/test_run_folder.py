@@ -203,6 +203,7 @@ def test_a_process_killed_between_two_renames_loses_no_checkpoint(tmp_path: Path
     assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
+@pytest.mark.linux
 def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")

@@ -115,6 +115,14 @@ def test_the_source_is_guessed_from_the_header(service: RunningService, tmp_path
     answer = service.post("/v1/translations", unsaid, target="t1")
     assert answer.status_code == 422
     assert "give source, one of t1, t2, pd" in answer.json()["detail"]
+    for name, words in (
+        ("sub-01_desc-T1w_mask.nii.gz", "a segmentation or a mask ('mask')"),
+        ("t2_map.nii.gz", "a map ('map')"),
+        ("PD_T2_dual.nii.gz", "may mean t2 or pd: give source"),
+    ):
+        answer = service.post("/v1/translations", write(tmp_path / name), target="t1")
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
     service.wait(job)
 
 

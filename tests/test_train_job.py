@@ -32,23 +32,9 @@ def run(*words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def latents(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("latents") / "haar"
-    assert run("encode", "--store", brats_store.path, "--codec", "haar", "--out", out, *TINY) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def stage_2(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "ms-spade"
-    assert run("train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stage_3(latents: Path, stage_2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stage_3(haar_latents: Path, stage_2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "diffusion"
-    assert run("train", "diffusion", "--latents", latents, "--ms-spade", stage_2, "--run-dir", folder, *TINY) == 0
+    assert run("train", "diffusion", "--latents", haar_latents, "--ms-spade", stage_2, "--run-dir", folder, *TINY) == 0
     return folder
 
 
@@ -108,9 +94,9 @@ def test_the_regression_unet_is_a_model_of_its_own(brats_store: VolumeStore, tmp
 
 
 def test_resume_or_start_is_a_command_that_may_be_run_again(
-    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    haar_latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "run", *TINY, "--resume-or-start")
+    words = ("train", "ms-spade", "--latents", haar_latents, "--run-dir", tmp_path / "run", *TINY, "--resume-or-start")
     assert run(*words, "--max-steps", 2) == 0
     assert run(*words, "--max-steps", 4) == 0
     assert [line["step"] for line in metrics(tmp_path / "run") if "learning_rate" in line] == [1, 2, 3, 4]
@@ -119,8 +105,10 @@ def test_resume_or_start_is_a_command_that_may_be_run_again(
 
 
 @pytest.mark.parametrize("changed", [[], ["--activation-checkpointing"]])
-def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_path: Path, changed: list[str]) -> None:
-    words = ("train", "ms-spade", "--latents", latents, *TINY, "--set", "train_ms_spade.decay=constant")
+def test_resume_gives_the_metrics_of_never_having_stopped(
+    haar_latents: Path, tmp_path: Path, changed: list[str]
+) -> None:
+    words = ("train", "ms-spade", "--latents", haar_latents, *TINY, "--set", "train_ms_spade.decay=constant")
     assert run(*words, "--run-dir", tmp_path / "whole", "--max-steps", 6) == 0
     assert run(*words, "--run-dir", tmp_path / "parts", "--max-steps", 2) == 0
     assert run(*words, "--run-dir", tmp_path / "parts", "--max-steps", 6, "--resume", *changed) == 0
@@ -130,17 +118,17 @@ def test_resume_gives_the_metrics_of_never_having_stopped(latents: Path, tmp_pat
     assert len(hashes) == 1
 
 
-def test_the_seed_decides_everything(latents: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_everything(haar_latents: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        words = ("train", "ms-spade", "--latents", latents, "--max-steps", 2, "--seed", seed)
+        words = ("train", "ms-spade", "--latents", haar_latents, "--max-steps", 2, "--seed", seed)
         assert run(*words, "--run-dir", tmp_path / name, *TINY) == 0
     a, b, c = (metrics(tmp_path / name) for name in "abc")
     assert a == b
     assert a != c
 
 
-def test_bf16_trains(latents: Path, stage_2: Path, tmp_path: Path) -> None:
-    words = ("train", "diffusion", "--latents", latents, "--ms-spade", stage_2, "--run-dir", tmp_path / "r")
+def test_bf16_trains(haar_latents: Path, stage_2: Path, tmp_path: Path) -> None:
+    words = ("train", "diffusion", "--latents", haar_latents, "--ms-spade", stage_2, "--run-dir", tmp_path / "r")
     assert run(*words, *TINY, "--precision", "bf16", "--activation-checkpointing") == 0
     weights = load_checkpoint(tmp_path / "r" / "last").weights
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
@@ -148,32 +136,32 @@ def test_bf16_trains(latents: Path, stage_2: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
 def test_a_dry_run_refuses_the_folder_of_another_stage_as_the_run_does(
-    latents: Path, stage_2: Path, capsys: pytest.CaptureFixture[str], flag: str
+    haar_latents: Path, stage_2: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    words = ("train", "diffusion", "--latents", latents, "--ms-spade", stage_2, "--run-dir", stage_2, *TINY, flag)
+    words = ("train", "diffusion", "--latents", haar_latents, "--ms-spade", stage_2, "--run-dir", stage_2, *TINY, flag)
     for more in ((), ("--dry-run",)):
         assert run(*words, *more) == 2
         assert "is a run of aldm train ms-spade, not of diffusion" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
-    brats_store: VolumeStore, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    brats_store: VolumeStore, haar_latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "r", *TINY, "--dry-run") == 0
+    assert run("train", "ms-spade", "--latents", haar_latents, "--run-dir", tmp_path / "r", *TINY, "--dry-run") == 0
     text = capsys.readouterr().out
-    module = build_ms_spade(load_config(latents), 8)
+    module = build_ms_spade(load_config(haar_latents), 8)
     assert f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters" in text
     words = ("encode", "--store", brats_store.path, "--codec", "haar", "--out", tmp_path / "l", *TINY, "--dry-run")
     assert run(*words) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def load_config(latents: Path) -> Any:
+def load_config(haar_latents: Path) -> Any:
     from aldm.latents import LatentStore
     from aldm.presets import tiny
     from aldm.stage_data import with_data
 
-    store = LatentStore.open(latents)
+    store = LatentStore.open(haar_latents)
     return with_data(tiny(), store.modalities, store.data["preprocess"], store.codec)
 
 
@@ -186,9 +174,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.err
 
 
-def test_an_existing_run_is_not_touched(stage_2: Path, latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_touched(stage_2: Path, haar_latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in stage_2.rglob("*")}
-    message = refused(capsys, "train", "ms-spade", "--latents", latents, "--run-dir", stage_2, *TINY)
+    message = refused(capsys, "train", "ms-spade", "--latents", haar_latents, "--run-dir", stage_2, *TINY)
     assert "--resume goes on with it, --overwrite deletes it" in message
     assert {path: path.stat().st_mtime_ns for path in stage_2.rglob("*")} == before
 
@@ -206,7 +194,7 @@ def test_a_stage_trained_on_other_latents_is_refused(
 
 def test_stages_that_do_not_belong_together_are_not_exported(
     brats_store: VolumeStore,
-    latents: Path,
+    haar_latents: Path,
     stage_2: Path,
     stage_3: Path,
     tmp_path: Path,
@@ -214,7 +202,7 @@ def test_stages_that_do_not_belong_together_are_not_exported(
 ) -> None:
     model = tmp_path / "model"
     other = tmp_path / "other"
-    assert run("train", "ms-spade", "--latents", latents, "--run-dir", other, "--seed", 9, *TINY) == 0
+    assert run("train", "ms-spade", "--latents", haar_latents, "--run-dir", other, "--seed", 9, *TINY) == 0
     words = ("export", "--codec", "haar", "--ms-spade", other, "--diffusion", stage_3, "--out", model)
     assert "was trained with MS-SPADE" in refused(capsys, *words, *TINY)
     assert run("train", "vqgan", "--store", brats_store.path, "--run-dir", tmp_path / "r1", *TINY) == 0
@@ -244,13 +232,13 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_written(
     words: tuple[str, ...],
     message: str,
     brats_store: VolumeStore,
-    latents: Path,
+    haar_latents: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {"STORE": brats_store.path, "LATENTS": latents}
+    places = {"STORE": brats_store.path, "LATENTS": haar_latents}
     named = [places.get(word, word) for word in words]
     assert message in refused(capsys, *named, "--run-dir", tmp_path / "r", *TINY)
     assert list(tmp_path.iterdir()) == []
@@ -290,14 +278,16 @@ def test_a_full_disk_is_seen_before_encoding(
 
 
 @pytest.fixture
-def training(latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def training(haar_latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A long training of stage 2 in a process of its own, in tmp_path / run, past its first checkpoint."""
-    words = ["train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "run", "--max-steps", 100000, *TINY]
-    words += ["--engine", "plain", "--no-tracking"]
+    words = ["train", "ms-spade", "--latents", haar_latents, "--run-dir", tmp_path / "run", *TINY]
+    words += ["--max-steps", 100000, "--engine", "plain", "--no-tracking"]
     process = subprocess.Popen([sys.executable, "-m", "aldm.cli", *map(str, words)], env=os.environ)
+    deadline = time.monotonic() + 180
     try:
         while not (tmp_path / "run" / "last").is_dir():
             assert process.poll() is None, "the training ended by itself"
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         yield process
     finally:
@@ -306,10 +296,10 @@ def training(latents: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def test_sigterm_leaves_a_run_that_can_be_resumed(
-    training: subprocess.Popen[bytes], latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training: subprocess.Popen[bytes], haar_latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    words = ("train", "ms-spade", "--latents", latents, "--run-dir", folder, *TINY, "--resume")
+    words = ("train", "ms-spade", "--latents", haar_latents, "--run-dir", folder, *TINY, "--resume")
     assert f"another training runs in {folder}" in refused(capsys, *words, "--max-steps", 100000)
     training.send_signal(signal.SIGTERM)
     assert training.wait(timeout=180) == cli.EXIT_TERMINATED
@@ -322,11 +312,11 @@ def test_sigterm_leaves_a_run_that_can_be_resumed(
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(
-    training: subprocess.Popen[bytes], latents: Path, tmp_path: Path
+    training: subprocess.Popen[bytes], haar_latents: Path, tmp_path: Path
 ) -> None:
     training.kill()
     training.wait()
-    words = ("train", "ms-spade", "--latents", latents, "--run-dir", tmp_path / "run", *TINY)
+    words = ("train", "ms-spade", "--latents", haar_latents, "--run-dir", tmp_path / "run", *TINY)
     step = json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"]
     assert run(*words, "--resume", "--max-steps", step + 1) == 0
     steps = [record["step"] for record in metrics(tmp_path / "run") if "num_steps" in record]

@@ -99,7 +99,7 @@ def test_the_result_has_exactly_the_input_s_grid(
     image.set_qform(affine, code=form_codes[0])
     image.set_sform(affine, code=form_codes[1])
     image.header.set_xyzt_units(units, "sec")
-    source, output = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    source, output = tmp_path / f"in{suffix}", tmp_path / f"out-{len(suffix)}{suffix}"  # out.json is of one alone
     nibabel.save(image, source)
     assert run(source, output, "--overwrite", "--intensity", "unit", model=model, target="t1") == 0
     given_image, result = nibabel.load(source), nibabel.load(output)
@@ -250,7 +250,8 @@ def test_a_dicom_series_is_an_input_and_may_be_the_output(form, echo, model, tmp
     make_series(tmp_path / "series", angles=(4, -7, 12))
     output = tmp_path / ("out" if form == "dicom" else "out.nii.gz")
     assert run(tmp_path / "series", output, "--format", form, model=model) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["synthetic"] is True
+    sidecar = tmp_path / ("out.dicom.json" if form == "dicom" else "out.json")
+    assert json.loads(sidecar.read_text())["synthetic"] is True
     from aldm.data.dicom import read_series
     from aldm.data.volume import load_nifti
 
@@ -405,7 +406,11 @@ def refused(code: int, capsys: pytest.CaptureFixture[str], words: str, folder: P
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "unknown modality": ({"source": "t3"}, (), "modality 't3' is not one that this model knows"),
     "modality of another model": ({"target": "flair"}, (), "'flair' is not one that this model knows: t1, t2, pd"),
-    "source by its name, without a service": ({"source": "auto"}, (), "--source auto is for --server"),
+    "neither name nor header says the source": (
+        {"source": "auto"},
+        (),
+        r"in\.nii: neither its name nor its header .* give --source",
+    ),
     "missing input": ({"input": "absent.nii"}, (), r"absent\.nii does not exist"),
     "nothing matches": ({"input": "absent*.nii"}, (), r"nothing matches absent\*\.nii"),
     "empty folder": ({"input": "empty"}, (), "empty holds no NIfTI file"),

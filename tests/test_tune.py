@@ -25,12 +25,9 @@ from ray_runs import wait_for_end
 
 from aldm import cli
 from aldm.config import OBJECTIVES, SAMPLERS, Config, from_dict
-from aldm.data.store import VolumeStore
 from aldm.diffusion import make_schedule
 from aldm.engine import PlainEngine
 from aldm.errors import UserError
-from aldm.latents import encode_store
-from aldm.models.codecs import build_codec
 from aldm.presets import load_preset, tiny
 from aldm.run_folder import RunFolder, checkpoint_folder
 from aldm.sampling import allowed_samplers, check_sampling
@@ -182,14 +179,9 @@ def test_equal_points_draw_equal_pictures(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(brats_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(haar_latents: Path, stage_2: Path) -> Inputs:
     """--latents and --ms-spade."""
-    folder = tmp_path_factory.mktemp("inputs")
-    codec = replace(tiny().codec, kind="haar")
-    encode_store(brats_store, build_codec(codec), codec, folder / "latents")
-    words = ["--latents", str(folder / "latents"), "--run-dir", str(folder / "r2"), "--engine", "plain", *TINY]
-    assert cli.main(["train", "ms-spade", *words]) == 0
-    return ("--latents", str(folder / "latents"), "--ms-spade", str(folder / "r2"))
+    return ("--latents", str(haar_latents), "--ms-spade", str(stage_2))
 
 
 def test_measuring_repeats_the_validation_of_the_training(inputs: Inputs, tmp_path: Path) -> None:

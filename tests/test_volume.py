@@ -271,6 +271,7 @@ def test_the_header_alone_can_be_read(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+@pytest.mark.linux
 def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     (tmp_path / "in.nii").write_bytes(nifti_bytes(noise()))
     volume, source = load_nifti(tmp_path / "in.nii")

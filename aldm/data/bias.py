@@ -61,8 +61,8 @@ def corrected(found: Foreground) -> tuple[Foreground, BiasField]:
     volume = found.volume
     flat = (volume.data - np.float32(field.zero)) / field.on(volume.affine, volume.data.shape) + np.float32(field.zero)
     changed = Volume(flat, volume.affine)
-    if found.outside is None:
-        return replace(found, volume=changed, dark=float(flat.min())), field
+    if found.outside is None or not found.stripped:
+        return replace(found, volume=changed), field
     changed, dark = darkened(changed, found.outside)
     return replace(found, volume=changed, dark=dark), field
 

@@ -184,7 +184,7 @@ def _fitted_line(
         UserError: a slice lies too far from that line; the message says which.
     """
     if len(positions) < 2:
-        raise UserError(f"{folder}: a single slice, wanted a volume of at least 2")
+        raise UserError(f"{folder}: a single slice, wanted a volume of at least 2: the folder of a series")
     index = np.arange(len(positions)) - (len(positions) - 1) / 2
     centre = positions.mean(axis=0)
     step = index @ (positions - centre) / (index @ index)

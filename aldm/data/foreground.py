@@ -40,7 +40,7 @@ class Foreground:
     background: float | None
     """Its value in the file."""
     dark: float
-    """Value of what is darker than the patient."""
+    """Value of what is darker than the patient: of a skull-stripped volume what its background was given, else air."""
 
     def with_background(self) -> tuple[Volume, float]:
         """Return the volume with a constant background as it is in the file, and the value of what is background."""
@@ -58,13 +58,13 @@ def find_foreground(volume: Volume) -> Foreground:
     """
     outside = constant_background(volume.data)
     if outside is None:
-        dark = float(volume.data.min())
-        return Foreground(volume, head_foreground(volume.data), False, None, None, dark)
+        mask, air = head_foreground(volume.data)
+        return Foreground(volume, mask, False, None, None, air)
     value = float(volume.data[outside][0])
     filled, dark = darkened(volume, outside)
     voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
     stripped = (outside.size - int(np.count_nonzero(outside))) * voxel_ml <= MAX_BRAIN_ML
-    mask = ~outside if stripped else head_foreground(filled.data)
+    mask, dark = (~outside, dark) if stripped else head_foreground(filled.data)
     return Foreground(filled, mask, stripped, outside, value, dark)
 
 
@@ -95,23 +95,25 @@ def constant_background(data: np.ndarray) -> np.ndarray | None:
     return outside
 
 
-def head_foreground(data: np.ndarray) -> np.ndarray:
-    """Return the largest component that is brighter than air and what it encloses, as bool."""
-    bright = data > air_threshold(data)
+def head_foreground(data: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the largest component that is brighter than air and what it encloses, as bool, and air's intensity."""
+    air, threshold = air_and_threshold(data)
+    bright = data > threshold
     if not bright.any():
-        return np.asarray(data > data.min())
-    return ~connected_to_faces(~_largest_component(bright))
+        return np.asarray(data > data.min()), air
+    return ~connected_to_faces(~_largest_component(bright)), air
 
 
-def air_threshold(data: np.ndarray) -> float:
-    """Return the value a quarter of the way from the median of what is not above it to the median of what is.
+def air_and_threshold(data: np.ndarray) -> tuple[float, float]:
+    """Return the intensity of air, and the threshold above which there is tissue.
 
+    The threshold lies a quarter of the way from air, the median of what is not above it, to the median of what is.
     That is Ridler and Calvard's iterative selection (1978) with medians, which do not move with the amount of air, and
     with a quarter instead of a half: bone, fluid and muscle are dark, but not as dark as air.
     """
     step = max(1, round((data.size / _SAMPLES) ** (1 / 3)))
     values = np.sort(data[::step, ::step, ::step], axis=None)
-    threshold = (values[0] + np.percentile(values, 99.5)) / 2
+    air, threshold = float(values[0]), float(values[0] + np.percentile(values, 99.5)) / 2
     below = -1
     for _ in range(_MAX_ROUNDS):
         before, below = below, int(np.searchsorted(values, threshold, side="right"))
@@ -119,7 +121,7 @@ def air_threshold(data: np.ndarray) -> float:
             break
         air, tissue = float(values[below // 2]), float(values[(below + len(values)) // 2])
         threshold = air + AIR_FRACTION * (tissue - air)
-    return float(threshold)
+    return air, threshold
 
 
 def brain_mask(

@@ -1,9 +1,9 @@
 """Intensities of a volume, scaled to what the models take and back.
 
-Two rules. `foreground`: the 0.1st percentile of the patient's own voxels becomes -1 and their 99.9th 0.6, so a quarter
-of that range is left above for what is brighter still, such as a small lesion; neither depends on how much air is in
-view. `paper`: the 0.5 and 99.5 percentiles of the model's box become -1 and 1, as the supplement and the authors' code
-have it. What lies outside is clipped in both.
+Two rules. `foreground`: air becomes -1 (of a skull-stripped volume, which has none, the 0.1st percentile of the brain)
+and the 99.9th percentile of the patient's own voxels 0.6. So a quarter of that range is left above for what is brighter
+still, such as a small lesion, and how much air is in view changes nothing. `paper`: the 0.5 and 99.5 percentiles of the
+model's box become -1 and 1, as the supplement and the authors' code have it. What lies outside is clipped in both.
 """
 
 import numpy as np
@@ -18,18 +18,20 @@ MAX_CLIPPED = 0.01
 """Clipped share of a region from which it is warned."""
 
 
-def intensity_range(values: np.ndarray, rule: str) -> tuple[float, float]:
+def intensity_range(values: np.ndarray, rule: str, air: float | None = None) -> tuple[float, float]:
     """Return the intensities that become -1 and +1.
 
     Args:
         values: by the rule foreground those inside the mask, by paper those of the model's box; any shape.
         rule: foreground or paper.
+        air: what becomes -1 where it is known, instead of the lower percentile.
 
     Raises:
         UserError: there is no contrast to rescale.
     """
     lower, upper = PERCENTILES[rule]
     low, high = (float(value) for value in np.percentile(values, (lower, upper)))
+    low = low if air is None else air
     if not low < high:
         where = "foreground" if rule == "foreground" else "model's box"
         raise UserError(
