@@ -60,8 +60,7 @@ def test_latents_are_read_as_they_were_written(make: Any) -> None:
 def test_a_run_is_read_and_gone_on_with(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more steps: configuration, optimizer's state and averages of then are those that a training starts from."""
     wanted = CONTENTS["run"]
-    for name, digest in wanted["checkpoints"].items():
-        assert load_checkpoint(WRITTEN / "run" / name, "ms-spade").hash == digest
+    assert load_checkpoint(WRITTEN / "run" / "last", "ms-spade").hash == wanted["hash"]
     assert step_of(WRITTEN / "run" / "last") == wanted["step"]
     shutil.copytree(WRITTEN, tmp_path / "written")
     run, latents = tmp_path / "written" / "run", tmp_path / "written" / "latents"

@@ -72,7 +72,7 @@ def write(out: Path) -> None:
         prepare_store(tree, out / "store", layout="ixi", config=config().preprocess, splits=splits, num_processes=1)
         words = [*settings(), "--log-level", "warning"]
         train = [*words, "--engine", "plain", "--no-tracking"]
-        latents, ms_spade = ["--latents", str(out / "latents")], ["--ms-spade", str(out / "run" / "best")]
+        latents, ms_spade = ["--latents", str(out / "latents")], ["--ms-spade", str(out / "run" / "last")]
         for job in (
             ["encode", "--store", str(out / "store"), "--codec", "haar", "--out", str(out / "latents"), *words],
             ["train", "ms-spade", *latents, "--run-dir", str(out / "run"), *train],
@@ -81,6 +81,7 @@ def write(out: Path) -> None:
         ):
             if run(job):
                 raise SystemExit(f"aldm {' '.join(job)} failed")
+    shutil.rmtree(out / "run" / "best")  # of the same kind as last
 
 
 def contents(out: Path) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def contents(out: Path) -> dict[str, Any]:
         "store": {"modalities": list(store.modalities), "layout": store.layout, "subjects": subjects},
         "latents": {"mean": latents.mean.tolist(), "std": latents.std.tolist(), "subjects": encoded},
         "run": {
-            "checkpoints": {name: load_checkpoint(out / "run" / name, "ms-spade").hash for name in ("best", "last")},
+            "hash": load_checkpoint(out / "run" / "last", "ms-spade").hash,
             "step": step_of(out / "run" / "last"),
         },
         "translator": {"t1 to t2": translated.volume.data[::4, ::4, ::4].round(4).tolist()},
