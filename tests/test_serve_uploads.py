@@ -10,7 +10,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from test_dicom import make_series
+from series import make_series
 
 from serve.problems import Problem
 from serve.settings import Settings
