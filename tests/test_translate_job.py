@@ -19,8 +19,9 @@ import pytest
 from benchmarks.translate_memory import measure, whole_volume_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scans import blob, write
 from scipy.spatial.transform import Rotation
-from test_dicom import make_series
+from series import make_series
 from test_translate import translator
 from untrained import save_untrained
 
@@ -30,23 +31,6 @@ from aldm.presets import small
 
 CODES = ["".join(axes) for order in itertools.permutations(("RL", "AP", "SI")) for axes in itertools.product(*order)]
 """The 48 ways to lay a volume's axes."""
-
-
-def blob(shape=(14, 12, 10)) -> np.ndarray:
-    """A bright ellipsoid off the centre, different along every axis, on black."""
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
-    inside = (((grid - np.array([0.1, -0.05, 0.08])[:, None, None, None]) * 1.3) ** 2).sum(axis=0) < 1
-    return inside * (600 + 200 * grid[0] - 150 * grid[1] + 100 * grid[2])
-
-
-def write(path: Path, data: np.ndarray | None = None, affine: np.ndarray | None = None, **header: object) -> Path:
-    image = nibabel.Nifti1Image(
-        blob().astype(np.float32) if data is None else data, np.eye(4) if affine is None else affine
-    )
-    for name, value in header.items():
-        image.header[name] = value
-    nibabel.save(image, path)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from scans import same_image, write
+from series import make_series
 from service import RunningService, free_port
-from test_dicom import make_series
-from test_serve import LONG, eight_times, same_image
-from test_translate_job import write
+from test_serve import LONG, eight_times
 
 import pipelines.translate_remote
 from aldm.cli import main
