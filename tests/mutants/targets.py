@@ -10,7 +10,7 @@ TARGETS = {
     "aldm/data/intensity.py": ["intensity", "preprocess"],
     "aldm/data/foreground.py": ["preprocess", "intensity"],
     "aldm/data/volume.py": ["volume"],
-    "pipelines/champion.py": ["champion", "promote"],
+    "pipelines/champion.py": ["champion"],
     "serve/security.py": ["serve_security", "serve_guard"],
     "serve/uploads.py": ["serve_uploads", "serve_guard"],
     "serve/jobs.py": ["serve_jobs", "serve_guard"],
