@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aldm.cli import with_flags
 from aldm.config import SAMPLERS
@@ -31,6 +31,9 @@ from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
 from pipelines.translate_sources import ALL, AUTO, Pairs, choose_inputs
 from pipelines.translator_arguments import add_translator_arguments, check_seed
+
+if TYPE_CHECKING:
+    from aldm.data.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,9 @@ class Maker(Pairs, Protocol):
     def make(self, task: Task) -> None:
         """Translate one input into every target; all results appear, or none."""
 
+    def count_boxes(self, volume: "Volume") -> int | None:
+        """Return how many boxes of the model's shape a volume takes; None where that is not known here."""
+
     def describe(self) -> list[str]:
         """Return lines that say how it would translate."""
 
@@ -158,12 +164,14 @@ def _dry_run(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args:
         try:
             check_outputs(task, format=args.format, overwrite=args.overwrite)
             volume, _ = read_input(task, args.max_voxels, args.series)
+            boxes = maker.count_boxes(volume)
         except UserError as error:
             failed += 1
             print(f"cannot be translated: {with_flags(str(error))}")
             continue
         spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
-        print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm")
+        words = {None: "", 1: ", 1 box"}.get(boxes, f", {boxes} boxes")
+        print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm{words}")
         for output in task.outputs:
             print(f"  {task.source} -> {output.target}: {output.path}")
     print("\n".join(maker.describe()))

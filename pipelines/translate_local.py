@@ -14,6 +14,7 @@ from pipelines.translate_files import Task, read_input, writing
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
+    from aldm.data.volume import Volume
     from aldm.translate import Translator
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,10 @@ class LocalModel:
                     if source.notes:
                         result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)
+
+    def count_boxes(self, volume: "Volume") -> int:
+        """Return how many boxes of the model's shape a volume takes."""
+        return self._loaded[0].count_boxes(volume)
 
     def describe(self) -> list[str]:
         """Return how it would sample and how much memory that takes."""

@@ -26,6 +26,8 @@ from pipelines.translate_files import DICOM, Files, Output, Task, writing
 if TYPE_CHECKING:
     import httpx
 
+    from aldm.data.volume import Volume
+
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "ALDM_TOKEN"
@@ -99,6 +101,9 @@ class RemoteService:
 
     def load(self) -> None:
         """The service has loaded its model already."""
+
+    def count_boxes(self, volume: "Volume") -> None:
+        """The service says so when the translation is done."""
 
     def describe(self) -> list[str]:
         """Return what is known of the service."""
