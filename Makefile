@@ -4,6 +4,8 @@
 # make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
 # make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (half an hour; goes on where it stopped)
+# make gpu-check   speed, memory and results on a machine with a GPU: tests/gpu/README.md (7 minutes; without a GPU it tests itself)
+# make check-real  real heads through prepare and translate: make check-real DIR=FOLDER (tests/check_real.py says what lies there)
 # make docs        write the generated pages of docs/ again
 # make clean       remove what these targets made, the environment included (results in demo/ stay)
 #
@@ -12,7 +14,7 @@
 # that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-all test-image browser mutants docs clean
+.PHONY: help demo lint test test-all test-image browser mutants gpu-check check-real docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +49,12 @@ browser: $(STAMP)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
+
+gpu-check: # with the Python that is there: such a machine has no network
+	PYTHONPATH=. $(or $(PYTHON),$(wildcard $(BIN)/python),python3) tests/gpu
+
+check-real: $(STAMP)
+	$(BIN)/python tests/check_real.py "$(DIR)"
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aldm.config import DiffusionConfig
+from aldm.config import DiffusionConfig, Shape
 from aldm.errors import UserError
 
 VARIANCE_PRESERVING = ("epsilon", "v", "x0")
@@ -218,7 +218,18 @@ def to_epsilon(objective: str, prediction: Tensor, z_t: Tensor, alpha: float | T
     return (z_t - alpha * prediction) / sigma
 
 
-Generators = torch.Generator | Sequence[torch.Generator]
+@dataclass(frozen=True, eq=False)
+class NoiseWindow:
+    """A window on the noise of a larger latent: windows that overlap see the same noise there."""
+
+    generator: torch.Generator
+    whole: Shape
+    """Sides of the larger latent."""
+    start: Shape
+    """Where the window begins."""
+
+
+Generators = torch.Generator | Sequence[torch.Generator | NoiseWindow]
 """One for a whole batch, or one for each of its samples: a sample's noise then does not depend on its neighbours."""
 
 
@@ -230,8 +241,15 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     if isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
     assert len(generator) == len(like), (len(generator), len(like))
-    noise = [torch.randn(like.shape[1:], generator=one, dtype=torch.float32) for one in generator]
-    return torch.stack(noise).to(like.device)
+    return torch.stack([_noise(like.shape[1:], one) for one in generator]).to(like.device)
+
+
+def _noise(shape: Sequence[int], source: torch.Generator | NoiseWindow) -> Tensor:
+    """Return noise (C, X, Y, Z)."""
+    if isinstance(source, torch.Generator):
+        return torch.randn(tuple(shape), generator=source, dtype=torch.float32)
+    whole = torch.randn(shape[0], *source.whole, generator=source.generator, dtype=torch.float32)
+    return whole[(slice(None), *(slice(low, low + side) for low, side in zip(source.start, shape[1:], strict=True)))]
 
 
 def training_loss_inputs(

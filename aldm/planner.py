@@ -139,7 +139,7 @@ class StandIn:
 def _plan_training(config: Config, name: str, ids: dict[str, Tensor]) -> MemoryPlan:
     """Trace one step in which every player plays."""
     training = training_of(config, name)
-    stage, frozen, batch, shape = _stage_and_batch(config, name, training, ids)
+    stage, frozen, batch, shape = stage_and_batch(config, name, training, ids)
     engine = PlainEngine("cpu", config.precision)
     stage.connect(engine)
     trace = Trace()
@@ -202,7 +202,7 @@ def _prepare(player: Player) -> None:
         player.module.quantizer.eval()
 
 
-def _stage_and_batch(
+def stage_and_batch(
     config: Config, name: str, training: TrainingConfig, ids: dict[str, Tensor]
 ) -> tuple[Stage, nn.Module | None, Batch, tuple[int, ...]]:
     """Return the stage, its frozen network, a batch without values, and the sides of the volume."""

@@ -16,7 +16,7 @@ from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
-from aldm.diffusion import make_schedule
+from aldm.diffusion import NoiseWindow, make_schedule
 from aldm.errors import UserError
 from aldm.latents import check_statistics, standardise, unstandardise
 from aldm.memory import gigabytes, peak_bytes, release_freed_memory, resident_bytes
@@ -55,6 +55,11 @@ class Predictor(nn.Module):
     config: Config
     limit: MemoryLimit | None = None
 
+    @property
+    def stride(self) -> int:
+        """Voxels of the volume to a step on the grid of its code."""
+        return 1
+
     def encode(self, x: Tensor) -> Tensor:
         """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]; B of them make a batch.
 
@@ -72,7 +77,7 @@ class Predictor(nn.Module):
         sources: Sequence[int],
         targets: Sequence[int],
         sampling: SamplingConfig,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return a prediction (B, 1, X, Y, Z) of each of a batch; the volumes of a batch know nothing of each other."""
@@ -109,6 +114,11 @@ class LatentDiffusion(Predictor):
         self.std: Tensor
         self.schedule = make_schedule(config.diffusion)
 
+    @property
+    def stride(self) -> int:
+        """Voxels of the volume to a step on the grid of its latent."""
+        return self.codec.downsampling
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the standardised source latent (1, C, x, y, z)."""
         with self.autocast(not self.codec.isometric):  # a lossless codec stays lossless
@@ -132,7 +142,7 @@ class LatentDiffusion(Predictor):
         sources: Sequence[int],
         targets: Sequence[int],
         sampling: SamplingConfig,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return one sample of the target, decoded."""
@@ -192,7 +202,7 @@ class Regression(Predictor):
         sources: Sequence[int],
         targets: Sequence[int],
         sampling: SamplingConfig,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return the prediction; sampling and generators have no say in it."""
@@ -233,7 +243,7 @@ class PairTranslation(Predictor):
         sources: Sequence[int],
         targets: Sequence[int],
         sampling: SamplingConfig,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return the prediction, volume by volume; sampling and generators have no say in it."""

@@ -5,9 +5,8 @@ one interface, `Translator.encode` and `Translator.translate_encoded`, which is 
 X Y Z of RAS+ volumes, tensors B C X Y Z, intensities in the models in [-1, 1].
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,108 +15,20 @@ import torch
 from torch import Tensor
 
 from aldm import __version__
-from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
-from aldm.data.bias import shaded
-from aldm.data.foreground import constant_background
-from aldm.data.intensity import unscale
 from aldm.data.modalities import modality_index
-from aldm.data.preprocess import PreprocessRecord, model_grid, prepare_volume, restore
+from aldm.data.preprocess import PreprocessRecord, count_boxes, prepare_volume
 from aldm.data.volume import Volume
 from aldm.errors import UserError
-from aldm.memory import gigabytes
 from aldm.pairs import check_pair, pair_is_known
-from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
-from aldm.records import Kinds
-from aldm.sampling import OnStep, check_sampling, sample_many
+from aldm.predictors import Predictor
+from aldm.sampling import OnStep, sample_many
+from aldm.sampling_choice import choose_sampling
+from aldm.translation import BoxResult, Encoded, Request, Translation, check_room, check_room_to_blend, on_own_grid
+from aldm.translator_folder import load_model
 
 NOTICE = "synthetic image, for research use only, not for diagnosis"
-META: Mapping[str, Kinds] = {"aldm": {"latents.mean": list, "latents.std": list, "data": dict}, "unet": {"data": dict}}
-"""What the meta of a translator folder of each kind holds, to be read here."""
 INTENSITIES = ("median", "unit")
-BRIDGE_STEPS_FOR_SAMPLES = 4
-"""Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
-PREPARATION_BYTES = 24
-"""Memory of putting a volume on the model's grid and back, per voxel of the larger grid (measured: 13 to 22)."""
-OTHER_SAMPLER_STEPS = 10
-"""Steps of a sampler that is not the configured one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Translation:
-    """A translated volume on the grid of the volume that it was made from."""
-
-    volume: Volume
-    """float32, scaled as `intensity` in the provenance says."""
-    uncertainty: np.ndarray | None
-    """Voxelwise standard deviation of the samples in the volume's own units (X, Y, Z) float32; None for one sample."""
-    provenance: dict[str, Any]
-    """How it was made: JSON-able."""
-
-
-def choose_sampling(
-    config: Config,
-    kind: str,
-    sampler: str | None = None,
-    num_inference_steps: int | None = None,
-    num_samples: int | None = None,
-    eta: float | None = None,
-) -> SamplingConfig:
-    """Return how a model samples, the unsaid filled in: its own sampler, and numbers that suit the sampler.
-
-    Raises:
-        UserError: a sampler or number that the model's objective cannot be integrated with.
-    """
-    base, diffusion = config.sampling, config.diffusion
-    samples = base.num_samples if num_samples is None else num_samples
-    if kind != "aldm":
-        if samples != 1 or sampler is not None or num_inference_steps not in (None, 1) or eta:
-            raise UserError(
-                f"a {kind} model has one answer and no sampler: leave out `sampler`, `num_inference_steps`, "
-                "`num_samples` and `eta`"
-            )
-        return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
-    name = base.sampler if sampler is None else sampler
-    spread = samples > 1 and diffusion.objective == "bridge"
-    if num_inference_steps is not None:
-        steps = num_inference_steps
-    elif name == "one-step":
-        steps = 1
-    elif spread:
-        steps = max(base.num_inference_steps, BRIDGE_STEPS_FOR_SAMPLES)
-    elif name == base.sampler:
-        steps = base.num_inference_steps
-    else:
-        steps = diffusion.num_train_timesteps if name == "ddpm" else OTHER_SAMPLER_STEPS
-    if eta is None:
-        eta = base.eta if base.eta > 0 or not spread else 1.0
-    check_sampling(diffusion, name, steps, samples, eta)
-    return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)
-
-
-def _percentiles(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:
-    """Return the training set's median percentiles of every modality of the model."""
-    found = {}
-    for name in checkpoint.config.modalities:
-        key = f"data.median_percentiles.{name}"
-        checkpoint.check_meta({key: list})
-        pair = checkpoint.meta["data"]["median_percentiles"][name]
-        if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
-            raise UserError(f"{checkpoint.path} is damaged: {key} is {pair!r:.60}, wanted two numbers; export it again")
-        found[name] = float(pair[0]), float(pair[1])
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One of a batch for `Translator.translate_batch`."""
-
-    code: Tensor
-    """What `Translator.encode` returned."""
-    source: str
-    target: str
-    seed: int
-    """Of the first sample; sample i has seed + i."""
 
 
 class Translator:
@@ -177,35 +88,16 @@ class Translator:
             UserError: not such a folder, another format version, weights that do not fit the configuration, or a limit
                 that a translation cannot hold.
         """
-        checkpoint = load_checkpoint(folder, *KINDS)
-        config = checkpoint.config
-        if sampling is not None:
-            config = replace(config, sampling=sampling)
-        if precision is not None:
-            config = replace(config, precision=precision)
-        checkpoint.check_meta(META["aldm" if checkpoint.kind == "aldm" else "unet"])
-        predictor = build_predictor(checkpoint.kind, config, checkpoint.meta)
-        load_weights(predictor, checkpoint.weights, folder)
-        percentiles = _percentiles(checkpoint)
-        checkpoint.check_meta({"data.backgrounds": dict})
-        backgrounds = checkpoint.meta["data"]["backgrounds"]
-        model_hash = checkpoint.hash
-        kind = checkpoint.kind
-        del checkpoint  # its copy of the weights
-        if max_memory_gb is not None:
-            if torch.device(device).type != "cpu":
-                raise UserError(
-                    "`max_memory_gb` bounds the memory of a CPU: leave it out on a GPU, or give `device` cpu"
-                )
-            predictor.limit = MemoryLimit(int(max_memory_gb * 1e9), scratch_dir)
-            check_limit(predictor, predictor.limit)
+        model = load_model(
+            folder, device, sampling=sampling, precision=precision, max_memory_gb=max_memory_gb, scratch_dir=scratch_dir
+        )
         return cls(
-            predictor,
-            config,
-            kind=kind,
-            median_percentiles=percentiles,
-            backgrounds=backgrounds,
-            model_hash=model_hash,
+            model.predictor,
+            model.config,
+            kind=model.kind,
+            median_percentiles=model.median_percentiles,
+            backgrounds=model.backgrounds,
+            model_hash=model.model_hash,
             device=device,
         )
 
@@ -293,7 +185,7 @@ class Translator:
     @torch.inference_mode()
     def translate_batch(
         self, requests: Sequence[Request], *, sampling: SamplingConfig | None = None, on_step: OnStep | None = None
-    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    ) -> list[BoxResult]:
         """Translate several encoded sources in one pass of the networks; each as if it were alone.
 
         Args:
@@ -321,7 +213,8 @@ class Translator:
 
         def draw(generators: Sequence[torch.Generator]) -> Tensor:
             nonlocal finished
-            result = self.predictor.predict(code, sources, targets, chosen, generators, report)
+            noise = [request.noise(generator) for request, generator in zip(requests, generators, strict=True)]
+            result = self.predictor.predict(code, sources, targets, chosen, noise, report)
             finished += 1
             return result.clamp(-1, 1)
 
@@ -381,7 +274,7 @@ class Translator:
             targets: the wanted modalities.
             sampling, seed: as in `translate_encoded`.
             intensity: median scales the result to the training set's median percentiles of the target; unit to [0, 1].
-            on_step: as in `translate_encoded`; it counts one target.
+            on_step: as in `translate_encoded`; it counts the boxes of one target.
 
         Raises:
             UserError: an unknown modality or intensity, or a volume without contrast.
@@ -391,86 +284,85 @@ class Translator:
         for target in targets:
             self.check_pair(source, target)
         chosen = self.sampling() if sampling is None else sampling
-        prepared, record = self.prepare(volume)
+        encoded = self.prepare(volume)
         for target in targets:
-            request = Request(prepared, source, target, seed)
-            (result,) = self.translate_batch([request], sampling=chosen, on_step=on_step)
-            yield self.finished(result, request, volume, record, chosen, intensity)
+            requests = encoded.requests(source, target, seed)
+            results: list[BoxResult] = []
 
-    def prepare(self, volume: Volume) -> tuple[Tensor, PreprocessRecord]:
-        """Return the encoded volume and the record that `finished` puts a result back with.
+            def report(done: int, total: int, made: Sequence[BoxResult] = results) -> None:
+                if on_step is not None:
+                    on_step(len(made) * total + done, len(encoded.codes) * total)
+
+            for request in requests:
+                results += self.translate_batch([request], sampling=chosen, on_step=report)
+            yield self.finished(results, requests[0], volume, encoded.record, chosen, intensity)
+
+    def count_boxes(self, volume: Volume) -> int:
+        """Return how many boxes a translation of the volume takes.
 
         Raises:
-            UserError: a volume without contrast, or too large for the memory limit.
+            UserError: as `prepare`.
         """
-        if self.predictor.limit is not None:
-            self._check_room(volume, self.predictor.limit)
-        x, record = prepare_volume(volume, self.config.preprocess)
-        return self.encode(x), record
+        return count_boxes(volume, self.config.preprocess, stride=self.predictor.stride)
+
+    def prepare(self, volume: Volume, *, max_boxes: int | None = None) -> Encoded:
+        """Return the volume, encoded box by box.
+
+        Raises:
+            UserError: a volume without contrast, that takes more than `max_boxes`, or too large for the memory limit.
+        """
+        predictor, config = self.predictor, self.config.preprocess
+        if predictor.limit is not None:
+            check_room(volume, config, predictor.limit)
+        boxes, record = prepare_volume(volume, config, stride=predictor.stride, max_boxes=max_boxes)
+        if predictor.limit is not None and len(boxes) > 1:
+            check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)
+        codes = tuple(self.encode(x) for x in boxes)
+        return Encoded(codes, record, config.spatial_shape, predictor.stride)
 
     def finished(
         self,
-        result: tuple[np.ndarray, np.ndarray | None],
+        results: Sequence[BoxResult],
         request: Request,
         volume: Volume,
         record: PreprocessRecord,
         sampling: SamplingConfig,
         intensity: str = "median",
     ) -> Translation:
-        """Return a result of `translate_batch` on the grid of the volume that `prepare` was given."""
-        mean, std = result
+        """Return the results of `translate_batch` for all boxes as one, on the grid of the volume they were cut from.
+
+        The standard deviation of boxes that overlap is the weighted mean of theirs: they see the same noise there.
+
+        Args:
+            results: of `requests`, in their order.
+            request: any of these.
+            volume: what `prepare` was given.
+            record: of what it returned.
+            sampling, intensity: as in `translate_each`.
+        """
         target = request.target
         low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
-        # outside the model's box nothing was predicted: background
-        data = restore(unscale(mean, low, high), record, volume, fill=low)
-        spread = None if std is None else restore(std * ((high - low) / 2), record, volume, fill=0.0)
-        made = self.provenance(request.source, target, sampling, request.seed)
-        made |= {"intensity": intensity, "intensity_range": [low, high]}
-        if volume.num_nan:
-            made["nan_background_voxels"] = volume.num_nan
-        if record.bias is not None:  # the shading that was taken from the source is the result's too
-            data = shaded(data, volume.affine, record.bias, min(0.0, low))
-            spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
-            made["bias_correction"] = "n4, multiplied back"
-        outside = None if record.background is None else constant_background(volume.data)
-        if outside is not None:  # a masked volume's result is masked alike
-            background = self.backgrounds.get(target)
-            made["background"] = low if background is None or intensity == "unit" else background
-            data[outside] = made["background"]
-            if spread is not None:
-                spread[outside] = 0.0
-        return Translation(Volume(data, volume.affine), spread, made)
-
-    def _check_room(self, volume: Volume, limit: MemoryLimit) -> None:
-        """Refuse a volume whose preparation would break the limit."""
-        _, grid = model_grid([volume], self.config.preprocess)
-        voxels = max(volume.data.size, math.prod(grid))
-        needed, left = PREPARATION_BYTES * voxels, limit.left()
-        if needed > left:
-            raise UserError(
-                f"`max_memory_gb` {gigabytes(limit.max_bytes)} is too little to prepare {voxels:,} voxels: that needs "
-                f"{gigabytes(needed)} GB and {gigabytes(left)} GB are left; give at least "
-                f"{gigabytes(limit.max_bytes + needed - left)}"
-            )
-
-    def provenance(self, source: str, target: str, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-        """Return how a result of these choices is made, as JSON-able values."""
-        values: dict[str, Any] = {
+        background = self.backgrounds.get(target) if intensity == "median" else None
+        background = low if background is None else background
+        data, spread = on_own_grid(results, record, volume, low, high, background)
+        made: dict[str, Any] = {
             "synthetic": True,
             "notice": NOTICE,
             "software": f"aldm {__version__}",
             "model_kind": self.kind,
             "model_hash": self.model_hash,
             "preset": self.config.preset,
-            "source": source,
+            "source": request.source,
             "target": target,
         }
         if self.kind == "aldm":
-            values |= {
-                "sampler": sampling.sampler,
-                "num_inference_steps": sampling.num_inference_steps,
-                "num_samples": sampling.num_samples,
-                "eta": sampling.eta,
-                "seed": seed,
-            }
-        return values
+            made |= {**asdict(sampling), "seed": request.seed}
+        made |= {"intensity": intensity, "intensity_range": [low, high]}
+        made |= {"num_boxes": len(record.boxes), "share_outside": record.share_outside}
+        if volume.num_nan:
+            made["nan_background_voxels"] = volume.num_nan
+        if record.bias is not None:
+            made["bias_correction"] = "n4, multiplied back"
+        if record.background is not None:
+            made["background"] = background
+        return Translation(Volume(data, volume.affine), spread, made)

@@ -98,7 +98,7 @@ def low_parameters(config: Config, stage: str) -> int:
 
     config = planner.with_modalities(config)
     with FakeTensorMode():
-        built, *_ = planner._stage_and_batch(config, stage, planner.training_of(config, stage), {})
+        built, *_ = planner.stage_and_batch(config, stage, planner.training_of(config, stage), {})
     modules = [module for player in built.players for module in player.module.modules()]
     classes = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return sum(x.numel() for m in modules if type(m) in classes for x in m.parameters(recurse=False))

@@ -40,6 +40,10 @@ class Job:
     """name and hash."""
     voxels: int = 0
     """Of the upload, and so of every result."""
+    num_boxes: int | None = None
+    """Boxes of the model's shape that the volume took; None before it has been made."""
+    share_outside: float | None = None
+    """Share of the volume's foreground that lies in none of them, and so is background in the result."""
     state: str = QUEUED
     progress: float = 0.0
     attempt: int = 0

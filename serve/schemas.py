@@ -76,6 +76,10 @@ class JobView(BaseModel):
     eta: float
     seed: int
     format: Literal["nii.gz", "dicom"]
+    num_boxes: int | None = Field(description="boxes of the model's shape that the volume took; null until it is done")
+    share_outside: float | None = Field(
+        description="share of the volume's foreground outside of these, which is background in the result"
+    )
     progress: float = Field(ge=0, le=1)
     queue_position: int | None
     attempt: int = Field(description="how often it was begun: above 1 after a copy of the model died")
@@ -131,6 +135,7 @@ class Limits(BaseModel):
 
     max_upload_bytes: int
     max_voxels: int
+    max_grid_voxels: int = Field(description="of the volume on the model's grid, which covers its field of view")
     max_queue: int
     max_samples: int
     max_evaluations: int

@@ -23,11 +23,9 @@ from serve.settings import Settings
 from serve.store import start_store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from aldm.data.preprocess import PreprocessRecord
     from aldm.data.volume import Volume
     from aldm.translate import Translator
+    from aldm.translation import BoxResult, Encoded, Request
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +116,8 @@ class Worker:
         problems: dict[str, Problem] = {}
         folder = self.settings.folder / "jobs"
         try:
-            translate(self._translator, folder, jobs, problems, self._stop_jobs, self._on_step)
+            limit = self.settings.max_evaluations
+            translate(self._translator, folder, jobs, problems, self._stop_jobs, self._on_step, limit)
         except Cancelled:
             pass
         except UserError as error:
@@ -131,7 +130,9 @@ class Worker:
         for job in jobs:
             problem = problems.get(job.id)
             try:
-                self._store.call("finish", self.name, job.id, problem and problem.as_dict())
+                self._store.call(
+                    "finish", self.name, job.id, problem and problem.as_dict(), job.num_boxes, job.share_outside
+                )
             except Problem:
                 logger.warning("the job store does not answer; the job will be made again")
         self._progress = {}
@@ -156,7 +157,8 @@ def load(folder: Path, settings: Settings) -> "Translator":
     """
     import torch
 
-    from aldm.translate import Request, Translator
+    from aldm.translate import Translator
+    from aldm.translation import Request
 
     threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.num_replicas)
     torch.set_num_threads(threads)
@@ -179,51 +181,74 @@ def translate(
     problems: dict[str, Problem],
     stopped: set[str],
     on_step: Any,
+    max_evaluations: int,
 ) -> None:
     """Translate jobs of one batch key and write their results; what goes wrong with one does not touch the others.
+
+    A pass makes one box of one target of every job that has one left.
 
     Args:
         translator: a loaded model.
         folder: of all jobs.
-        jobs: to make; their volumes lie in folder/ID.
+        jobs: to make; their volumes lie in folder/ID. What is found out about the volumes is noted in them.
         problems: what went wrong is noted here, by job.
-        stopped: ids that nobody wants any more, looked at before each pass; may grow meanwhile.
+        stopped: ids that nobody wants any more, looked at before each step; may grow meanwhile.
         on_step: called as on_step(jobs, share done).
+        max_evaluations: most network evaluations of one job; one whose boxes take more fails.
     """
-    from aldm.translate import Request
     from serve.files import load_source, write_results
 
-    prepared: list[tuple[Job, Tensor, Volume, PreprocessRecord, Any]] = []
-    for job in jobs:
-        with _noted(job, folder, problems):
-            volume, source = load_source(folder / job.id)
-            code, record = translator.prepare(volume)
-            prepared.append((job, code, volume, record, source))
-    if not prepared:
-        return
-    first = prepared[0][0]
+    first = jobs[0]
     sampling = translator.sampling(
         first.sampler, first.num_inference_steps if first.sampler else None, first.num_samples, first.eta
     )
-    passes = max(len(job.targets) for job, *_ in prepared)
+    works: list[_Work] = []
+    for job in jobs:
+        evaluations = sampling.num_inference_steps * sampling.num_samples * len(job.targets)  # a box
+        if job.id in stopped:
+            continue
+        with _noted(job, folder, problems):
+            volume, source = load_source(folder / job.id)
+            if job.id in stopped:  # to prepare it is what may take long
+                continue
+            encoded = translator.prepare(volume, max_boxes=max(1, max_evaluations // evaluations))
+            works.append(_Work(job, encoded, volume, source))
+    if not works:
+        return
+    passes = max(len(work.requests) for work in works)
     for index in range(passes):
-        alive = [item for item in prepared if item[0].id not in stopped and item[0].id not in problems]
-        members = [item for item in alive if index < len(item[0].targets)]
+        alive = [work for work in works if work.job.id not in stopped and work.job.id not in problems]
+        members = [work for work in alive if index < len(work.requests)]
         if not members:
             continue
-        requests = [Request(code, job.source, job.targets[index], job.seed) for job, code, *_ in members]
-        wanted = [job for job, *_ in alive]
+        wanted = [work.job for work in alive]
 
         def report(done: int, total: int, index: int = index, wanted: list[Job] = wanted) -> None:
             on_step(wanted, (index + done / total) / passes * 0.95)
 
+        requests = [work.requests[index] for work in members]
         results = translator.translate_batch(requests, sampling=sampling, on_step=report)
-        for (job, _, volume, record, source), request, result in zip(members, requests, results, strict=True):
-            if job.id in stopped:
+        for work, request, result in zip(members, requests, results, strict=True):
+            work.results.append(result)
+            if work.job.id in stopped or len(work.results) < len(work.encoded.codes):
                 continue
-            with _noted(job, folder, problems):
-                made = translator.finished(result, request, volume, record, sampling)
-                write_results(folder / job.id, made, volume, source, job.format)
+            with _noted(work.job, folder, problems):
+                made = translator.finished(work.results, request, work.volume, work.encoded.record, sampling)
+                write_results(folder / work.job.id, made, work.volume, work.source, work.job.format)
+            work.results.clear()
+
+
+class _Work:
+    """A job with its volume."""
+
+    def __init__(self, job: Job, encoded: "Encoded", volume: "Volume", source: Any) -> None:
+        self.job, self.encoded, self.volume, self.source = job, encoded, volume, source
+        job.num_boxes, job.share_outside = len(encoded.codes), encoded.record.share_outside
+        self.requests: list[Request] = [
+            request for target in job.targets for request in encoded.requests(job.source, target, job.seed)
+        ]
+        self.results: list[BoxResult] = []
+        """Of the boxes of the target at hand."""
 
 
 @contextlib.contextmanager

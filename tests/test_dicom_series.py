@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
-from test_dicom import SHAPE, make_series
+from series import SHAPE, add_other_object, make_series
 
 from aldm.data.dicom import list_series, read_series, write_series
 from aldm.errors import UserError
@@ -98,6 +98,20 @@ def test_how_far_a_slice_may_be_out_of_step(share: float, taken: bool, tmp_path:
             read_series(folder)
 
 
+@pytest.mark.parametrize(("drift_mm", "taken"), [(0.0, True), (0.01, True), (0.3, False)])
+def test_how_far_a_stack_may_lean(drift_mm: float, taken: bool, tmp_path: Path) -> None:
+    def leaning(k: int, header: Dataset) -> None:
+        header.ImagePositionPatient = [-31.4 + drift_mm * k, 22.25, 10.125 + 2.5 * k]
+
+    make_series(tmp_path / "in", edit=leaning)
+    if taken:
+        _, source = read_series(tmp_path / "in")
+        assert source.affine[0, 2] == pytest.approx(-drift_mm, abs=1e-9)
+    else:
+        with pytest.raises(UserError, match="shifted against each other"):
+            read_series(tmp_path / "in")
+
+
 @pytest.mark.parametrize("cut", [128, 132])
 def test_a_slice_without_its_preamble_is_read(cut: int, plain: np.ndarray, tmp_path: Path) -> None:
     make_series(tmp_path / "in")
@@ -144,16 +158,6 @@ def test_mosaics_are_recognised(count: int, edit: Callable[[int, Dataset], None]
         path.unlink()
     with pytest.raises(UserError, match=r"a mosaic .* convert it to NIfTI, for example with dcm2niix"):
         read_series(tmp_path / "in")
-
-
-def add_other_object(folder: Path, name: str, sop_class: str) -> None:
-    """Put an object without an image beside a series."""
-    header = Dataset()
-    header.SOPClassUID, header.SOPInstanceUID, header.SeriesInstanceUID = sop_class, generate_uid(), generate_uid()
-    header.Modality, header.PatientName = "PR", "Doe^Jane"
-    header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header.save_as(folder / name, enforce_file_format=True)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_foreground_rule_leaves_a_quarter_of_the_range_for_what_is_brighter(
 
 
 def test_the_paper_s_rule_takes_percentiles_of_the_model_s_box(brats):
-    x, record = prepare_volume(brats["t2"], PAPER)
+    (x,), record = prepare_volume(brats["t2"], PAPER)
     values = unscale(x, record.low, record.high)
     assert record.low == 0, "the background is in the box"
     assert np.mean(x == 1) == pytest.approx(0.005, abs=5e-4)
@@ -116,21 +116,21 @@ def test_a_masked_volume_s_field_of_view_changes_nothing(brats):
 
 @pytest.mark.parametrize("modality", ["t1", "t1ce", "t2", "flair"])
 def test_a_z_scored_brain_with_background_0_is_what_the_raw_one_is(brats, modality):
-    raw, _ = prepare_volume(brats[modality], CONFIG)
-    scored, record = prepare_volume(z_scored(brats[modality]), CONFIG)
+    (raw,), _ = prepare_volume(brats[modality], CONFIG)
+    (scored,), record = prepare_volume(z_scored(brats[modality]), CONFIG)
     assert np.abs(scored - raw).max() < 0.01 * 2
     assert record.background == 0
     assert record.low < 0, "the background lies in the middle of the values"
     changed = Volume(brats[modality].data * 0.37 - 500, brats[modality].affine)
-    assert np.abs(prepare_volume(changed, CONFIG)[0] - raw).max() < 0.01 * 2
+    assert np.abs(prepare_volume(changed, CONFIG)[0][0] - raw).max() < 0.01 * 2
 
 
 @pytest.mark.parametrize("modality", ["t1", "t2", "pd"])
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, -500.0), (0.004, -2.0), (37.0, 5.0)])
 def test_the_units_of_a_whole_head_change_nothing(heads, modality, slope, intercept):
-    raw, _ = prepare_volume(heads[modality], CONFIG)
+    (raw,), _ = prepare_volume(heads[modality], CONFIG)
     volume = Volume(heads[modality].data * np.float32(slope) + np.float32(intercept), heads[modality].affine)
-    assert np.abs(prepare_volume(volume, CONFIG)[0] - raw).max() < 0.01 * 2
+    assert np.abs(prepare_volume(volume, CONFIG)[0][0] - raw).max() < 0.01 * 2
 
 
 def test_a_subject_and_its_volumes_alone_are_prepared_alike(brats):
@@ -210,11 +210,11 @@ def test_a_correction_is_undone_exactly(brats):
 def test_a_bias_correction_is_kept_in_the_record(brats):
     config = replace(CONFIG, bias_correction="n4")
     strong = Volume(brats["t1"].data * shading(brats["t1"], 0.5), brats["t1"].affine)
-    x, record = prepare_volume(strong, config)
+    (x,), record = prepare_volume(strong, config)
     assert record.bias is not None
     assert PreprocessRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert prepare_volume(brats["t1"], CONFIG)[1].bias is None
-    flat, _ = prepare_volume(brats["t1"], config)
-    plain, _ = prepare_volume(strong, CONFIG)
+    (flat,), _ = prepare_volume(brats["t1"], config)
+    (plain,), _ = prepare_volume(strong, CONFIG)
     inside = flat > -1
     assert np.abs(x - flat)[inside].mean() < 0.5 * np.abs(plain - flat)[inside].mean()

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aldm.config import PreprocessConfig
+from aldm.data.boxes import centred_box
 from aldm.data.foreground import brain_mask, find_foreground
 from aldm.data.intensity import unscale
 from aldm.data.preprocess import (
-    PreprocessRecord,
-    crop_box,
     model_grid,
     prepare_subject,
     prepare_volume,
@@ -146,10 +144,10 @@ boxes = st.tuples(st.integers(0, 20), st.integers(1, 12))
 
 @settings(max_examples=50, deadline=None)
 @given(boxes=st.tuples(boxes, boxes, boxes), shape=st.tuples(*[st.integers(1, 50)] * 3))
-def test_the_crop_box_is_centred_on_the_mask(boxes, shape):
+def test_the_box_is_centred_on_the_mask(boxes, shape):
     mask = np.zeros((32, 32, 32), bool)
     mask[tuple(slice(start, start + size) for start, size in boxes)] = True
-    for start, (low, size), wanted in zip(crop_box(mask, shape), boxes, shape, strict=True):
+    for start, (low, size), wanted in zip(centred_box(mask, shape), boxes, shape, strict=True):
         before, after = low - start, start + wanted - (low + size)
         assert before - after in (0, 1), "as much room on both sides, to a voxel"
 
@@ -158,7 +156,7 @@ def test_the_crop_box_is_centred_on_the_mask(boxes, shape):
 
 
 def test_restore_undoes_prepare_where_nothing_was_interpolated():
-    array, record = prepare_volume(STRIPPED, CONFIG)
+    (array,), record = prepare_volume(STRIPPED, CONFIG)
     assert array.shape == CONFIG.spatial_shape
     assert array.dtype == np.float32
     assert array.min() == -1
@@ -178,7 +176,7 @@ def test_restore_undoes_prepare_where_nothing_was_interpolated():
 )
 def test_restore_undoes_prepare_on_other_grids(spacing, shape, turn):
     volume = head(centred(spacing, shape, turn), shape, noise=0)
-    array, record = prepare_volume(volume, CONFIG)
+    (array,), record = prepare_volume(volume, replace(CONFIG, spatial_shape=(44, 52, 44)))
     back = restore(unscale(array, record.low, record.high), record, volume, fill=0)
     assert back.shape == volume.data.shape
     inner = volume.data > 60  # away from the edge, which no 4 mm grid can carry
@@ -189,17 +187,12 @@ def test_restore_undoes_prepare_on_other_grids(spacing, shape, turn):
 
 
 def test_restore_fills_outside_the_box():
-    small = replace(CONFIG, spatial_shape=(16, 16, 16))
-    array, record = prepare_volume(STRIPPED, small)
+    (array,), record = prepare_volume(STRIPPED, CONFIG)
     back = restore(np.ones_like(array), record, STRIPPED, fill=-7)
     expected = np.full(STRIPPED.data.shape, -7, np.float32)
-    expected[tuple(slice(start, start + 16) for start in record.crop_start)] = 1
+    places = zip(record.boxes[0], CONFIG.spatial_shape, strict=True)
+    expected[tuple(slice(max(0, start), start + side) for start, side in places)] = 1
     np.testing.assert_array_equal(back, expected)
-
-
-def test_the_record_survives_json():
-    _, record = prepare_volume(STRIPPED, CONFIG)
-    assert PreprocessRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
 # ------------------------------------------------------------------------------------------------------------- subjects
@@ -213,13 +206,13 @@ def test_volumes_on_their_own_grids_come_to_lie_on_each_other():
     assert list(prepared.volumes) == ["t1", "t2"]
     assert prepared.region == "brain"
     one, two = prepared.records["t1"], prepared.records["t2"]
-    assert (one.grid_affine, one.grid_shape, one.crop_start) == (two.grid_affine, two.grid_shape, two.crop_start)
+    assert (one.grid_affine, one.grid_shape, one.boxes) == (two.grid_affine, two.grid_shape, two.boxes)
     assert one.grid_shape == model_grid([first], CONFIG)[1], "the first modality of the vocabulary is the reference"
     brain = prepared.mask
     assert np.abs(prepared.volumes["t1"] - prepared.volumes["t2"])[brain].mean() < 0.06
-    alone, record = prepare_volume(first, CONFIG)
+    (alone,), record = prepare_volume(first, CONFIG)
     whole = Volume(prepared.volumes["t1"], np.array(one.grid_affine))
-    start = tuple(record.crop_start)
+    (start,) = record.boxes
     np.testing.assert_allclose(crop_or_pad(whole, start, CONFIG.spatial_shape, -1).data, alone, atol=1e-5)
 
 
@@ -272,3 +265,27 @@ def test_registration_is_part_of_preparing_a_subject():
 def test_volumes_that_do_not_overlap_cannot_be_registered():
     with pytest.raises(UserError, match="registration failed"):
         register_rigid(STRIPPED, Volume(STRIPPED.data, shifted(STRIPPED.affine, (500, 0, 0))))
+
+
+# --------------------------------------------------------------------------------------------------- values below zero
+
+
+@pytest.mark.parametrize("intensity", ["foreground", "paper"])
+@pytest.mark.parametrize("turn", [None, TURN])
+def test_what_nobody_scanned_is_as_dark_as_air_whatever_air_is(intensity, turn):
+    """Beyond the field of view, where a box reaches over it and where an oblique grid's corners are: -1."""
+    shape, config = (44, 48, 40), replace(CONFIG, spatial_shape=(72, 72, 64), intensity=intensity)
+    volume = head(centred((4.0, 4, 4), shape, turn), shape, noise=0, radii_mm=(60, 75, 55))
+    low = Volume(volume.data - np.float32(500), volume.affine)
+    (wanted,), record = prepare_volume(volume, config)
+    (got,), below = prepare_volume(low, config)
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    assert (below.low, below.high) == pytest.approx((record.low - 500, record.high - 500), abs=0.01)
+    index = np.indices(config.spatial_shape).reshape(3, -1)
+    affine = shifted(np.array(record.grid_affine), record.boxes[0])
+    world = affine[:3, :3] @ index + affine[:3, 3:]
+    place = np.linalg.inv(volume.affine) @ np.vstack([world, np.ones(world.shape[1])])
+    outside = ((place[:3] < -0.6) | (place[:3] > np.array(shape)[:, None] - 0.4)).any(axis=0)
+    assert outside.sum() > 1000
+    assert (got.reshape(-1)[outside] == -1).all()
+    assert (wanted.reshape(-1)[outside] == -1).all()

@@ -108,7 +108,7 @@ def test_what_goes_in_bf16_is_what_deepspeed_marks(scaling: ModuleType, stage: s
 
     config = planner.with_modalities(brats())
     with FakeTensorMode():
-        built, *_ = planner._stage_and_batch(config, stage, planner.training_of(config, stage), {})
+        built, *_ = planner.stage_and_batch(config, stage, planner.training_of(config, stage), {})
     networks = nn.ModuleList([player.module for player in built.players])
     engine = SimpleNamespace(module=networks, zero_quantized_weights=lambda: False)
     with pytest.MonkeyPatch.context() as patch:  # DeepSpeed notes in globals that autocast is on

@@ -7,7 +7,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from test_translate_job import blob
+from scans import blob
 from untrained import save_untrained
 
 from aldm.data.volume import load_nifti
@@ -18,6 +18,7 @@ from serve.records import Job, new_id
 from serve.worker import translate
 
 NUMBER = 5
+LIMIT = 4096
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_a_batch_makes_what_single_jobs_make_whatever_becomes_of_some(translator
     wanted = {}
     for job in jobs:
         problems: dict[str, Problem] = {}
-        translate(translator, folder, [job], problems, set(), lambda jobs, share: None)
+        translate(translator, folder, [job], problems, set(), lambda jobs, share: None, LIMIT)
         assert problems == {}
         wanted[job.id] = {
             target: nibabel.load(result_file(folder / job.id, target, "nii.gz")) for target in job.targets
@@ -61,7 +62,7 @@ def test_a_batch_makes_what_single_jobs_make_whatever_becomes_of_some(translator
             shutil.rmtree(folder / forgotten.id, ignore_errors=True)
             stopped.add(cancelled.id)
 
-    translate(translator, folder, jobs, problems, stopped, step)
+    translate(translator, folder, jobs, problems, stopped, step, LIMIT)
     assert shares == sorted(shares)
     assert problems.keys() <= {forgotten.id, damaged.id}
     assert problems[damaged.id].status == 422

@@ -10,14 +10,17 @@ import torch
 from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig, PreprocessConfig, SamplingConfig
-from aldm.data.preprocess import prepare_volume
+from aldm.data.foreground import find_foreground
+from aldm.data.intensity import unscale
+from aldm.data.preprocess import prepare_volume, restore
 from aldm.data.volume import Volume, crop_or_pad
 from aldm.diffusion import draw_noise
 from aldm.errors import UserError
 from aldm.memory import resident_bytes
 from aldm.predictors import MemoryLimit, Predictor
 from aldm.presets import small, tiny
-from aldm.translate import Request, Translator
+from aldm.translate import Translator
+from aldm.translation import Request
 
 MODALITIES = ("t1", "t2", "pd")
 PERCENTILES = {"t1": (0.0, 100.0), "t2": (10.0, 210.0), "pd": (0.0, 1.0)}
@@ -35,6 +38,9 @@ class Echo(Predictor):
 
     def decode(self, code):
         return code
+
+    def needed_bytes(self):
+        return 0
 
     def predict(self, code, sources, targets, sampling, generators, on_step):
         for step in range(sampling.num_inference_steps):
@@ -110,15 +116,6 @@ def test_any_grid_comes_back_as_itself(affine):
     assert error(0, 0) < 0.03  # a coarser grid blurs the edge
     for axis in range(3):
         assert error(0, axis) < min(error(1, axis), error(-1, axis))
-
-
-def test_what_lies_outside_the_model_s_box_is_background():
-    volume = smooth_volume()
-    result = translator(spatial_shape=(12, 12, 12)).translate(volume, "t1", "t2")
-    outside = np.ones(volume.data.shape, bool)
-    outside[8:21, 7:20, 6:19] = False
-    assert (result.volume.data[outside] == PERCENTILES["t2"][0]).all()
-    assert result.volume.data.max() > 100
 
 
 @pytest.mark.parametrize(("target", "expected"), [("t1", (0, 100)), ("t2", (10, 210)), ("pd", (0, 1))])
@@ -251,6 +248,104 @@ def test_a_memory_limit_that_preparing_the_volume_would_break_is_refused():
         model.translate(volume, "t1", "t2")
     model.predictor.limit = MemoryLimit(resident_bytes() + 2**30)
     assert model.translate(volume, "t1", "t2").volume.data.shape == (64, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------------------- several boxes
+
+
+def head_and_neck(affine) -> Volume:
+    """A head of 150 x 180 x 170 mm on a neck that goes on to the end of the field of view; dark outside, not zero."""
+    shape = (96, 100, 128)
+    index = np.indices(shape).reshape(3, -1)
+    x, y, z = affine[:3, :3] @ index + affine[:3, 3:]
+    skull = np.sqrt((x / 75) ** 2 + (y / 90) ** 2 + ((z - 40) / 85) ** 2)
+    neck = np.sqrt((x / 45) ** 2 + ((y + 10) / 50) ** 2) + np.where(z < 0, 0, 9)
+    inside = 1 / (1 + np.exp(np.clip(40 * (np.minimum(skull, neck) - 1), -50, 50)))
+    data = 3 + inside * (90 + 20 * np.sin(x / 11) * np.cos(y / 13) + 10 * np.sin(z / 9))
+    return Volume(data.reshape(shape).astype(np.float32), affine)
+
+
+def placed(turn=None, spacing=2.5) -> np.ndarray:
+    """The affine of head_and_neck's grid, whose middle is the origin."""
+    affine = np.eye(4)
+    affine[:3, :3] = spacing * (np.eye(3) if turn is None else turn)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array((96, 100, 128)) - 1) / 2)
+    return affine
+
+
+TILTED = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]]) @ np.array(
+    [[1, 0, 0], [0, 0.96, 0.28], [0, -0.28, 0.96]]
+)
+
+
+@pytest.mark.parametrize("turn", [pytest.param(None, id="straight"), pytest.param(TILTED, id="oblique")])
+def test_no_tissue_of_a_head_with_its_neck_is_lost(turn):
+    volume = head_and_neck(placed(turn))
+    model = translator(spacing_mm=(3.0, 3.0, 3.0), spatial_shape=(56, 72, 56))
+    result = model.translate(volume, "t1", "t1", intensity="unit")
+    assert result.provenance["num_boxes"] == model.count_boxes(volume) >= 2
+    assert result.provenance["share_outside"] == 0
+    foreground = volume.data > 50
+    height = (volume.affine @ np.vstack([np.argwhere(foreground).T, np.ones(foreground.sum())]))[2]
+    for part in (foreground, height > height.max() - 90):
+        background = result.volume.data[foreground][part] if part.ndim == 1 else result.volume.data[part]
+        assert (background <= 0.05).mean() < 0.005
+    error = np.abs(result.volume.data - in_unit(volume, model))[foreground]
+    assert error.mean() < 0.02, "one scale for all boxes"
+
+
+def test_several_boxes_say_what_one_large_box_says():
+    volume = smooth_volume()
+    for options in ({}, {"num_samples": 4, "seed": 3}):
+        one = translator().translate(volume, "t1", "t2", **options)
+        many = translator(spatial_shape=(14, 28, 12)).translate(volume, "t1", "t2", **options)
+        assert one.provenance["num_boxes"] == 1
+        assert many.provenance["num_boxes"] > 3
+        inside = find_foreground(volume).mask
+        np.testing.assert_allclose(many.volume.data[inside], one.volume.data[inside], atol=5 if options else 1e-3)
+    assert many.uncertainty[inside].mean() == pytest.approx(one.uncertainty[inside].mean(), rel=0.1)
+
+
+def test_a_volume_that_one_box_holds_is_translated_as_model_input_and_put_back():
+    volume, model = smooth_volume(), translator()
+    (x,), record = prepare_volume(volume, model.config.preprocess)
+    inside = np.argwhere(find_foreground(volume).mask)
+    middle = (inside.min(axis=0) + inside.max(axis=0) + 1 - 32) / 2
+    assert record.boxes == (tuple(np.floor(middle).astype(int)),)
+    mean, _ = model.translate_encoded(model.encode(x), "t1", "t2", seed=5)
+    expected = restore(unscale(mean, *PERCENTILES["t2"]), record, volume, fill=PERCENTILES["t2"][0])
+    result = model.translate(volume, "t1", "t2", seed=5)
+    assert result.volume.data.tobytes() == expected.tobytes()
+
+
+def test_steps_are_counted_over_all_boxes_and_may_cancel_between_them():
+    model, volume = translator(spatial_shape=(16, 28, 26)), smooth_volume()
+    assert model.count_boxes(volume) == 2
+    seen: list[tuple[int, int]] = []
+    model.translate(volume, "t1", "t2", num_inference_steps=3, on_step=lambda *s: seen.append(s))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+    def cancel(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done > 3:
+            raise KeyboardInterrupt
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.translate(volume, "t1", "t2", num_inference_steps=3, on_step=cancel)
+    assert len(seen) == 4
+
+
+def test_too_many_boxes_for_the_limits_are_refused():
+    model, volume = translator(spatial_shape=(12, 12, 12)), smooth_volume()
+    count = model.count_boxes(volume)
+    with pytest.raises(UserError, match=rf"takes {count} boxes of the model's 12 x 12 x 12 voxels, the limit is 5"):
+        model.prepare(volume, max_boxes=5)
+    assert len(model.prepare(volume, max_boxes=count).codes) == count
+    model.predictor.needed_bytes = lambda: 10**12
+    model.predictor.limit = MemoryLimit(resident_bytes() + 2**30)
+    with pytest.raises(UserError, match=rf"too little for the {count} boxes.*give at least 10\d\d"):
+        model.translate(volume, "t1", "t2")
 
 
 # -------------------------------------------------------------------------------------------------- translator folders

@@ -1,5 +1,6 @@
 """Which volumes the DICOM files of a folder make, and which of them is meant."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,19 +29,11 @@ _REPEATED = {
     "AcquisitionNumber": "acquisition",
 }
 """Attributes in which slices at one place differ when a series holds several volumes."""
-_WORDS = (
-    "ORIGINAL",
-    "DERIVED",
-    "PRIMARY",
-    "SECONDARY",
-    "MAGNITUDE",
-    "PHASE",
-    "REAL",
-    "IMAGINARY",
-    "MIXED",
-    "FFE",
-    "NONE",
+_WORDS = re.compile(
+    r"\d+|\w{1,2}|[MPRI]_(FFE|SE|IR|B0|B1)|FFE|ORIGINAL|DERIVED|PRIMARY|SECONDARY|MAGNITUDE|PHASE|REAL|IMAGINARY|MIXED|NONE|"
+    "WATER|FAT|IN_PHASE|OUT_PHASE|OPP_PHASE"
 )
+"""Codes that messages may repeat; other words may name anybody."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,9 +227,9 @@ def _sortable(value: Any) -> tuple[tuple[int, float, str], ...]:
 
 
 def _text(value: Any) -> str:
-    """Return a value for a message; words that are not the standard's may name anybody and are left out."""
+    """Return a value for a message."""
     items = value if isinstance(value, tuple) else (value,)
     if all(isinstance(item, str) for item in items):
-        words = [item for item in items if len(item) <= 2 or item.isdecimal() or item in _WORDS]
+        words = [item for item in items if _WORDS.fullmatch(item)]
         return "/".join(words) or "other"
     return "/".join("none" if item is None else f"{item:g}" for item in items)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aldm.data.dicom_codestream import is_self_describing, picture_size
 from aldm.data.dicom_files import Slice, damage_of, decimals, guessed_syntax, open_dicom, whole_number
 from aldm.errors import UserError
 
@@ -85,7 +86,11 @@ def _stored_values(folder: Path, path: Path, slices: Sequence[Slice]) -> np.ndar
     with tempfile.TemporaryDirectory(prefix="aldm-") as scratch:
         bare = Path(scratch) / "voxels.dcm"
         with damage_of(path):
-            _write_bare(bare, path, [item.frame or 0 for item in slices])
+            stripped = _stripped(path, [item.frame or 0 for item in slices])
+        try:
+            stripped.save_as(bare, enforce_file_format=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {scratch}, where temporary files go: {error.strerror}") from error
         try:
             stored = sitk.GetArrayFromImage(sitk.ReadImage(str(bare)))
         except RuntimeError as error:
@@ -99,8 +104,8 @@ def _stored_values(folder: Path, path: Path, slices: Sequence[Slice]) -> np.ndar
     return stored
 
 
-def _write_bare(bare: Path, path: Path, frames: Sequence[int]) -> None:
-    """Write frames of a file as one that holds their stored values, as they are encoded, and nothing else."""
+def _stripped(path: Path, frames: Sequence[int]) -> "Dataset":
+    """Return frames of a file as an image that holds their stored values, as they are encoded, and nothing else."""
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate, generate_frames
@@ -117,6 +122,7 @@ def _write_bare(bare: Path, path: Path, frames: Sequence[int]) -> None:
     count = int(whole.get("NumberOfFrames") or 1)
     if pydicom.uid.UID(syntax).is_encapsulated:
         encoded = list(generate_frames(whole.PixelData, number_of_frames=count))
+        _check_streams(path, [encoded[frame] for frame in frames], whole)
         made.PixelData = encapsulate([encoded[frame] for frame in frames])
         made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
     else:
@@ -128,4 +134,17 @@ def _write_bare(bare: Path, path: Path, frames: Sequence[int]) -> None:
     made.SOPClassUID, made.SOPInstanceUID = _BYTES if bits == 8 else _WORDS, generate_uid()
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == DeflatedExplicitVRLittleEndian else syntax
-    made.save_as(bare, enforce_file_format=True)
+    return made
+
+
+def _check_streams(path: Path, streams: Sequence[bytes], header: "Dataset") -> None:
+    """See that compressed frames are as large as the header says, before a decoder takes memory for them."""
+    if not is_self_describing(header.file_meta.TransferSyntaxUID):
+        return
+    for stream in streams:
+        size = picture_size(stream)
+        if size != (1, header.Rows, header.Columns):
+            found = "no size" if size is None else f"{size[2]}x{size[1]} of {size[0]} component(s)"
+            raise UserError(
+                f"{path}: its compressed voxels claim {found}, the header {header.Columns}x{header.Rows}: it is damaged"
+            )

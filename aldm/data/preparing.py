@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.integrity import load_subject, relative_name, stored_metadata
-from aldm.data.layouts import Problem, SubjectFiles
+from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.modalities import sort_modalities
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.parallel import ProcessWorkers, Workers, remove_leftovers
@@ -91,9 +90,15 @@ def run_request(request: Request, num_processes: int | None = None, workers: Wor
         pool = workers or stack.enter_context(ProcessWorkers(num_processes or _num_cores()))
         plan = make_plan(request, pool)
         logger.info("%s", plan.summary())
-        affordable = max(1, int(psutil.virtual_memory().available / 2**30 / plan.memory_per_process_gib))
-        _write_store(request, plan, pool, at_once=None if workers or num_processes else affordable)
+        _write_store(request, plan, pool, at_once=None if workers or num_processes else _affordable(plan))
     return VolumeStore.open(request.store)
+
+
+def _affordable(plan: Plan) -> int:
+    """Return how many processes the free memory allows."""
+    import psutil
+
+    return max(1, int(psutil.virtual_memory().available / 2**30 / plan.memory_per_process_gib))
 
 
 def plan_store(request: Request, num_processes: int | None = None, workers: Workers | None = None) -> Plan:
@@ -147,8 +152,8 @@ def _write_subject(task: tuple[SubjectFiles, str], request: Request) -> list[Pro
     """Prepare one subject and write its shard; return what is wrong with it."""
     files, key = task
     loaded, problems = load_subject(files, max_voxels=request.max_voxels)
-    if problems:
-        return problems
+    if wrong := stopping(problems):
+        return wrong
     try:
         prepared = prepare_subject(
             loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg, max_voxels=request.max_voxels
@@ -186,7 +191,8 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "region": prepared.region,
         "grid_affine": first.grid_affine,
         "grid_shape": first.grid_shape,
-        "crop_start": first.crop_start,
+        "crop_start": first.boxes[0],
+        "share_outside": first.share_outside,
         "percentiles": {name: (record.low, record.high) for name, record in prepared.records.items()},
         "backgrounds": {name: record.background for name, record in prepared.records.items()},
         "clipped": {name: (clipped.mask, clipped.seg) for name, clipped in prepared.clipped.items()},

@@ -1,7 +1,8 @@
 """From volumes as they were scanned to the model's grid and intensities, and back.
 
 All volumes of a subject are resampled once, through their affines, onto one RAS-aligned grid; an interval of their
-intensities becomes [-1, 1]; a box of the model's size is cut out around the foreground. The record of it undoes it.
+intensities becomes [-1, 1]; boxes of the model's size are cut out so that they hold the foreground. The record of it
+undoes it.
 Arrays are X Y Z of RAS+ volumes.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from aldm.config import PreprocessConfig, Shape
 from aldm.data.bias import BiasField, corrected
+from aldm.data.boxes import centred_box, cover, head_box, share_outside
 from aldm.data.foreground import Foreground, brain_mask, find_foreground, mask_on_grid, own_masks
 from aldm.data.intensity import clipped_share, intensity_range, rescale
 from aldm.data.modalities import sort_modalities
@@ -29,8 +31,10 @@ class PreprocessRecord:
     """(4, 4) voxel -> world RAS, mm, of the whole resampled grid."""
     grid_shape: Shape
     """Voxels of the whole resampled grid."""
-    crop_start: Shape
-    """Voxel of the whole grid at which the model's box begins; may be negative (padding)."""
+    boxes: tuple[Shape, ...]
+    """Voxel of the whole grid at which each box of the model's shape begins; may be negative (padding)."""
+    share_outside: float
+    """Share of the foreground, 0 to 1, that lies in none of the boxes."""
     low: float
     """Intensity that became -1."""
     high: float
@@ -39,11 +43,6 @@ class PreprocessRecord:
     """Intensity of the constant background of a masked volume; None where there is none."""
     bias: BiasField | None = None
     """What the volume was divided by; None where its shading was left alone."""
-
-    @property
-    def crop_affine(self) -> np.ndarray:
-        """(4, 4) voxel -> world RAS, mm, of the model's box."""
-        return shifted(np.array(self.grid_affine), self.crop_start)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as dictionaries and lists."""
@@ -55,7 +54,8 @@ class PreprocessRecord:
         return cls(
             grid_affine=tuple(tuple(float(v) for v in row) for row in values["grid_affine"]),
             grid_shape=_shape(values["grid_shape"]),
-            crop_start=_shape(values["crop_start"]),
+            boxes=tuple(_shape(box) for box in values["boxes"]),
+            share_outside=float(values["share_outside"]),
             low=float(values["low"]),
             high=float(values["high"]),
             background=None if values["background"] is None else float(values["background"]),
@@ -122,15 +122,6 @@ def model_grid(
     return affine, _shape(shape)
 
 
-def crop_box(mask: np.ndarray, shape: Sequence[int]) -> Shape:
-    """Return the start of the box of `shape` voxels that is centred on the mask's bounding box (may be negative)."""
-    start = []
-    for axis, size in enumerate(shape):
-        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        start.append(math.floor((int(inside[0]) + int(inside[-1]) + 1 - size) / 2))
-    return _shape(start)
-
-
 def prepare_subject(
     volumes: Mapping[str, Volume],
     config: PreprocessConfig,
@@ -139,7 +130,7 @@ def prepare_subject(
     seg: Volume | None = None,
     max_voxels: int = MAX_VOXELS,
 ) -> PreparedSubject:
-    """Put all volumes of a subject on one grid, with one crop box.
+    """Put all volumes of a subject on one grid, with one box, laid for the head (`head_box`).
 
     The reference is the first modality in the vocabulary's order: the grid covers its field of view, and `mask` and
     `seg` are in its world coordinates. With `register` rigid the other volumes are aligned to it first, which changes
@@ -158,42 +149,82 @@ def prepare_subject(
     affine, shape = model_grid([aligned[names[0]]], config, max_voxels=max_voxels)
     found = {name: find_foreground(volume) for name, volume in aligned.items()}
     inside, region = brain_mask(list(found.values()), mask, affine, shape)
-    start = crop_box(inside, config.spatial_shape)
+    box = head_box(inside, config.spatial_shape, config.spacing_mm)
+    outside = share_outside(inside, np.eye(4), [box], config.spatial_shape)
     labels = None
     if seg is not None:
         labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
     scaled, records, clipped = {}, {}, {}
     for name in names:
         try:
-            data, records[name] = _on_grid(found.pop(name), config, affine, shape, start)
+            data, low, high, bias = _on_grid(found[name], config, affine, shape, box)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        low, high = records[name].low, records[name].high
+        dark = found.pop(name).background
+        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high, dark, bias)
         in_seg = None if labels is None else clipped_share(data[labels > 0], low, high)
         clipped[name] = Clipped(clipped_share(data[inside], low, high), in_seg)
         scaled[name] = rescale(data, low, high)
     return PreparedSubject(scaled, records, inside, region, labels, clipped)
 
 
-def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[np.ndarray, PreprocessRecord]:
-    """Return one volume as model input, (spatial_shape) float32 in [-1, 1], and the record that undoes it.
+def prepare_volume(
+    volume: Volume, config: PreprocessConfig, *, stride: int = 1, max_boxes: int | None = None
+) -> tuple[list[np.ndarray], PreprocessRecord]:
+    """Return one volume as model input, and the record that undoes it.
+
+    The foreground lies in one box where it fits into one, else in as many as it takes; all are scaled alike.
+
+    Args:
+        volume: RAS+, any spacing, any units.
+        config: the model's.
+        stride: where there are several boxes they differ by multiples of so many voxels.
+        max_boxes: refuse a volume that takes more; None sets no limit.
+
+    Returns:
+        boxes, each (spatial_shape) float32 in [-1, 1], and the record.
 
     Raises:
-        UserError: the volume has no contrast, or its grid is too large.
+        UserError: the volume has no contrast, its grid is too large, or it takes too many boxes.
     """
     affine, shape = model_grid([volume], config)
+    found, box = find_foreground(volume), config.spatial_shape
+    mask = _own_mask(found, affine, shape)
+    boxes = _boxes_of(found, mask, affine, box, stride)
+    if max_boxes is not None and len(boxes) > max_boxes:
+        raise UserError(
+            f"this volume takes {len(boxes)} boxes of the model's {' x '.join(map(str, box))} voxels, the limit is "
+            f"{max_boxes}: cut it down to the head, or ask for fewer steps, samples or targets"
+        )
+    outside = share_outside(found.mask, np.linalg.inv(affine) @ volume.affine, boxes, box)
+    scaled_by = head_box(mask, box, config.spacing_mm)  # the box that a store would have
+    data, low, high, bias = _on_grid(found, config, affine, shape, scaled_by)
+    whole = Volume(data, affine)
+    arrays = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
+    return arrays, PreprocessRecord(_rows(affine), shape, boxes, outside, low, high, found.background, bias)
+
+
+def count_boxes(volume: Volume, config: PreprocessConfig, *, stride: int = 1) -> int:
+    """Return how many boxes prepare_volume will cut."""
+    affine, shape = model_grid([volume], config)
     found = find_foreground(volume)
-    mask, _ = brain_mask([found], None, affine, shape)
-    start = crop_box(mask, config.spatial_shape)
-    data, record = _on_grid(found, config, affine, shape, start)
-    box = crop_or_pad(Volume(data, affine), start, config.spatial_shape, record.low).data
-    return rescale(box, record.low, record.high), record
+    return len(_boxes_of(found, _own_mask(found, affine, shape), affine, config.spatial_shape, stride))
+
+
+def _own_mask(found: Foreground, affine: np.ndarray, shape: Shape) -> np.ndarray:
+    masks, region = own_masks([found], None)
+    return mask_on_grid(masks, region, affine, shape)
+
+
+def _boxes_of(found: Foreground, mask: np.ndarray, affine: np.ndarray, box: Shape, stride: int) -> tuple[Shape, ...]:
+    """Return the boxes that hold every voxel of a volume's foreground; `mask` is that on the grid."""
+    return cover(found.mask, np.linalg.inv(affine) @ found.volume.affine, centred_box(mask, box), box, stride)
 
 
 def _on_grid(
     found: Foreground, config: PreprocessConfig, affine: np.ndarray, shape: Shape, start: Shape
-) -> tuple[np.ndarray, PreprocessRecord]:
-    """Return a volume on the whole grid, not rescaled yet, and its record.
+) -> tuple[np.ndarray, float, float, BiasField | None]:
+    """Return a volume on the whole grid, not rescaled yet, what becomes -1 and +1, and the shading taken from it.
 
     Its own foreground decides on its intensities, with or without a mask file and whatever other volumes there are: so
     a volume is prepared alike for a training and alone.
@@ -207,24 +238,23 @@ def _on_grid(
         values = crop_or_pad(Volume(data, affine), start, config.spatial_shape, dark).data
     else:
         data = resample(found.volume, affine, shape, fill=found.dark).data
-        masks, region = own_masks([found], None)
-        values = data[mask_on_grid(masks, region, affine, shape)]
+        values = data[_own_mask(found, affine, shape)]
     air = None if found.stripped or config.intensity == "paper" else found.dark
-    low, high = intensity_range(values, config.intensity, air)
-    return data, PreprocessRecord(_rows(affine), shape, start, low, high, found.background, bias)
+    return data, *intensity_range(values, config.intensity, air), bias
 
 
 def restore(array: np.ndarray, record: PreprocessRecord, volume: Volume, *, fill: float) -> np.ndarray:
-    """Return an array of the model's box on `volume`'s own grid, float32, linearly interpolated.
+    """Return an array of the region that the boxes cover on `volume`'s own grid, float32, linearly interpolated.
 
     Args:
-        array: (spatial_shape), in any intensities.
+        array: the boxes as one (`blend`), in any intensities.
         record: from prepare_volume(volume).
         volume: whose grid is wanted.
-        fill: value outside the model's box.
+        fill: value outside the region.
     """
-    box = Volume(array.astype(np.float32, copy=False), record.crop_affine)
-    return resample(box, volume.affine, volume.data.shape, fill=fill).data
+    start = np.array(record.boxes).min(axis=0).tolist()
+    region = Volume(array.astype(np.float32, copy=False), shifted(np.array(record.grid_affine), start))
+    return resample(region, volume.affine, volume.data.shape, fill=fill).data
 
 
 def _shape(values: Sequence[int] | np.ndarray) -> Shape:

@@ -131,6 +131,8 @@ class SubjectRecord:
     """Modality -> shares, 0 to 1, of the region's and of the segmentation's voxels that were clipped."""
     sources: dict[str, dict[str, Any]]
     """Modality -> path, affine and shape of the file that it was read from (the file's own axes)."""
+    share_outside: float | None = None
+    """Share of the region, 0 to 1, that lies outside the model's box; None in stores of before it was measured."""
 
 
 class VolumeStore:
@@ -298,6 +300,7 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
             "grid_affine": [value for row in record.grid_affine for value in row],
             "grid_shape": list(record.grid_shape),
             "crop_start": list(record.crop_start),
+            "share_outside": record.share_outside,
             "low": record.percentiles[modality][0],
             "high": record.percentiles[modality][1],
             "background": record.backgrounds[modality],
@@ -345,6 +348,7 @@ def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
         grid_affine=matrix(first["grid_affine"]),
         grid_shape=tuple(first["grid_shape"]),
         crop_start=tuple(first["crop_start"]),
+        share_outside=first.get("share_outside"),
         percentiles={row["modality"]: (row["low"], row["high"]) for row in rows},
         backgrounds={row["modality"]: row["background"] for row in rows},
         clipped={row["modality"]: (row["clipped"], row["clipped_seg"]) for row in rows},

@@ -1,0 +1,161 @@
+"""A translation on its way: a volume in boxes, what is asked of each, and the results put together on the own grid.
+
+Arrays are X Y Z of RAS+ volumes, intensities in the models in [-1, 1].
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aldm.config import PreprocessConfig, Shape
+from aldm.data.bias import shaded
+from aldm.data.boxes import blend, region_of
+from aldm.data.foreground import constant_background
+from aldm.data.intensity import unscale
+from aldm.data.preprocess import PreprocessRecord, model_grid, restore
+from aldm.data.volume import Volume
+from aldm.diffusion import NoiseWindow
+from aldm.errors import UserError
+from aldm.memory import gigabytes
+from aldm.predictors import MemoryLimit
+
+BoxResult = tuple[np.ndarray, np.ndarray | None]
+"""Mean and standard deviation of the samples of one box, (spatial_shape) float32 in [-1, 1]; None for one sample."""
+BLENDING_BYTES = 20
+"""Memory of making one of several boxes' results, per voxel of the region that they cover together."""
+BOX_BYTES = 16
+"""Memory of what is kept of a box until all are made, per voxel: code, mean, standard deviation, a copy on the way."""
+PREPARATION_BYTES = 24
+"""Memory of putting a volume on the model's grid and back, per voxel of the larger grid (measured: 13 to 22)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """A translated volume on the grid of the volume that it was made from."""
+
+    volume: Volume
+    """float32, scaled as `intensity` in the provenance says."""
+    uncertainty: np.ndarray | None
+    """Voxelwise standard deviation of the samples in the volume's own units (X, Y, Z) float32; None for one sample."""
+    provenance: dict[str, Any]
+    """How it was made: JSON-able."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A volume, ready to be translated."""
+
+    codes: tuple[Tensor, ...]
+    """Of each of its boxes, what `Translator.encode` returned."""
+    record: PreprocessRecord
+    """How the boxes lie in the volume."""
+    shape: Shape
+    """Voxels of a box."""
+    stride: int
+    """Voxels to a step on the grid of a code."""
+
+    def requests(self, source: str, target: str, seed: int) -> list["Request"]:
+        """Return what `Translator.translate_batch` has to make for one target, a request a box."""
+        boxes = self.record.boxes
+        if len(boxes) == 1:
+            return [Request(self.codes[0], source, target, seed)]
+        start, whole = region_of(boxes, self.shape)
+        windows = [(self._steps(whole), self._steps(np.subtract(box, start))) for box in boxes]
+        return [Request(code, source, target, seed, at) for code, at in zip(self.codes, windows, strict=True)]
+
+    def _steps(self, voxels: Shape | np.ndarray) -> Shape:
+        x, y, z = (int(count) // self.stride for count in voxels)
+        return x, y, z
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One box of one volume, for `Translator.translate_batch`."""
+
+    code: Tensor
+    """What `Translator.encode` returned."""
+    source: str
+    target: str
+    seed: int
+    """Of the first sample; sample i has seed + i."""
+    window: tuple[Shape, Shape] | None = None
+    """Sides of the code of all the volume's boxes together, and where this one begins; None: it is the only one."""
+
+    def noise(self, generator: torch.Generator) -> torch.Generator | NoiseWindow:
+        """Return where a sample's noise comes from: boxes that overlap have the same noise there."""
+        return generator if self.window is None else NoiseWindow(generator, *self.window)
+
+
+def on_own_grid(
+    results: Sequence[BoxResult],
+    record: PreprocessRecord,
+    volume: Volume,
+    low: float,
+    high: float,
+    background: float,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the results of all boxes as one, on the volume's own grid: mean in [low, high], and standard deviation.
+
+    Where boxes overlap the standard deviation is the weighted mean of theirs. They see the same noise there, so their
+    samples vary together; if they did not wholly, this is more than the truth, never less.
+
+    Args:
+        results: a box each, in the order of `record.boxes`.
+        record: how the boxes lie.
+        volume: what they were cut from.
+        low, high: intensities of -1 and +1.
+        background: what a masked volume has outside its mask.
+    """
+    # outside the boxes nothing was predicted: background
+    mean = blend([one for one, _ in results], record.boxes, -1)
+    data = restore(unscale(mean, low, high), record, volume, fill=low)
+    spread, stds = None, [std for _, std in results if std is not None]
+    if stds:
+        spread = restore(blend(stds, record.boxes, 0) * ((high - low) / 2), record, volume, fill=0.0)
+    if record.bias is not None:  # the shading that was taken from the source is the result's too
+        data = shaded(data, volume.affine, record.bias, min(0.0, low))
+        spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
+    outside = None if record.background is None else constant_background(volume.data)
+    if outside is not None:  # a masked volume's result is masked alike
+        data[outside] = background
+        if spread is not None:
+            spread[outside] = 0.0
+    return data, spread
+
+
+def check_room(volume: Volume, config: PreprocessConfig, limit: MemoryLimit) -> None:
+    """Refuse a volume whose preparation would break the limit."""
+    _, grid = model_grid([volume], config)
+    voxels = max(volume.data.size, math.prod(grid))
+    needed, left = PREPARATION_BYTES * voxels, limit.left()
+    if needed > left:
+        raise UserError(
+            f"`max_memory_gb` {gigabytes(limit.max_bytes)} is too little to prepare {voxels:,} voxels: that needs "
+            f"{gigabytes(needed)} GB and {gigabytes(left)} GB are left; give at least "
+            f"{gigabytes(limit.max_bytes + needed - left)}"
+        )
+
+
+def check_room_to_blend(record: PreprocessRecord, shape: Shape, needed_bytes: int, limit: MemoryLimit) -> None:
+    """Refuse a volume in several boxes whose results, held together, would break the limit.
+
+    Args:
+        record: how they lie.
+        shape: voxels of one.
+        needed_bytes: what translating one of them takes.
+        limit: the limit.
+    """
+    region = math.prod(region_of(record.boxes, shape)[1])
+    needed = BLENDING_BYTES * region + BOX_BYTES * len(record.boxes) * math.prod(shape) + needed_bytes
+    left = limit.left()
+    if needed > left:
+        raise UserError(
+            f"`max_memory_gb` {gigabytes(limit.max_bytes)} is too little for the {len(record.boxes)} boxes that hold "
+            f"this volume: they need {gigabytes(needed)} GB and {gigabytes(left)} GB are left; give at least "
+            f"{gigabytes(limit.max_bytes + needed - left)}"
+        )
