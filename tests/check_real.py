@@ -255,7 +255,9 @@ def main() -> int:
     """Check, print, and where it is asked for write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", metavar="TEXT", default="", help="scans whose name has this in it")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="dcm2niix, prepare, or scans whose name has this in it"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/data.md")
     args = parser.parse_args()
     if not (args.folder / "table.csv").is_file():
@@ -265,9 +267,10 @@ def main() -> int:
         out = Path(place)
         found = scans(folder, out / "unpacked")
         translator = Translator.load(default_model(), precision="fp32")
-        parts = [check_enhanced(folder), check_prepare(folder, [scan for scan in found if scan.truth is None], out)]
-        parts += [check_translation(scan, translator, out) for scan in found if args.only in scan.name]
-        for part in parts[2:] if args.only else parts:
+        series = [scan for scan in found if scan.truth is None]
+        parts = {"dcm2niix": check_enhanced(folder), "prepare": check_prepare(folder, series, out)}
+        parts |= {scan.name: check_translation(scan, translator, out) for scan in found}
+        for part in [checking for name, checking in parts.items() if args.only in name]:
             for check in part:
                 checks.append(check)
                 print(
