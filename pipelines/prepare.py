@@ -10,6 +10,7 @@ from aldm.config import Config, PreprocessConfig, Spacing
 from aldm.data.clipping import clipping_report
 from aldm.data.layouts import FIRST_RUN, LAYOUTS, TABLE_COLUMNS
 from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.outside import outside_report
 from aldm.data.prepare_plan import Request
 from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
@@ -54,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     regions = ", ".join(sorted({record.region for record in subjects}))
     print(f"{args.store}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
     lines, warnings = clipping_report(subjects)
-    print("\n".join(lines))
-    for warning in warnings:
+    outside, more = outside_report(subjects)
+    print("\n".join([*lines, outside]))
+    for warning in [*warnings, *more]:
         logger.warning("%s", warning)
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aldm.cli import with_flags
 from aldm.config import SAMPLERS
@@ -17,6 +17,7 @@ from pipelines.translate_files import (
     DICOM,
     NIFTI,
     RESULTS_FILE,
+    Input,
     Result,
     Task,
     check_outputs,
@@ -28,13 +29,16 @@ from pipelines.translate_files import (
 )
 from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
+from pipelines.translate_sources import ALL, AUTO, Pairs, choose_inputs
 from pipelines.translator_arguments import add_translator_arguments, check_seed
+
+if TYPE_CHECKING:
+    from aldm.data.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Translate 3D MR volumes into another modality. The result has exactly the input's grid: shape, affine,
 qform and sform codes, units. It is synthetic, for research use only, and a JSON file beside it says how it was made."""
-ALL, AUTO = "all", "auto"
 EXIT_FAILED = 2
 
 
@@ -53,24 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_seed(args.seed)
     if args.max_voxels < 1:
         raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
-    if args.source == AUTO and args.server is None:
-        raise UserError(f"--source {AUTO} is for --server, which knows a volume by its name: give the modality")
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
-    guessed = args.source == AUTO
-    targets: tuple[str, ...] = (args.target,)
-    if args.target == ALL:
-        targets = tuple(name for name in maker.modalities if guessed or maker.translates(args.source, name))
-    for name in targets:
-        modality_index(name, maker.modalities)
-    if not guessed:
-        for name in targets or maker.modalities:
-            maker.check_pair(args.source, name)
-    inputs, is_batch = find_inputs(args.input)
-    into_folder = is_batch or len(targets) > 1
+    _check_modalities(args, maker)
+    paths, is_batch = find_inputs(args.input)
+    inputs = choose_inputs(
+        paths, args.source, args.target, maker, is_batch=is_batch, series=args.series, max_voxels=args.max_voxels
+    )
+    into_folder = is_batch or len(inputs[0].targets) > 1
     tasks = plan_tasks(
-        inputs,
+        [one for one in inputs if not one.status],
         args.output,
-        targets,
         into_folder=into_folder,
         format=args.format,
         uncertainty=args.uncertainty,
@@ -84,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_outputs(tasks[0], format=args.format, overwrite=args.overwrite)
         maker.load()
         if args.dry_run:
-            return _dry_run(tasks, maker, args)
+            return _dry_run(inputs, tasks, maker, args)
         if is_batch:
-            return _translate_batch(tasks, maker, args)
+            return _translate_batch(inputs, tasks, maker, args)
         maker.make(tasks[0])
         for output in tasks[0].outputs:
-            print(f"{output.path}: {output.target} from {args.source}, synthetic; made as {output.sidecar.name} says")
+            print(
+                f"{output.path}: {output.target} from {tasks[0].source}, synthetic; made as {output.sidecar.name} says"
+            )
         return 0
     finally:
         for folder in new:
@@ -97,18 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder.rmdir()
 
 
-class Maker(Protocol):
+def _check_modalities(args: argparse.Namespace, maker: "Maker") -> None:
+    """Refuse modalities and pairs that no input could be translated with."""
+    targets = maker.modalities if args.target == ALL else (args.target,)
+    for name in targets:
+        modality_index(name, maker.modalities)
+    if args.source != AUTO:
+        for name in [name for name in targets if maker.translates(args.source, name)] or targets:
+            maker.check_pair(args.source, name)
+
+
+class Maker(Pairs, Protocol):
     """What translates inputs: a model here, or a service."""
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that it knows."""
-
-    def translates(self, source: str, target: str) -> bool:
-        """Whether it makes one of the other."""
-
-    def check_pair(self, source: str, target: str) -> None:
-        """Refuse with a UserError what it does not translate."""
 
     def load(self) -> None:
         """Get ready; raises UserError for what every input would fail with."""
@@ -116,13 +114,22 @@ class Maker(Protocol):
     def make(self, task: Task) -> None:
         """Translate one input into every target; all results appear, or none."""
 
+    def count_boxes(self, volume: "Volume") -> int | None:
+        """Return how many boxes of the model's shape a volume takes; None where that is not known here."""
+
     def describe(self) -> list[str]:
         """Return lines that say how it would translate."""
 
 
-def _translate_batch(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
+def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
     """Translate one input after another, whatever happens to each; results.csv grows line by line."""
     results: list[Result] = []
+    for one in inputs:
+        if one.status:
+            logger.warning("%s %s: %s", one.path, one.status, one.message)
+            results.append(Result(str(one.path), "", "", args.target, "", one.status, 0, one.message))
+    not_made = [one.status for one in inputs if one.status]
+    write_results(args.output / RESULTS_FILE, results)
     failed = 0
     for task in tasks:
         start, message = time.perf_counter(), ""
@@ -138,27 +145,35 @@ def _translate_batch(tasks: Sequence[Task], maker: Maker, args: argparse.Namespa
         seconds, status = round(time.perf_counter() - start, 3), "failed" if message else "ok"
         for output in task.outputs:
             path = str(output.path) if not message else ""
-            results.append(Result(str(task.path), args.source, output.target, path, status, seconds, message))
-        write_results(args.output / RESULTS_FILE, results)
-    print(f"{len(tasks) - failed} of {len(tasks)} inputs translated; see {args.output / RESULTS_FILE}")
-    return EXIT_FAILED if failed else 0
+            taken = (task.source, task.source_from, output.target)
+            results.append(Result(str(task.path), *taken, path, status, seconds, message))
+        write_results(args.output / RESULTS_FILE, sorted(results, key=lambda result: result.input))
+    done = len(tasks) - failed
+    words = f", {not_made.count('skipped')} skipped" if "skipped" in not_made else ""
+    print(f"{done} of {len(inputs)} inputs translated{words}; see {args.output / RESULTS_FILE}")
+    return EXIT_FAILED if failed or "failed" in not_made or not done else 0
 
 
-def _dry_run(tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
+def _dry_run(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args: argparse.Namespace) -> int:
     """Read every input, say what would be written and how."""
-    failed = 0
+    failed = sum(one.status == "failed" for one in inputs)
+    for one in inputs:
+        if one.status:
+            print(f"{one.path}: {one.status}: {one.message}")
     for task in tasks:
         try:
             check_outputs(task, format=args.format, overwrite=args.overwrite)
             volume, _ = read_input(task, args.max_voxels, args.series)
+            boxes = maker.count_boxes(volume)
         except UserError as error:
             failed += 1
             print(f"cannot be translated: {with_flags(str(error))}")
             continue
         spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
-        print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm")
+        words = {None: "", 1: ", 1 box"}.get(boxes, f", {boxes} boxes")
+        print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm{words}")
         for output in task.outputs:
-            print(f"  {args.source} -> {output.target}: {output.path}")
+            print(f"  {task.source} -> {output.target}: {output.path}")
     print("\n".join(maker.describe()))
     return EXIT_FAILED if failed else 0
 
@@ -195,7 +210,8 @@ def _parser() -> JobParser:
     parser.add_argument(
         "--source",
         required=True,
-        help=f"modality of the input ({names}; the model may know fewer); with --server also {AUTO}: by its name",
+        help=f"modality of the input ({names}; the model may know fewer), or {AUTO}: what its name says, or else its "
+        "header; of several inputs those whose names say another one, a mask or a map are skipped",
     )
     parser.add_argument(
         "--series",

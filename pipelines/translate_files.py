@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aldm.data.nifti_header import is_input_name
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path, check_folder
 
@@ -40,8 +41,26 @@ class Output:
 
     @property
     def sidecar(self) -> Path:
-        """The JSON file beside it that says how it was made."""
-        return self.path.with_name(_stem(self.path) + ".json")
+        """The JSON file beside it that says how it was made: out.json of out.nii.gz, out.dicom.json of a folder out."""
+        stem = _stem(self.path)
+        return self.path.with_name(stem + (".dicom.json" if stem == self.path.name else ".json"))
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input and what it is taken for."""
+
+    path: Path
+    source: str = ""
+    """Its modality."""
+    source_from: str = ""
+    """Who said so: request, file name or header."""
+    targets: tuple[str, ...] = ()
+    """Modalities that are made of it."""
+    status: str = ""
+    """skipped or failed where nothing is made of it."""
+    message: str = ""
+    """Why not."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,10 @@ class Task:
 
     path: Path
     is_series: bool
+    source: str
+    """Its modality."""
+    source_from: str
+    """Who said so: request, file name or header."""
     outputs: tuple[Output, ...]
 
 
@@ -59,10 +82,13 @@ class Result:
 
     input: str
     source: str
+    """What the input was taken for; empty where it was not translated because of its name."""
+    source_from: str
+    """request, file name or header."""
     target: str
     output: str
     status: str
-    """ok or failed."""
+    """ok, skipped or failed."""
     seconds: float
     message: str
 
@@ -77,7 +103,7 @@ def find_inputs(pattern: str) -> tuple[list[Path], bool]:
 
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.lower().endswith(_SUFFIXES) and file.is_file())
+        files = sorted(file for file in path.iterdir() if is_input_name(file.name) and file.is_file())
         if files:
             return files, True
         if is_series_folder(path):
@@ -86,17 +112,20 @@ def find_inputs(pattern: str) -> tuple[list[Path], bool]:
     if path.exists():
         return [path], False
     if glob.has_magic(pattern):
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if not _is_hidden(name))
         if not found:
             raise UserError(f"nothing matches {pattern}")
         return found, True
     raise UserError(f"{path} does not exist")
 
 
+def _is_hidden(name: str) -> bool:
+    return Path(name).name.startswith(".")
+
+
 def plan_tasks(
-    inputs: Sequence[Path],
+    inputs: Sequence[Input],
     output: Path,
-    targets: Sequence[str],
     *,
     into_folder: bool,
     format: str,
@@ -108,9 +137,8 @@ def plan_tasks(
     scan_synthetic-t2_std.nii.gz.
 
     Args:
-        inputs: files or series folders.
+        inputs: files or series folders, those that are translated.
         output: OUTPUT; a folder with `into_folder`.
-        targets: modalities.
         into_folder: whether OUTPUT (and `uncertainty`) name folders that hold all results.
         format: nifti or dicom.
         uncertainty: where the standard deviation goes; None where it is not wanted.
@@ -122,12 +150,13 @@ def plan_tasks(
     from aldm.data import dicom
 
     tasks = []
-    for path in inputs:
+    for given in inputs:
+        path = given.path
         is_series = dicom.is_series(path)
         if format == DICOM and not is_series:
             raise UserError(f"--format dicom needs a DICOM series folder as INPUT, and {path} is none: leave it out")
         outputs = []
-        for target in targets:
+        for target in given.targets:
             suffix = ".nii.gz" if is_series else path.name[len(_stem(path)) :]
             name = f"{_stem(path)}_synthetic-{target}"
             place, spread = output, uncertainty
@@ -135,7 +164,7 @@ def plan_tasks(
                 place = output / (name if format == DICOM else name + suffix)
                 spread = None if uncertainty is None else uncertainty / f"{name}_std{suffix}"
             outputs.append(Output(target, place, spread))
-        tasks.append(Task(path, is_series, tuple(outputs)))
+        tasks.append(Task(path, is_series, given.source, given.source_from, tuple(outputs)))
     if not into_folder:
         _check_suffixes([uncertainty] if format == DICOM else [output, uncertainty])
     _check_names(tasks)
@@ -226,6 +255,7 @@ def writing(task: Task, *, format: str, overwrite: bool, keep_patient: bool) -> 
     with ExitStack() as stack:
         temporary: dict[Path, Path] = {}
         for output in task.outputs:
+            _check_sidecar(output)
             if format == DICOM:
                 check_folder(output.path, overwrite, marker=FIRST_FILE)
             for path in (None if format == DICOM else output.path, output.sidecar, output.uncertainty):
@@ -234,6 +264,17 @@ def writing(task: Task, *, format: str, overwrite: bool, keep_patient: bool) -> 
         writer = Writer(temporary, format, overwrite, keep_patient)
         yield writer
         writer.finish()
+
+
+def _check_sidecar(output: Output) -> None:
+    """Refuse to replace the sidecar of another result, such as that of scan.nii by that of scan.nii.gz."""
+    try:
+        other = json.loads(output.sidecar.read_text())["output"]
+        belongs_to = output.sidecar.with_name(str(other))
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # none is there, or not one of ours: whether it may be replaced is the user's word
+    if other != output.path.name and belongs_to.exists():
+        raise UserError(f"{output.sidecar} says how {belongs_to} was made: give {output.path.name} another name")
 
 
 class Writer:

@@ -14,6 +14,7 @@ from pipelines.translate_files import Task, read_input, writing
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
+    from aldm.data.volume import Volume
     from aldm.translate import Translator
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class LocalModel:
         translator, sampling = self._loaded
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
             volume, source = read_input(task, args.max_voxels, args.series)
+            for note in () if task.is_series else source.notes:  # of a series it is said already
+                logger.warning("%s: %s", task.path, note)
             targets = [output.target for output in task.outputs]
             with progress(description=task.path.name, unit="step") as bar:
 
@@ -81,7 +84,7 @@ class LocalModel:
 
                 results = translator.translate_each(
                     volume,
-                    args.source,
+                    task.source,
                     targets,
                     sampling=sampling,
                     seed=args.seed,
@@ -90,7 +93,13 @@ class LocalModel:
                 )
                 for output, result in zip(task.outputs, results, strict=True):
                     result.provenance["input"] = task.path.name
+                    if source.notes:
+                        result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)
+
+    def count_boxes(self, volume: "Volume") -> int:
+        """Return how many boxes of the model's shape a volume takes."""
+        return self._loaded[0].count_boxes(volume)
 
     def describe(self) -> list[str]:
         """Return how it would sample and how much memory that takes."""

@@ -26,6 +26,8 @@ from pipelines.translate_files import DICOM, Files, Output, Task, writing
 if TYPE_CHECKING:
     import httpx
 
+    from aldm.data.volume import Volume
+
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "ALDM_TOKEN"
@@ -100,6 +102,9 @@ class RemoteService:
     def load(self) -> None:
         """The service has loaded its model already."""
 
+    def count_boxes(self, volume: "Volume") -> None:
+        """The service says so when the translation is done."""
+
     def describe(self) -> list[str]:
         """Return what is known of the service."""
         return [f"{self._args.server}: {self._model['description']}, hash {self._model['hash'][:12]}"]
@@ -135,7 +140,7 @@ class RemoteService:
         """Send a volume, as often as it takes until the service has room for it, and return the job."""
         args = self._args
         fields = {
-            "source": args.source,
+            "source": task.source,
             "target": [output.target for output in task.outputs],
             "sampler": args.sampler,
             "num_inference_steps": args.num_inference_steps,
@@ -260,6 +265,12 @@ class _Away(UserError):
     """Nobody has answered for long, in the middle of a translation."""
 
 
+def _files_of(series: Path) -> list[Path]:
+    """Return the files of a series that are sent: all but those that macOS leaves beside others."""
+    inside = series.iterdir() if series.is_dir() else [series]
+    return sorted(path for path in inside if path.is_file() and not path.name.startswith("._"))
+
+
 def _token(file: Path | None) -> str:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -302,8 +313,7 @@ def _upload(task: Task) -> Iterator[tuple[str, BinaryIO]]:
             return
         with tempfile.TemporaryFile() as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                inside = task.path.iterdir() if task.path.is_dir() else [task.path]
-                for number, file in enumerate(sorted(path for path in inside if path.is_file())):
+                for number, file in enumerate(_files_of(task.path)):
                     promised = file.suffix.lower() in SUFFIXES  # other names may say who the patient is
                     archive.write(file, f"{number:05d}.{'dcm' if promised else 'file'}")
             yield f"{task.path.name}.zip", stream

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aldm.translate import Translation
 
 NIFTI, DICOM = "nii.gz", "dicom"
-_VOLUME, _SERIES = "volume.nii.gz", "series.json"
+_VOLUME, _SERIES, _NOTES = "volume.nii.gz", "series.json", "notes.json"
 _GEOMETRY = (
     *("sizeof_hdr", "magic", "dim", "pixdim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter"),
     *("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -65,6 +65,8 @@ def keep_nifti(folder: Path, volume: "Volume", source: "NiftiSource") -> None:
             header[name] = np.zeros_like(header[name])
     nameless = replace(source, header=bytes(header.binaryblock))
     save_nifti(folder / _VOLUME, to_source_orientation(volume.data, nameless), nameless)
+    if source.notes:
+        (folder / _NOTES).write_text(json.dumps(source.notes))
 
 
 def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
@@ -92,7 +94,8 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
 
     volume, source = load_nifti(folder / _VOLUME)
     if not is_series(folder):
-        return volume, source
+        notes = folder / _NOTES
+        return volume, replace(source, notes=tuple(json.loads(notes.read_text())) if notes.is_file() else ())
     kept: dict[str, Any] = json.loads((folder / _SERIES).read_text())
     affine = np.array(kept.pop("volume_affine"))
     for name in ("shape", "orientation_cosines", "pixel_spacing", "patient", "notes"):
@@ -120,6 +123,8 @@ def write_results(
     from pipelines.translate_files import describe
 
     made, result = translation.provenance, translation.volume
+    if source.notes:
+        made["notes"] = list(source.notes)
     target, words = made["target"], describe(made)
     path = result_file(folder, target, format)
     grid = source if isinstance(source, NiftiSource) else source_of(result.affine, result.data.shape, path)

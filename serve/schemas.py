@@ -135,6 +135,7 @@ class Limits(BaseModel):
 
     max_upload_bytes: int
     max_voxels: int
+    max_grid_voxels: int = Field(description="of the volume on the model's grid, which covers its field of view")
     max_queue: int
     max_samples: int
     max_evaluations: int

@@ -41,6 +41,7 @@ class Settings(BaseModel):
         300, gt=0, allow_inf_nan=False, description="longest time that a request's body may take to arrive"
     )
     max_voxels: int = Field(2**26, ge=8, description="largest volume, voxels")
+    max_grid_voxels: int = Field(2**26, ge=8, description="largest volume on the model's grid, voxels")
     max_samples: int = Field(16, ge=1, description="most samples of one translation")
     max_evaluations: int = Field(4096, ge=1, description="most network evaluations of one job, samples and targets in")
     keep_hours: float = Field(

@@ -15,6 +15,7 @@ from aldm.errors import UserError
 from aldm.pairs import check_pair
 from aldm.sampling_choice import choose_sampling
 from serve import files
+from serve.grids import check_grid
 from serve.models import Model
 from serve.news import News
 from serve.problems import Problem
@@ -58,6 +59,8 @@ class Service:
                 words, voxels = await anyio.to_thread.run_sync(
                     accept, volume.file, name, folder, self.settings, values["series"] or None
                 )
+                limit = self.settings.max_grid_voxels
+                await anyio.to_thread.run_sync(check_grid, folder, self.model.config.preprocess, limit)
             source, source_from = self._source(values["source"], name, words)
             self._check_pairs(source, targets)
             if values["format"] == files.DICOM and not files.is_series(folder):

@@ -1,6 +1,7 @@
 """An upload is accepted or refused: every check before anything is queued, and nothing kept of who the patient is."""
 
 import contextlib
+import io
 import re
 import shutil
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from aldm.data.dicom_files import SUFFIXES
+from aldm.data.dicom_files import SUFFIXES, damage_of, is_dicom, open_dicom
 from aldm.errors import UserError
 from serve.files import keep_nifti, keep_series
 from serve.problems import Problem, without_paths
@@ -19,11 +20,17 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MAX_ENTRIES = 4096
 """Files of a zipped series."""
 MAX_RATIO = 100
-"""A file of a zip that grows more than this when it is unpacked is no image."""
+"""What grows more than this when it is unpacked, a large file of a zip or the zip as a whole, is no image."""
+JUDGED_BYTES = 2**22
+"""Size from which a file's growth is looked at: a slice that is empty or mostly padding shrinks 100 to 200 times."""
+FREE_BYTES = 2**26
+"""What any zip may unpack to, whatever its growth."""
 MAX_NAME = 255
 MAX_DIRECTORY = 2**21
 """Bytes of a zip's directory: 500 for each of the files it may have."""
 _BLOCK = 2**20
+_PREAMBLE = 132
+"""Bytes before the first element of a DICOM file."""
 _HEADER = 2**16
 """Bytes beside its voxels that a file of a series may have."""
 
@@ -73,10 +80,8 @@ def _accept_nifti(stream: BinaryIO, suffix: str, folder: Path, settings: Setting
         with upload.open("wb") as target:
             shutil.copyfileobj(stream, target, _BLOCK)
         volume, source = load_nifti(upload, max_voxels=settings.max_voxels)
-        header = source.parsed_header()
-        words = " ".join(bytes(header[name].tobytes()).decode("latin-1") for name in ("descrip", "intent_name"))
         keep_nifti(folder, volume, source)
-        return words.replace("\0", " "), volume.data.size
+        return source.words(), volume.data.size
     finally:
         upload.unlink(missing_ok=True)
 
@@ -88,6 +93,8 @@ def _accept_series(stream: BinaryIO, folder: Path, settings: Settings, wanted: s
     series.mkdir()
     try:
         _unpack(stream, series, settings)
+        for path in sorted(series.iterdir()):
+            _refuse_deflated(path)
         volume, source = read_series(series, series=wanted, max_voxels=settings.max_voxels, patient=False)
         keep_series(folder, volume, source)
         return source.description, volume.data.size
@@ -98,17 +105,23 @@ def _accept_series(stream: BinaryIO, folder: Path, settings: Settings, wanted: s
 def _unpack(stream: BinaryIO, folder: Path, settings: Settings) -> None:
     """Unpack a zip under names of our own, counting what comes out."""
     with _opened(stream) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_twin(entry)]
         if not entries:
             raise Problem(422, "volume: the zip is empty, wanted the files of one DICOM series")
         if len(entries) > MAX_ENTRIES:
             raise Problem(413, f"volume: the zip holds {len(entries):,} files, the limit is {MAX_ENTRIES:,}")
         left = 8 * settings.max_voxels + len(entries) * _HEADER  # 64-bit voxels and a generous header each
+        left = min(left, FREE_BYTES + MAX_RATIO * stream.seek(0, io.SEEK_END))
         for index, entry in enumerate(entries):
             _check_entry(entry)
             promised = entry.filename.lower().endswith(SUFFIXES)
             path = folder / f"{index:05d}.{'dcm' if promised else 'file'}"
             left -= _unpack_entry(archive, entry, path, left)
+
+
+def _is_twin(entry: zipfile.ZipInfo) -> bool:
+    """Whether it is one of the files that macOS puts into a zip beside every file."""
+    return re.split(r"[/\\]", entry.filename)[-1].startswith("._")
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
@@ -120,8 +133,30 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         raise Problem(422, "volume: the zip is encrypted; send it without a password")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise Problem(422, "volume: the zip holds a link, wanted files only")
-    if entry.file_size > _HEADER and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Problem(422, "volume: the zip is compressed in an unusual way; make it again")
+    if entry.file_size > JUDGED_BYTES and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
         raise Problem(413, f"volume: a file of the zip grows more than {MAX_RATIO} times when unpacked; not unpacked")
+
+
+def _refuse_deflated(path: Path) -> None:
+    """Refuse a file that is deflated as a whole: it would be inflated at once, to whatever it becomes.
+
+    Raises:
+        UserError: so, or damage that makes it impossible to tell.
+    """
+    from pydicom.filereader import _read_file_meta_info  # the public function does not take a stream
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    if not is_dicom(path):
+        return
+    with damage_of(path), open_dicom(path) as stream:
+        stream.seek(_PREAMBLE)
+        syntax = _read_file_meta_info(stream).get("TransferSyntaxUID")
+    if syntax == DeflatedExplicitVRLittleEndian:
+        raise UserError(
+            f"{path}: deflated DICOM is not taken; write the series uncompressed (Explicit VR Little Endian)"
+        )
 
 
 def _unpack_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, limit: int) -> int:
@@ -131,7 +166,7 @@ def _unpack_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, 
         with archive.open(entry) as source, path.open("wb") as target:
             while block := source.read(_BLOCK):
                 done += len(block)
-                if done > limit or (done > _HEADER and done > MAX_RATIO * max(entry.compress_size, 1)):
+                if done > limit or (done > JUDGED_BYTES and done > MAX_RATIO * max(entry.compress_size, 1)):
                     raise Problem(413, "volume: the zip unpacks to more than the largest volume; not unpacked further")
                 target.write(block)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:

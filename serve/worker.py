@@ -192,7 +192,7 @@ def translate(
         folder: of all jobs.
         jobs: to make; their volumes lie in folder/ID. What is found out about the volumes is noted in them.
         problems: what went wrong is noted here, by job.
-        stopped: ids that nobody wants any more, looked at before each pass; may grow meanwhile.
+        stopped: ids that nobody wants any more, looked at before each step; may grow meanwhile.
         on_step: called as on_step(jobs, share done).
         max_evaluations: most network evaluations of one job; one whose boxes take more fails.
     """
@@ -205,8 +205,12 @@ def translate(
     works: list[_Work] = []
     for job in jobs:
         evaluations = sampling.num_inference_steps * sampling.num_samples * len(job.targets)  # a box
+        if job.id in stopped:
+            continue
         with _noted(job, folder, problems):
             volume, source = load_source(folder / job.id)
+            if job.id in stopped:  # to prepare it is what may take long
+                continue
             encoded = translator.prepare(volume, max_boxes=max(1, max_evaluations // evaluations))
             works.append(_Work(job, encoded, volume, source))
     if not works:

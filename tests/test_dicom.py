@@ -1,59 +1,19 @@
 """DICOM series: geometry and values out and back, the marks of a synthetic series, and bad input."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRBigEndian, RLELossless
+from series import DAMAGE, SHAPE, UNUSABLE, Edit, make_series
 
-from aldm.data.dicom import MR_IMAGE_STORAGE, is_series_folder, read_series, write_series
-from aldm.data.phantom_anatomy import rotation
+from aldm.data.dicom import is_series_folder, read_series, write_series
 from aldm.data.volume import load_nifti, save_nifti, to_source_orientation
 from aldm.errors import UserError
-
-SHAPE = (7, 6, 5)  # columns, rows, slices
-SPACING_MM = (0.9, 1.1, 2.5)  # between columns, rows, slices
-Edit = Callable[[int, Dataset], None]
-
-
-def make_series(
-    folder: Path, *, angles: tuple[float, float, float] = (0, 0, 0), edit: Edit | None = None
-) -> np.ndarray:
-    """Write an acquired MR series in shuffled file order; return its values (columns, rows, slices), scaled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).integers(0, 4000, SHAPE)
-    directions = rotation(np.deg2rad(angles))
-    series, study, frame = generate_uid(), generate_uid(), generate_uid()
-    for k in range(SHAPE[2]):
-        made = Dataset()
-        made.PatientName, made.PatientID, made.PatientBirthDate = "Doe^Jane", "ID-4711", "19700101"
-        made.StudyDate, made.AccessionNumber, made.InstitutionName = "20200202", "A1", "St. Elsewhere"
-        made.Modality, made.SOPClassUID, made.SOPInstanceUID = "MR", MR_IMAGE_STORAGE, generate_uid()
-        made.SeriesInstanceUID, made.StudyInstanceUID, made.FrameOfReferenceUID = series, study, frame
-        made.PatientPosition, made.BodyPartExamined, made.SliceThickness = "HFS", "BRAIN", "2.4"
-        made.private_block(0x0029, "SOMEONE", create=True).add_new(1, "LO", "secret")
-        position = np.array([-31.4, 22.25, 10.125]) + directions[:, 2] * SPACING_MM[2] * k
-        made.ImagePositionPatient = [f"{value:.8g}" for value in position]
-        made.ImageOrientationPatient = [f"{value:.8g}" for value in (*directions[:, 0], *directions[:, 1])]
-        made.PixelSpacing = [SPACING_MM[1], SPACING_MM[0]]
-        made.Columns, made.Rows = SHAPE[:2]
-        made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
-        made.BitsAllocated, made.BitsStored, made.HighBit = 16, 12, 11
-        made.RescaleSlope, made.RescaleIntercept = [(1, 0), (0.5, -10.25)][k % 2]  # scanners do change it by slice
-        made.PixelData = np.ascontiguousarray(values[:, :, k].T).astype("<u2").tobytes()
-        made.file_meta = FileMetaDataset()
-        made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        if edit is not None:
-            edit(k, made)
-        made.save_as(folder / f"IM{(3 * k) % SHAPE[2]}.dcm", enforce_file_format=True)
-    slopes = np.array([[1, 0.5][k % 2] for k in range(SHAPE[2])])
-    intercepts = np.array([[0, -10.25][k % 2] for k in range(SHAPE[2])])
-    return values * slopes + intercepts
 
 
 def world_ras(path: Path, column: int, row: int) -> np.ndarray:
@@ -222,58 +182,11 @@ def _uids(header: Dataset) -> list[tuple[str, str]]:
     return [(keyword, str(header[keyword].value)) for keyword in uids]
 
 
-def _on(slice_number: int, **values: object) -> Edit:
-    """Set attributes in one slice."""
-
-    def edit(k: int, header: Dataset) -> None:
-        if k == slice_number:
-            for keyword, value in values.items():
-                setattr(header, keyword, value)
-
-    return edit
-
-
-UNUSABLE: list[tuple[Edit, str]] = [
-    (_on(2, SeriesInstanceUID=generate_uid()), "2 series in one folder"),
-    (_on(3, Modality="CT"), "modality is CT, wanted MR"),
-    (_on(1, NumberOfFrames=4), "multi-frame"),
-    (_on(1, SamplesPerPixel=3), "colour"),
-    (_on(1, PixelSpacing=[2, 2]), "differ in PixelSpacing"),
-    (_on(1, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "differ in ImageOrientationPatient"),
-    (_on(2, ImagePositionPatient=[-31.4, 22.25, 14.0]), "wanted even spacing"),
-    (_on(2, ImagePositionPatient=[-31.4, 22.25, 12.625]), "lie at the same place"),
-    (_on(2, ImagePositionPatient=[-29.4, 22.25, 15.125]), "shifted against each other"),
-    (_on(2, ImagePositionPatient=None), "ImagePositionPatient is missing, wanted 3 numbers"),
-    (_on(2, PixelData=b"\0\0"), "truncated, 84 bytes of voxels wanted, 2 there"),
-    (_on(2, Rows=None), "without an image|differ in Rows"),
-    (_on(1, Rows=[6, 6]), "differ in Rows|Rows is not one whole number"),
-    (_on(1, SamplesPerPixel=[1, 1]), "SamplesPerPixel is not one whole number"),
-    (_on(0, SliceThickness=["1", "2"]), "SliceThickness is 2 values, wanted 1"),
-]
-"""What makes a series unusable, and words of the error."""
-
-
 @pytest.mark.parametrize(("edit", "message"), UNUSABLE)
 def test_unusable_series(edit: Edit, message: str, tmp_path: Path) -> None:
     make_series(tmp_path / "in", edit=edit)
     with pytest.raises(UserError, match=message):
         read_series(tmp_path / "in")
-
-
-SYNTAX = b"\x02\x00\x10\x00UI"  # TransferSyntaxUID
-POSITION = b"\x20\x00\x32\x00DS"  # ImagePositionPatient
-NAME = b"\x10\x00\x10\x00PN"  # PatientName
-DAMAGE: dict[str, Callable[[bytes], bytes]] = {
-    "no transfer syntax": lambda whole: whole.replace(SYNTAX, b"\x02\x00\x11\x00UI"),
-    "an invalid transfer syntax": lambda whole: whole.replace(b"1.2.840.10008.1.2.1\0", b"Doe^Jane".ljust(20, b"\0")),
-    "a position that is a word": lambda whole: whole.replace(b"-31.4\\22.25", b"Doe^J\\22.25"),
-    "an unknown kind of value": lambda whole: whole.replace(POSITION, POSITION[:4] + b"Q?"),
-    "a number of another length": lambda whole: whole.replace(
-        b"\x28\x00\x10\x00US\x02\x00", b"\x28\x00\x10\x00US\x01\x00"
-    ),
-    "a length beyond the file": lambda whole: whole.replace(NAME + b"\x08\x00", NAME + b"\xf0\xff"),
-}
-"""What may happen to the bytes of a file."""
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
-from test_dicom import SHAPE, make_series
+from series import SHAPE, make_series
 
 from aldm.data.dicom import list_series, read_series, write_series
 from aldm.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from test_dicom import make_series
+from series import make_series
 
 from aldm.config import PreprocessConfig
 from aldm.data.dicom import read_series

@@ -66,9 +66,11 @@ def test_cosine_betas_are_equation_17_with_its_limit():
     assert wanted[-1] == 0.999
 
 
-def test_beta_outside_its_range_is_refused():
-    with pytest.raises(UserError, match="beta_end"):
-        make_schedule(DiffusionConfig(beta_end=1.5))
+@pytest.mark.parametrize("name", ["beta_start", "beta_end"])
+@pytest.mark.parametrize("value", [1.5, 1.0, 0.0, -0.1])
+def test_beta_outside_its_range_is_refused(name, value):
+    with pytest.raises(UserError, match=r"beta_(start|end)"):
+        make_schedule(DiffusionConfig(**{name: value}))
 
 
 @pytest.mark.parametrize("objective", ["v", "x0"])
@@ -77,6 +79,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_start(objective):
     schedule, plain = make_schedule(config), make_schedule(replace(config, zero_terminal_snr=False))
     assert schedule.alphas_cumprod[-1] == 0
     assert schedule.alphas_cumprod[0] == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
+    assert torch.allclose(torch.cumprod(1 - schedule.betas, 0), schedule.alphas_cumprod, rtol=1e-12, atol=0)
     noise, last = latents(0), torch.full((4,), 999)
     assert torch.equal(noised(objective, schedule, latents(1), None, last, noise), noise)
 
@@ -95,6 +98,35 @@ def test_levels_agree_with_the_table_and_invert(name):
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1, rel=1e-12)
     for t in (0.0, 0.25, 37.5, 999.0):
         assert schedule.level_of_half_log_snr(schedule.level(t).half_log_snr).t == pytest.approx(t, abs=1e-6)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_weights_between_steps_are_those_of_the_level_there(zero_terminal_snr):
+    """Of a batch, shaped to multiply it: whole steps, fractional ones, and what lies beyond the table's ends."""
+    schedule = make_schedule(DiffusionConfig(objective="v", zero_terminal_snr=zero_terminal_snr))
+    t = torch.tensor([0.0, 0.25, 37.5, 500.0, 998.75, 999.0, -1.0, 2000.0])
+    like = torch.zeros(len(t), 2, 1, 1, 1)
+    levels = [schedule.level(min(max(float(one), 0.0), 999.0)) for one in t]
+    for got, name in zip(schedule.alpha_sigma_between(t, like), ("alpha", "sigma"), strict=True):
+        assert got.shape == (len(t), 1, 1, 1, 1)
+        assert got.flatten().tolist() == pytest.approx([getattr(level, name) for level in levels], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["v", "bridge"])
+def test_every_time_step_is_drawn_as_often(objective):
+    config = DiffusionConfig(objective=objective, num_train_timesteps=4, bridge_start_fraction=0.0)
+    z = torch.zeros(8000, 1, 1, 1, 1)
+    _, t, _ = training_loss_inputs(config, make_schedule(config), z, z, torch.Generator().manual_seed(0))
+    assert t.unique().tolist() == [0, 1, 2, 3]
+    assert (t.long().bincount() / len(t)).tolist() == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_a_bridge_is_a_line_unless_its_noise_is_said():
+    schedule = make_schedule(DiffusionConfig(objective="bridge"))
+    target, start, t = latents(0), latents(1), torch.tensor([0, 249, 499, 999])
+    z_t = noised("bridge", schedule, target, start, t, latents(2))
+    tau = (t + 1).view(-1, 1, 1, 1, 1) / 1000
+    torch.testing.assert_close(z_t, (1 - tau) * target + tau * start)
 
 
 @pytest.mark.parametrize("objective", VARIANCE_PRESERVING)

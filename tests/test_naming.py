@@ -77,7 +77,7 @@ def test_a_name_says_its_modality(name):
     check_source(name, NAMES[name])
     for other in MODALITIES:
         if other != NAMES[name]:
-            with pytest.raises(UserError, match=f"by its name it is {NAMES[name]}, and source is {other}"):
+            with pytest.raises(UserError, match=f"by its name it is {NAMES[name]}, and `source` is {other}"):
                 check_source(name, other)
     with pytest.raises(NotAVolume, match=f"by its file name it is {NAMES[name]}, wanted one of"):
         choose_source(name, "", [modality for modality in MODALITIES if modality != NAMES[name]])
@@ -87,7 +87,7 @@ def test_a_name_says_its_modality(name):
 def test_an_unsure_name_lists_its_guesses_and_the_header_may_settle_it(name):
     guesses = UNSURE[name]
     assert read_name(name).guesses == guesses
-    with pytest.raises(UserError, match=f"may mean {guesses[0]} or {guesses[1]}: give its modality as source"):
+    with pytest.raises(UserError, match=f"may mean {guesses[0]} or {guesses[1]}: give `source`"):
         choose_source(name, "")
     for guess in guesses:
         check_source(name, guess)
@@ -113,7 +113,7 @@ def test_a_name_that_says_nothing_needs_the_header_or_the_user():
     check_source("scan.nii.gz", "t2")
     assert choose_source("scan.nii.gz", "Ax T2") == ("t2", "header")
     with pytest.raises(
-        UserError, match=r"neither its name nor its header says the modality: give source, one of t1, pd"
+        UserError, match=r"neither its name nor its header says the modality: give `source`, one of t1, pd"
     ):
         choose_source("scan.nii.gz", "FSL5.0", ["t1", "pd"])
 

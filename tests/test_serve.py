@@ -21,10 +21,9 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from scans import BAD, blob, image_of, nifti_bytes, noise, oblique, same_image, with_header, write
+from series import DAMAGE, UNUSABLE, make_series
 from service import RunningService, forget_peak, peak_bytes
-from test_dicom import DAMAGE, UNUSABLE, make_series
-from test_translate_job import blob, write
-from test_volume import BAD, nifti_bytes, noise, oblique, with_header
 
 from aldm.cli import main
 
@@ -47,20 +46,6 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane was here"))
     nibabel.save(image, path)
     return path
-
-
-def image_of(content: bytes) -> nibabel.Nifti1Image:
-    return nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
-
-
-def same_image(first: nibabel.Nifti1Image, second: nibabel.Nifti1Image) -> None:
-    assert first.shape == second.shape
-    np.testing.assert_array_equal(first.affine, second.affine)
-    for name in ("qform_code", "sform_code", "xyzt_units", "pixdim", "descrip"):
-        np.testing.assert_array_equal(first.header[name], second.header[name], err_msg=name)
-    a, b = first.get_fdata(), second.get_fdata()
-    assert np.isfinite(a).all()
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.ptp(b))
 
 
 def by_hand(service: RunningService, source: Path, out: Path, *flags: object) -> nibabel.Nifti1Image:
@@ -115,6 +100,14 @@ def test_the_source_is_guessed_from_the_header(service: RunningService, tmp_path
     answer = service.post("/v1/translations", unsaid, target="t1")
     assert answer.status_code == 422
     assert "give source, one of t1, t2, pd" in answer.json()["detail"]
+    for name, words in (
+        ("sub-01_desc-T1w_mask.nii.gz", "a segmentation or a mask ('mask')"),
+        ("t2_map.nii.gz", "a map ('map')"),
+        ("PD_T2_dual.nii.gz", "may mean t2 or pd: give source"),
+    ):
+        answer = service.post("/v1/translations", write(tmp_path / name), target="t1")
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
     service.wait(job)
 
 

@@ -20,9 +20,8 @@ import pytest
 import yaml
 from kubernetes_objects import one
 from ray_head import RayHead
+from scans import image_of, same_image, write
 from service import free_port
-from test_serve import image_of, same_image
-from test_translate_job import write
 from untrained import save_untrained
 
 from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkpoint

@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from scans import image_of, same_image, write
 from service import RunningService
-from test_serve import image_of, same_image
-from test_translate_job import write
 
 from aldm.cli import main
 from serve.security import new_token

@@ -14,7 +14,7 @@ import httpx
 import nibabel
 import numpy as np
 import pytest
-from test_translate_job import blob
+from scans import blob
 from untrained import save_untrained
 
 from aldm.data.volume import load_nifti

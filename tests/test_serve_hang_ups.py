@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 from ray.exceptions import TaskCancelledError
+from scans import write
 from service import RunningService
 from test_serve_guard import Near, scan
-from test_translate_job import write
 from untrained import save_untrained
 
 from serve.api import build_api

@@ -116,6 +116,16 @@ def test_a_new_token_is_kept_as_a_hash_in_a_file_of_its_owner(tmp_path: Path) ->
         new_token(tmp_path / "none" / "tokens", "ward")
 
 
+@pytest.mark.parametrize("before", ["", f"old {DIGEST}", f"old {DIGEST}\n", "# of the ward"])
+def test_a_new_token_has_a_line_of_its_own_and_leaves_no_empty_one(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(before)
+    new_token(path, "ward")
+    *first, last = path.read_text().splitlines()
+    assert first == before.splitlines()
+    assert last.startswith("ward ")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -19,8 +19,9 @@ import pytest
 from benchmarks.translate_memory import measure, whole_volume_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scans import blob, write
 from scipy.spatial.transform import Rotation
-from test_dicom import make_series
+from series import make_series
 from test_translate import translator
 from untrained import save_untrained
 
@@ -30,23 +31,6 @@ from aldm.presets import small
 
 CODES = ["".join(axes) for order in itertools.permutations(("RL", "AP", "SI")) for axes in itertools.product(*order)]
 """The 48 ways to lay a volume's axes."""
-
-
-def blob(shape=(14, 12, 10)) -> np.ndarray:
-    """A bright ellipsoid off the centre, different along every axis, on black."""
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
-    inside = (((grid - np.array([0.1, -0.05, 0.08])[:, None, None, None]) * 1.3) ** 2).sum(axis=0) < 1
-    return inside * (600 + 200 * grid[0] - 150 * grid[1] + 100 * grid[2])
-
-
-def write(path: Path, data: np.ndarray | None = None, affine: np.ndarray | None = None, **header: object) -> Path:
-    image = nibabel.Nifti1Image(
-        blob().astype(np.float32) if data is None else data, np.eye(4) if affine is None else affine
-    )
-    for name, value in header.items():
-        image.header[name] = value
-    nibabel.save(image, path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +83,7 @@ def test_the_result_has_exactly_the_input_s_grid(
     image.set_qform(affine, code=form_codes[0])
     image.set_sform(affine, code=form_codes[1])
     image.header.set_xyzt_units(units, "sec")
-    source, output = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    source, output = tmp_path / f"in{suffix}", tmp_path / f"out-{len(suffix)}{suffix}"  # out.json is of one alone
     nibabel.save(image, source)
     assert run(source, output, "--overwrite", "--intensity", "unit", model=model, target="t1") == 0
     given_image, result = nibabel.load(source), nibabel.load(output)
@@ -250,7 +234,8 @@ def test_a_dicom_series_is_an_input_and_may_be_the_output(form, echo, model, tmp
     make_series(tmp_path / "series", angles=(4, -7, 12))
     output = tmp_path / ("out" if form == "dicom" else "out.nii.gz")
     assert run(tmp_path / "series", output, "--format", form, model=model) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["synthetic"] is True
+    sidecar = tmp_path / ("out.dicom.json" if form == "dicom" else "out.json")
+    assert json.loads(sidecar.read_text())["synthetic"] is True
     from aldm.data.dicom import read_series
     from aldm.data.volume import load_nifti
 
@@ -405,7 +390,11 @@ def refused(code: int, capsys: pytest.CaptureFixture[str], words: str, folder: P
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "unknown modality": ({"source": "t3"}, (), "modality 't3' is not one that this model knows"),
     "modality of another model": ({"target": "flair"}, (), "'flair' is not one that this model knows: t1, t2, pd"),
-    "source by its name, without a service": ({"source": "auto"}, (), "--source auto is for --server"),
+    "neither name nor header says the source": (
+        {"source": "auto"},
+        (),
+        r"in\.nii: neither its name nor its header .* give --source",
+    ),
     "missing input": ({"input": "absent.nii"}, (), r"absent\.nii does not exist"),
     "nothing matches": ({"input": "absent*.nii"}, (), r"nothing matches absent\*\.nii"),
     "empty folder": ({"input": "empty"}, (), "empty holds no NIfTI file"),

@@ -1,5 +1,6 @@
 """`aldm translate --server`: the files that the same command makes here, made by a running service."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -16,10 +17,10 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from scans import same_image, write
+from series import make_series
 from service import RunningService, free_port
-from test_dicom import make_series
-from test_serve import LONG, eight_times, same_image
-from test_translate_job import write
+from test_serve import LONG, eight_times
 
 import pipelines.translate_remote
 from aldm.cli import main
@@ -58,9 +59,9 @@ def test_all_targets_of_a_folder_with_a_guessed_source(service: RunningService, 
     for name in ("a_T1w.nii.gz", "b_T2w.nii.gz", "c.nii.gz"):
         (scans / name).write_bytes(scan.read_bytes())
     assert run(scans, tmp_path / "out", "--server", service.url, "--source", "auto", "--target", "pd") == 2
-    lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
-    assert [line.split(",")[4] for line in lines[1:]] == ["ok", "ok", "failed"]
-    assert "give source" in lines[3]
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [(row["status"], row["source"]) for row in rows] == [("ok", "t1"), ("ok", "t2"), ("failed", "")]
+    assert "give --source" in rows[2]["message"]
     assert run(scan, tmp_path / "all", "--server", service.url, "--source", "t1", "--target", "all") == 0
     names = {path.name for path in (tmp_path / "all").glob("*.nii.gz")}
     assert names == {f"sub-01_T1w_synthetic-{target}.nii.gz" for target in ("t1", "t2", "pd")}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scans import BAD, nifti_bytes, noise, oblique, with_header
 
 from aldm.data.volume import (
     Volume,
@@ -24,28 +25,6 @@ SHAPE = (7, 9, 11)
 ORIENTATIONS = [
     "".join(pair) for axes in itertools.permutations(("RL", "AP", "SI")) for pair in itertools.product(*axes)
 ]
-
-
-def noise(shape=SHAPE, seed=0):
-    return np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
-
-
-def oblique(spacing=(0.9, 1.1, 2.5), angles=(0.2, -0.15, 0.1), origin=(-3.0, 5.0, 7.0)):
-    affine = np.eye(4)
-    affine[:3, :3] = rotation(angles) @ np.diag(spacing)
-    affine[:3, 3] = origin
-    return affine
-
-
-def rotation(angles):
-    turned = np.eye(3)
-    for axis, angle in enumerate(angles):
-        i, j = [k for k in range(3) if k != axis]
-        step = np.eye(3)
-        step[i, i] = step[j, j] = np.cos(angle)
-        step[i, j], step[j, i] = -np.sin(angle), np.sin(angle)
-        turned = turned @ step
-    return turned
 
 
 def world_of(affine, shape):
@@ -144,64 +123,6 @@ def test_other_spatial_units_become_mm(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def nifti_bytes(data, affine=None, change=lambda header: None):
-    image = nibabel.Nifti1Image(data, np.eye(4) if affine is None else affine)
-    raw = bytearray(image.to_bytes())
-    header = nibabel.Nifti1Header(bytes(raw[:348]), check=False)
-    change(header)
-    raw[:348] = header.binaryblock
-    return bytes(raw)
-
-
-def with_voxel(value):
-    data = noise()
-    data[1, 2, 3] = value
-    return nifti_bytes(data)
-
-
-def with_header(**fields):
-    def change(header):
-        for name, value in fields.items():
-            header[name] = value
-
-    return nifti_bytes(noise(), change=change)
-
-
-RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
-BAD = {
-    "empty": (b"", "empty"),
-    "text": (b"patient,age\n" * 100, "not a NIfTI"),
-    "short": (b"abc", "not a NIfTI"),
-    "pair": (with_header(magic=b"ni1"), "single-file"),
-    "truncated": (nifti_bytes(noise())[:-1], "truncated"),
-    "header-only": (nifti_bytes(noise())[:348], "truncated"),
-    "2d": (nifti_bytes(noise((8, 9))), "2D"),
-    "one-slice": (nifti_bytes(noise((8, 9, 1))), "2D"),
-    "4d": (nifti_bytes(noise((4, 5, 6, 3))), "4D"),
-    "5d": (nifti_bytes(noise((4, 5, 6, 1, 3))), "5x6x1x3"),
-    "negative-size": (with_header(dim=[3, -7, 9, 11, 1, 1, 1, 1]), "makes no sense"),
-    "too-many-axes": (with_header(dim=[9, 7, 9, 11, 1, 1, 1, 1]), "makes no sense"),
-    "too-large": (with_header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "limit"),
-    "complex": (nifti_bytes(noise().astype(np.complex64)), "complex"),
-    "rgb": (nifti_bytes(np.zeros(SHAPE, RGB)), "RGB"),
-    "unknown-type": (with_header(datatype=12345), "voxel type"),
-    "zero": (nifti_bytes(np.zeros(SHAPE, np.int16)), "zero"),
-    "constant": (nifti_bytes(np.full(SHAPE, 7, np.int16)), "constant"),
-    "nan": (with_voxel(np.nan), "1 of 693 voxels are NaN inside the patient, wanted finite numbers there"),
-    "inf": (with_voxel(-np.inf), "1 of 693 voxels are infinite"),
-    "overflow": (nifti_bytes(noise().astype(np.float64) * 1e300), "voxels are infinite"),
-    "bad-slope": (with_header(scl_slope=2, scl_inter=np.inf), "scale factors"),
-    "singular": (nifti_bytes(noise(), change=lambda h: h.set_sform(np.diag([1, 1, 0, 1]), code=1)), "singular"),
-    "flat": (
-        nifti_bytes(noise(), change=lambda h: h.set_sform([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], 1)),
-        "singular",
-    ),
-    "nan-affine": (with_header(sform_code=1, srow_x=[np.nan, 0, 0, 0]), "singular"),
-    "voxels-inside-header": (with_header(vox_offset=10), "damaged"),
-    "voxels-far-away": (with_header(vox_offset=1e9), "damaged"),
-}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aldm.data.dicom_codestream import is_self_describing, picture_size
 from aldm.data.dicom_files import Slice, damage_of, decimals, guessed_syntax, open_dicom, whole_number
 from aldm.errors import UserError
 
@@ -121,6 +122,7 @@ def _stripped(path: Path, frames: Sequence[int]) -> "Dataset":
     count = int(whole.get("NumberOfFrames") or 1)
     if pydicom.uid.UID(syntax).is_encapsulated:
         encoded = list(generate_frames(whole.PixelData, number_of_frames=count))
+        _check_streams(path, [encoded[frame] for frame in frames], whole)
         made.PixelData = encapsulate([encoded[frame] for frame in frames])
         made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
     else:
@@ -133,3 +135,16 @@ def _stripped(path: Path, frames: Sequence[int]) -> "Dataset":
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == DeflatedExplicitVRLittleEndian else syntax
     return made
+
+
+def _check_streams(path: Path, streams: Sequence[bytes], header: "Dataset") -> None:
+    """See that compressed frames are as large as the header says, before a decoder takes memory for them."""
+    if not is_self_describing(header.file_meta.TransferSyntaxUID):
+        return
+    for stream in streams:
+        size = picture_size(stream)
+        if size != (1, header.Rows, header.Columns):
+            found = "no size" if size is None else f"{size[2]}x{size[1]} of {size[0]} component(s)"
+            raise UserError(
+                f"{path}: its compressed voxels claim {found}, the header {header.Columns}x{header.Rows}: it is damaged"
+            )

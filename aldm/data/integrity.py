@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,21 @@ import numpy as np
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.dicom import is_series, read_series
-from aldm.data.layouts import Problem, SubjectFiles
+from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.nifti_header import MAX_VOXELS
+from aldm.data.overlap import labels_inside, lost_labels, shared_field_of_view
 from aldm.data.preprocess import model_grid
+from aldm.data.registration import misalignment_mm
 from aldm.data.store import FORMAT_VERSION, ShardReader, shard_path
 from aldm.data.volume import NiftiSource, Volume, load_nifti
 from aldm.errors import UserError
 
+MIN_OVERLAP = 1 / 3
+"""Of the smaller of two fields of view. Centred boxes of which one begins at the origin share an eighth."""
+MIN_LABELS_INSIDE = 0.95
+"""Of a segmentation's or mask's voxels, in the field of view of the first modality."""
+MAX_MISALIGNMENT_MM = 2.0
+"""Distance by mutual information above which volumes do not lie on each other; half a voxel where that is more."""
 _EDGE_BYTES = 2**16
 
 
@@ -77,7 +85,10 @@ def load_volume(path: Path, series: str | None = None, *, max_voxels: int = MAX_
 
 
 def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[LoadedSubject, list[Problem]]:
-    """Read all files of a subject; what cannot be used is left out and named in the problems."""
+    """Read all files of a subject; what cannot be used, or is to be said, is named in the problems.
+
+    What has problems that stop is not whole.
+    """
     problems: list[Problem] = []
     volumes: dict[str, Volume] = {}
     sources: dict[str, NiftiSource] = {}
@@ -90,11 +101,12 @@ def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[
                     raise UserError(f"{path}: the mask is empty")
             else:
                 volumes[role], sources[role] = load_volume(path, files.series.get(role), max_voxels=max_voxels)
+                problems += [Problem(path, note, stops=False) for note in sources[role].notes]
         except UserError as error:
             problems.append(Problem(path, str(error).removeprefix(f"{path}: ")))
     loaded = LoadedSubject(volumes, sources, labels.get("mask"), labels.get("seg"))
-    if not problems:
-        problems = _geometry_problems(files, {**volumes, **labels})
+    if not stopping(problems):
+        problems += _geometry_problems(files, {**volumes, **labels})
     return loaded, problems
 
 
@@ -110,17 +122,21 @@ def check_subject(
     if store is not None and stored_metadata(store, files.subject_id).get("key") == key:
         return SubjectCheck(files.subject_id, key, True, ())
     loaded, problems = load_subject(files, max_voxels=max_voxels)
-    if problems:
+    if stopping(problems):
         return SubjectCheck(files.subject_id, key, False, tuple(problems))
     extra = [volume for volume in (loaded.mask, loaded.seg) if volume is not None]
     volumes = [*loaded.volumes.values(), *extra]
     try:
         _, grid = model_grid(volumes, config, max_voxels=max_voxels)
+        affine, shape = model_grid(volumes[:1], config, max_voxels=max_voxels)
     except UserError as error:
         problem = Problem(next(iter(files.volumes.values())), f"{error} (`spacing_mm`, or a higher `max_voxels`)")
         return SubjectCheck(files.subject_id, key, False, (problem,))
+    problems += _label_notes(files, loaded.seg, affine, shape)
+    if config.register == "none":
+        problems += _alignment_notes(files, loaded)
     num_voxels = sum(volume.data.size for volume in volumes)
-    return SubjectCheck(files.subject_id, key, False, (), num_voxels, math.prod(grid) * len(volumes))
+    return SubjectCheck(files.subject_id, key, False, tuple(problems), num_voxels, math.prod(grid) * len(volumes))
 
 
 def subject_key(files: SubjectFiles, config: PreprocessConfig, root: Path) -> str:
@@ -177,20 +193,59 @@ def _content_hash(path: Path) -> str:
 
 
 def _geometry_problems(files: SubjectFiles, volumes: Mapping[str, Volume]) -> list[Problem]:
-    """Every file has to share some space with the reference, the first modality."""
+    """Every file has to lie on the reference, the first modality, as far as the headers say."""
     reference = next(iter(files.volumes))
-    low, high = _world_box(volumes[reference])
+    fixed = volumes[reference]
     problems = []
     for role, path in files.files().items():
-        other_low, other_high = _world_box(volumes[role])
-        if np.any(np.minimum(high, other_high) <= np.maximum(low, other_low)):
-            problems.append(
-                Problem(path, f"its field of view lies outside that of {reference} ({files.volumes[reference].name})")
+        if role == reference:
+            continue
+        volume = volumes[role]
+        way_out = f"mend its affine, or that of {reference}"
+        if volume.data.shape == fixed.data.shape and not np.allclose(volume.affine, fixed.affine, atol=1e-2):
+            way_out = (
+                f"it has the shape of {reference} and another affine: if the voxels belong together, copy the affine"
             )
+        overlap = shared_field_of_view(fixed, volume)
+        inside, labelled = labels_inside(volume, fixed) if role in ("mask", "seg") else (1, 1)
+        if overlap < MIN_OVERLAP:
+            words = "its field of view lies outside"
+            if overlap > 0:
+                words = f"{overlap:.0%} of its field of view, or of the smaller one, lie in"
+            words += f" that of {reference} ({files.volumes[reference].name}), wanted {MIN_OVERLAP:.0%}; {way_out}"
+            problems.append(Problem(path, words))
+        elif inside < MIN_LABELS_INSIDE * labelled:
+            words = f"{inside:,} of {labelled:,} labelled voxels lie in the field of view of {reference}"
+            problems.append(Problem(path, f"{words}, wanted {MIN_LABELS_INSIDE:.0%}; {way_out}"))
+        elif inside < labelled:
+            words = f"{labelled - inside:,} of {labelled:,} labelled voxels lie outside {reference} and are lost"
+            problems.append(Problem(path, words, stops=False))
     return problems
 
 
-def _world_box(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in volume.data.shape), indexing="ij")).reshape(3, 8)
-    world = volume.affine[:3, :3] @ corners + volume.affine[:3, 3:]
-    return world.min(axis=1), world.max(axis=1)
+def _alignment_notes(files: SubjectFiles, loaded: LoadedSubject) -> list[Problem]:
+    """Say which volumes do not lie on the reference, whatever their headers say."""
+    (reference, fixed), *others = loaded.volumes.items()
+    notes = []
+    for name, volume in others:
+        usual = max(MAX_MISALIGNMENT_MM, max(*fixed.spacing_mm, *volume.spacing_mm) / 2)
+        try:
+            distance = misalignment_mm(fixed, volume)
+        except UserError as error:
+            words = f"whether it lies on {reference} is not known: {error}"
+        else:
+            if distance <= usual:
+                continue
+            words = f"lies about {distance:.1f} mm from {reference} by mutual information: `preprocess.register=rigid` "
+            words += "would align the two"
+        notes.append(Problem(files.volumes[name], f"{name} of {files.subject_id} {words}", stops=False))
+    return notes
+
+
+def _label_notes(files: SubjectFiles, seg: Volume | None, affine: np.ndarray, shape: Sequence[int]) -> list[Problem]:
+    """Say which labels have no voxel on the model's grid."""
+    if seg is None or files.seg is None:
+        return []
+    lost = [f"{label} ({count:,} voxels)" for label, count in lost_labels(seg, affine, shape).items()]
+    words = f"no voxel is left on the model's grid of label {', '.join(lost)}"
+    return [Problem(files.seg, words, stops=False)] if lost else []

@@ -44,6 +44,11 @@ class Problem:
     """Whether it has to be mended first; otherwise it is only said."""
 
 
+def stopping(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems that have to be mended first."""
+    return [problem for problem in problems if problem.stops]
+
+
 @dataclass(frozen=True)
 class SubjectFiles:
     """The files of one subject."""
@@ -94,9 +99,9 @@ def discover(source: str | Path, layout: str, run: str = FIRST_RUN) -> tuple[lis
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}, wanted one of: {', '.join(LAYOUTS)}")
     if run not in (FIRST_RUN, LAST_RUN) and not re.fullmatch(r"[0-9]{1,4}", run):
-        raise UserError(f"run is {run!r}, wanted {FIRST_RUN}, {LAST_RUN} or a number such as 2")
+        raise UserError(f"`run` is {run!r}, wanted {FIRST_RUN}, {LAST_RUN} or a number such as 2")
     if run != FIRST_RUN and layout != "bids":
-        raise UserError(f"run is {run}, and layout {layout} has no runs: leave it out")
+        raise UserError(f"`run` is {run}, and layout {layout} has no runs: leave it out")
     if not source.exists():
         raise UserError(f"{source} does not exist; wanted {_WANTED[layout]}")
     if source.is_dir() == (layout == "table"):
@@ -114,7 +119,7 @@ def discover(source: str | Path, layout: str, run: str = FIRST_RUN) -> tuple[lis
         used = {item.path for item in found} | {problem.path for problem in problems}
         problems += _passed_over(layout, [path for path in names if path not in used], found)
     subjects = _grouped(found, problems)
-    if not subjects and not any(problem.stops for problem in problems):
+    if not subjects and not stopping(problems):
         raise UserError(f"{source}: no file has a name of layout {layout}; wanted names like {_WANTED[layout]}")
     return subjects, problems
 
@@ -205,7 +210,7 @@ def _bids_files(source: Path, names: Iterable[Path], run: str, problems: list[Pr
                 yield _Found(participant + session, modality, path, split_of(participant))
                 continue
             words = f"passed over: {first.name} is taken as {modality} of {participant + session}"
-            words += f" (of several the fewest entities, then {rule}; run chooses, and a table can name any)"
+            words += f" (of several the fewest entities, then {rule}; `run` chooses, and a table can name any)"
             problems.append(Problem(path, words, stops=False))
 
 

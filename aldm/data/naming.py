@@ -116,15 +116,14 @@ def check_source(name: str, source: str) -> None:
     The message is about the file and does not name it.
 
     Raises:
-        UserError: the name says a map, a mask or the like, or another modality.
+        NotAVolume: the name says a map, a mask or the like, or another modality.
     """
     reading = read_name(name)
     if reading.refused:
-        raise UserError(f"by its name it is {reading.refused}, wanted a volume of {source}: rename it if it is one")
+        raise NotAVolume(f"by its name it is {reading.refused}, wanted a volume of {source}: rename it if it is one")
     if reading.guesses and source not in reading.guesses:
-        raise UserError(
-            f"by its name it is {' or '.join(reading.guesses)}, and source is {source}: "
-            "give the source that it is, or rename it"
+        raise NotAVolume(
+            f"by its name it is {' or '.join(reading.guesses)}, and `source` is {source}: give what it is, or rename it"
         )
 
 
@@ -156,8 +155,8 @@ def choose_source(name: str, header: str, known: Sequence[str] = MODALITIES) -> 
                 raise NotAVolume(f"by its {place} it is {guesses[0]}, wanted one of {choices}")
             return guesses[0], place
     if guesses:
-        raise UserError(f"its name may mean {' or '.join(guesses)}: give its modality as source, or rename it")
-    raise UserError(f"neither its name nor its header says the modality: give source, one of {choices}")
+        raise UserError(f"its name may mean {' or '.join(guesses)}: give `source`, or rename it")
+    raise UserError(f"neither its name nor its header says the modality: give `source`, one of {choices}")
 
 
 class NotAVolume(UserError):

@@ -21,7 +21,10 @@ MAX_VOXELS = 512**3
 _MAX_VOXEL_OFFSET = 64 * 2**20  # bytes of header extensions that are skipped to reach the voxels
 _MAX_TRAILING = 2**20  # bytes after the voxels that are tolerated in a compressed file
 _DEFLATE_LIMIT = 1032  # no deflate stream grows more than this
-_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_MM_PER_UNIT = {0: ("unknown", 1.0), 1: ("metre", 1000.0), 2: ("mm", 1.0), 3: ("micron", 0.001)}
+"""Lowest three bits of xyzt_units -> the spatial unit and its mm; the other bits are about time."""
+_SMALLEST_MM, _LARGEST_MM = 2.0, 5000.0
+"""Longest side of a field of view: a unit that is wrong by a factor of 1000 lies outside."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,8 @@ class NiftiSource:
     """The file's header as it is, in this machine's byte order: qform, sform, codes, units and pixdim live there."""
     byte_order: str = "="
     """Byte order of the file's voxels as NumPy writes it."""
+    notes: tuple[str, ...] = ()
+    """What was wrong in the header and could be mended; `header` is the mended one."""
 
     @property
     def orientation(self) -> str:
@@ -47,6 +52,12 @@ class NiftiSource:
         """Return the header as nibabel's Nifti1Header or Nifti2Header."""
         kind = nibabel.Nifti1Header if len(self.header) == 348 else nibabel.Nifti2Header
         return kind(self.header, check=False)
+
+    def words(self) -> str:
+        """Return what the header says in words, which programs fill in as they like."""
+        header = self.parsed_header()
+        words = (bytes(header[name].tobytes()).decode("latin-1") for name in ("descrip", "intent_name"))
+        return " ".join(words).replace("\0", " ")
 
 
 def source_of(affine: np.ndarray, shape: Sequence[int], path: Path) -> NiftiSource:
@@ -130,7 +141,10 @@ def read_header(stream: IO[bytes], path: Path, max_voxels: int) -> NiftiSource:
     _checked_dtype(path, header)
     swapped = int.from_bytes(block[:4], sys.byteorder) != size
     order = {"little": "<>", "big": "><"}[sys.byteorder][swapped]
-    return NiftiSource(path, shape, _checked_affine(path, header), bytes(header.binaryblock), order)
+    notes = _mended_forms(header)
+    affine = _checked_affine(path, header)
+    _check_size(path, affine, shape, header)
+    return NiftiSource(path, shape, affine, bytes(header.binaryblock), order, notes)
 
 
 def _checked_shape(path: Path, header: Any, max_voxels: int) -> tuple[int, int, int]:
@@ -170,21 +184,62 @@ def _checked_dtype(path: Path, header: Any) -> None:
         raise UserError(f"{path}: voxel type {dtype} is not read, wanted integers or floats of at most 64 bits")
 
 
+def _mended_forms(header: Any) -> tuple[str, ...]:
+    """Set the code of an sform that maps no volume to 0 where the qform does map one; return what was done."""
+    try:
+        if header["sform_code"] <= 0 or header["qform_code"] <= 0 or not _is_singular(header.get_sform()):
+            return ()
+        if _is_singular(header.get_qform()):
+            return ()
+    except (HeaderDataError, ValueError):
+        return ()
+    code = int(header["sform_code"])
+    header["sform_code"] = 0
+    return (f"the sform (code {code}) is empty or singular, so the qform was used",)
+
+
 def _checked_affine(path: Path, header: Any) -> np.ndarray:
     """Return the best affine (sform, else qform, else pixdim) in mm, or say why it maps no volume."""
     try:
         affine = np.array(header.get_best_affine(), np.float64)
-        unit = header.get_xyzt_units()[0]
-    except (HeaderDataError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: the header's orientation or units make no sense: {error}") from error
-    affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    wrong = not np.isfinite(affine).all() or lengths.min() < 1e-6
-    if wrong or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+    except (HeaderDataError, ValueError) as error:
+        raise UserError(f"{path}: the header's orientation makes no sense: {error}") from error
+    affine[:3] *= _unit(header)[1]
+    if _is_singular(affine):
         raise UserError(
             f"{path}: singular affine (voxel axes {affine[:3, :3].tolist()} mm), so the volume has no geometry"
         )
     return affine
+
+
+def _unit(header: Any) -> tuple[str, float]:
+    """Return the name of the header's spatial unit and its mm."""
+    return _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, _MM_PER_UNIT[0])
+
+
+def _is_singular(affine: np.ndarray) -> bool:
+    """Whether an affine maps no volume, whatever its unit."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or lengths.min() < 1e-6:
+        return True
+    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3)
+
+
+def _check_size(path: Path, affine: np.ndarray, shape: Sequence[int], header: Any) -> None:
+    """Refuse a field of view that is no head's: then the header's unit is another than that of its numbers."""
+    sides = np.linalg.norm(affine[:3, :3], axis=0) * shape
+    if _SMALLEST_MM <= sides.max() <= _LARGEST_MM:
+        return
+    unit, mm = _unit(header)
+    found = " x ".join(f"{side:.4g}" for side in sides)
+    in_mm = " x ".join(f"{side:.4g}" for side in sides / mm)
+    way_out = "mend its voxel size"
+    if mm != 1:
+        way_out = f"if its numbers are mm ({in_mm} mm), set the unit to mm (nibabel: header.set_xyzt_units('mm'))"
+    raise UserError(
+        f"{path}: a field of view of {found} mm, wanted a longest side of {_SMALLEST_MM:g} to {_LARGEST_MM:,.0f} mm; "
+        f"the header's unit is {unit}: {way_out}"
+    )
 
 
 def read_voxels(stream: IO[bytes], source: NiftiSource) -> np.ndarray:

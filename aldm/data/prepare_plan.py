@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.integrity import SubjectCheck, check_subject, digest, stored_metadata
-from aldm.data.layouts import FIRST_RUN, Problem, SubjectFiles, apply_splits, discover
+from aldm.data.layouts import FIRST_RUN, Problem, SubjectFiles, apply_splits, discover, stopping
 from aldm.data.modalities import sort_modalities
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.parallel import Workers
@@ -98,9 +98,8 @@ def make_plan(request: Request, workers: Workers) -> Plan:
     check = partial(check_subject, config=request.config, root=request.root, store=known, max_voxels=request.max_voxels)
     checks = list(workers.map(check, subjects, description="checking the files", unit="subject"))
     problems += [problem for result in checks for problem in result.problems]
-    stopping = [problem for problem in problems if problem.stops]
-    if stopping:
-        raise UserError(report(request.source, stopping))
+    if wrong := stopping(problems):
+        raise UserError(report(request.source, wrong))
     keys = {result.subject_id: result.key for result in sorted(checks, key=lambda result: result.subject_id)}
     plan = Plan(
         subjects=tuple(subjects),

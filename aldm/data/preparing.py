@@ -19,7 +19,7 @@ import numpy as np
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.integrity import load_subject, relative_name, stored_metadata
-from aldm.data.layouts import Problem, SubjectFiles
+from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.modalities import sort_modalities
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.parallel import ProcessWorkers, Workers, remove_leftovers
@@ -152,8 +152,8 @@ def _write_subject(task: tuple[SubjectFiles, str], request: Request) -> list[Pro
     """Prepare one subject and write its shard; return what is wrong with it."""
     files, key = task
     loaded, problems = load_subject(files, max_voxels=request.max_voxels)
-    if problems:
-        return problems
+    if wrong := stopping(problems):
+        return wrong
     try:
         prepared = prepare_subject(
             loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg, max_voxels=request.max_voxels

@@ -156,7 +156,7 @@ async function translate() {
     if (job.state === "failed") throw new Problem(job.error.status, job.error.detail);
     if (job.state === "cancelled") return tell("Cancelled.");
     await showJob();
-    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${job.source}.`);
+    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${job.source}${covered(job)}.`);
   } catch (error) {
     if (error.name === "AbortError") tell("Cancelled.");
     else complain(error);
@@ -164,6 +164,13 @@ async function translate() {
     running = null;
     busy(false);
   }
+}
+
+// What of the volume was translated.
+function covered({ num_boxes, share_outside }) {
+  const boxes = `, in ${num_boxes} ${num_boxes === 1 ? "box" : "boxes"} of the model's size`;
+  if (share_outside === 0) return `${boxes}; nothing of the foreground lies outside`;
+  return `${boxes}; ${(100 * share_outside).toFixed(2)} % of the foreground lies outside and is background in the result`;
 }
 
 // Sends the volume, again and again while the service is busy.
