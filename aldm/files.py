@@ -114,6 +114,18 @@ def make_folder(path: str | os.PathLike[str]) -> None:
             raise UserError(f"cannot make the folder {target}: {error.strerror}") from error
 
 
+def existing_parent(path: str | os.PathLike[str]) -> Path:
+    """Return the nearest folder above a path that is there: those between can be made.
+
+    Raises:
+        UserError: that is a file.
+    """
+    found = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    if not found.is_dir():
+        raise UserError(f"{found} is a file, wanted a folder for {path}: give another name")
+    return found
+
+
 def free_gib(folder: str | os.PathLike[str]) -> float:
     """Return the free space of the file system that holds `folder`, GiB."""
     return shutil.disk_usage(folder).free / 2**30

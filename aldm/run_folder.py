@@ -27,7 +27,7 @@ from typing import IO, Any
 from aldm import __version__
 from aldm.config import Config, from_dict, to_dict, training_of, with_training
 from aldm.errors import UserError
-from aldm.files import atomic_folder, atomic_path
+from aldm.files import atomic_folder, atomic_path, existing_parent
 from aldm.records import read_record
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class RunFolder:
         """Lock the folder and write what it is about.
 
         Args:
-            path: the folder; made if it is missing (its parent must exist).
+            path: the folder; made if it is missing, with those above it.
             stage: the stage's name; its section of the configuration may change its length when it is resumed.
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
@@ -87,7 +87,7 @@ class RunFolder:
         path = Path(path)
         check_run_folder(path, resume, overwrite, stage)
         try:
-            path.mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
         except OSError as error:
             raise UserError(f"cannot write into {path}: {error.strerror}") from error
@@ -257,11 +257,9 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | Non
     """
     if resume and overwrite:
         raise UserError("`resume` goes on with a run and `overwrite` deletes it: give one of them")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot make {path}: there is no folder {path.parent}; make it first")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, wanted a run folder: give another name")
-    existing = path if path.exists() else path.parent
+    existing = path if path.exists() else existing_parent(path)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into {path}: {existing} is read-only for this user")
     is_run = (path / CONFIG_FILE).is_file()

@@ -1,6 +1,7 @@
 """The MLflow tracking server, or the SQLite file in its place: where it is, that it answers, and new runs in it."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
+from aldm.files import existing_parent
 from pipelines.outbox import brief
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def is_missing(uri: str) -> bool:
 
 
 def connect(uri: str) -> "MlflowClient":
-    """Return a client; the first one of a SQLite file makes it.
+    """Return a client; the first one of a SQLite file makes it, and the folders above.
 
     Raises:
         UserError: a SQLite file that cannot be made, or a kind of store that cannot be used here.
@@ -56,20 +58,40 @@ def connect(uri: str) -> "MlflowClient":
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        if uri.startswith(_SQLITE):
-            _check_file(uri)
-        return MlflowClient(tracking_uri=uri)
+        if not uri.startswith(_SQLITE):
+            return MlflowClient(tracking_uri=uri)
+        _file_of(uri).parent.mkdir(parents=True, exist_ok=True)
+        _check_file(uri)
+        with _alone(_file_of(uri).parent):
+            return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for other processes that open a store here: two that make its tables at once leave half of them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # gone with the process
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
     """Turn what the server, or the way to it, refuses inside the block into a UserError that names it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
+    except CommandError as error:
+        raise UserError(
+            f"MLflow at {uri} cannot be used: its tables are half made, or of another version of MLflow "
+            f"({brief(error)}); move the file away (a new one is made), or set MLFLOW_TRACKING_URI to another store"
+        ) from error
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: a database's driver
         way_out = "mend that, or set MLFLOW_TRACKING_URI to a tracking server"
         if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -211,9 +233,7 @@ def _file_of(uri: str) -> Path:
 def _check_file(uri: str) -> None:
     """Find out whether a SQLite file can be opened or made: MLflow itself would try for minutes."""
     file = _file_of(uri)
-    if not file.parent.is_dir():
-        raise UserError(f"MLflow at {uri} cannot be used: there is no folder {file.parent}; make it first")
     if file.exists():
         file.open("r+b").close()
     else:
-        tempfile.TemporaryFile(dir=file.parent).close()
+        tempfile.TemporaryFile(dir=existing_parent(file)).close()

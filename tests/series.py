@@ -94,3 +94,13 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a length beyond the file": lambda whole: whole.replace(NAME + b"\x08\x00", NAME + b"\xf0\xff"),
 }
 """What may happen to the bytes of a file."""
+
+
+def add_other_object(folder: Path, name: str, sop_class: str) -> None:
+    """Put an object without an image beside a series."""
+    header = Dataset()
+    header.SOPClassUID, header.SOPInstanceUID, header.SeriesInstanceUID = sop_class, generate_uid(), generate_uid()
+    header.Modality, header.PatientName = "PR", "Doe^Jane"
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.save_as(folder / name, enforce_file_format=True)

@@ -11,9 +11,20 @@ import pytest
 
 from aldm.errors import UserError
 from aldm.score_table import ScoreRow, write_csv
-from pipelines.champion import METHOD, NO_CHAMPION_DB, Contest, read_contest
+from pipelines.champion import (
+    METHOD,
+    NO_CHAMPION_DB,
+    Contest,
+    find_hash,
+    is_current,
+    read_contest,
+    set_champion,
+    split_name,
+    swap_back,
+)
 from pipelines.evaluation_files import RECORD, SCORES
-from pipelines.registered import Registered
+from pipelines.registered import HASH_TAG, Registered, find_alias
+from pipelines.tracking_server import connect
 
 CHAMPION = Registered("translator", 3, "c" * 64)
 CONTEST = Contest(25.0, 24.0, "brain", 6, "m" * 64, CHAMPION)
@@ -132,3 +143,45 @@ def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         with pytest.raises(UserError, match=message):
             read_contest(evaluation(tmp_path / name, rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("translator", ("translator", "champion")), ("translator@best", ("translator", "best"))]
+)
+def test_a_name_has_the_champions_alias_unless_it_says_another(text: str, wanted: tuple[str, str]) -> None:
+    assert split_name(text) == wanted
+
+
+def test_the_alias_goes_to_the_winner_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a registry of four versions; the third has the weights of the second."""
+    server = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    client = connect(server)
+    client.create_registered_model("translator")
+    for digest in ("a", "b", "b", "c"):
+        client.create_model_version("translator", "file:///nowhere", tags={HASH_TAG: digest * 64})
+    first, _, third, last = (Registered("translator", n, d * 64) for n, d in ((1, "a"), (2, "b"), (3, "b"), (4, "c")))
+    assert find_hash("translator", "b" * 64, server) == third
+    assert find_hash("translator", "d" * 64, server) is None
+
+    def holders() -> list[Registered | None]:
+        return [find_alias("translator", alias, server) for alias in ("champion", "previous")]
+
+    with pytest.raises(UserError, match="no version with the alias champion, so there is nothing to go back to"):
+        swap_back("translator", "champion", server)
+    set_champion(first, "champion", None, server)
+    assert holders() == [first, None]
+    with pytest.raises(UserError, match="no version with the alias previous, so there is nothing to go back to"):
+        swap_back("translator", "champion", server)
+    set_champion(third, "champion", first, server)
+    assert holders() == [third, first]
+    assert swap_back("translator", "champion", server) == (first, third)
+    assert holders() == [first, third]
+
+    scores = evaluation(tmp_path, [row(who, PLACES[0], 20.0) for who in ("new", METHOD)])
+    record = json.loads((scores / RECORD).read_text())
+    for measured, winner, current in ((first, "n", True), (third, "n", False), (third, "a", True), (last, "c", False)):
+        record["champion"] = {"name": measured.name, "version": measured.version, "hash": measured.hash}
+        record["models"][0]["hash"] = winner * 64
+        (scores / RECORD).write_text(json.dumps(record))
+        assert is_current(scores, "translator", "champion") is current

@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
-from series import SHAPE, make_series
+from series import SHAPE, add_other_object, make_series
 
 from aldm.data.dicom import list_series, read_series, write_series
 from aldm.errors import UserError
@@ -158,16 +158,6 @@ def test_mosaics_are_recognised(count: int, edit: Callable[[int, Dataset], None]
         path.unlink()
     with pytest.raises(UserError, match=r"a mosaic .* convert it to NIfTI, for example with dcm2niix"):
         read_series(tmp_path / "in")
-
-
-def add_other_object(folder: Path, name: str, sop_class: str) -> None:
-    """Put an object without an image beside a series."""
-    header = Dataset()
-    header.SOPClassUID, header.SOPInstanceUID, header.SeriesInstanceUID = sop_class, generate_uid(), generate_uid()
-    header.Modality, header.PatientName = "PR", "Doe^Jane"
-    header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header.save_as(folder / name, enforce_file_format=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from series import make_series
+from series import add_other_object, make_series
 
 from aldm.config import PreprocessConfig
 from aldm.data.dicom import read_series
@@ -40,6 +40,15 @@ def test_a_row_may_name_a_dicom_series(study: Path) -> None:
     assert np.array_equal(loaded.volumes["t1"].data, loaded.volumes["t2"].data)
     assert np.allclose(loaded.sources["t1"].affine, read_series(study / "dicom", series="3")[1].affine)
     assert loaded.sources["t1"].shape == (7, 6, 5)
+
+
+def test_what_is_left_out_of_a_series_is_said_and_stops_nothing(study: Path) -> None:
+    add_other_object(study / "dicom", "AA", "1.2.840.10008.5.1.4.1.1.66")
+    loaded, problems = load_subject(subject(study, "3"))
+    assert set(loaded.volumes) == {"t1", "t2"}
+    assert [(problem.stops, problem.message) for problem in problems] == [
+        (False, "left out what holds no image: 1 Raw Data")
+    ]
 
 
 def test_what_is_wrong_with_a_series_is_a_problem_of_its_row(study: Path) -> None:

@@ -265,3 +265,27 @@ def test_registration_is_part_of_preparing_a_subject():
 def test_volumes_that_do_not_overlap_cannot_be_registered():
     with pytest.raises(UserError, match="registration failed"):
         register_rigid(STRIPPED, Volume(STRIPPED.data, shifted(STRIPPED.affine, (500, 0, 0))))
+
+
+# --------------------------------------------------------------------------------------------------- values below zero
+
+
+@pytest.mark.parametrize("intensity", ["foreground", "paper"])
+@pytest.mark.parametrize("turn", [None, TURN])
+def test_what_nobody_scanned_is_as_dark_as_air_whatever_air_is(intensity, turn):
+    """Beyond the field of view, where a box reaches over it and where an oblique grid's corners are: -1."""
+    shape, config = (44, 48, 40), replace(CONFIG, spatial_shape=(72, 72, 64), intensity=intensity)
+    volume = head(centred((4.0, 4, 4), shape, turn), shape, noise=0, radii_mm=(60, 75, 55))
+    low = Volume(volume.data - np.float32(500), volume.affine)
+    (wanted,), record = prepare_volume(volume, config)
+    (got,), below = prepare_volume(low, config)
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    assert (below.low, below.high) == pytest.approx((record.low - 500, record.high - 500), abs=0.01)
+    index = np.indices(config.spatial_shape).reshape(3, -1)
+    affine = shifted(np.array(record.grid_affine), record.boxes[0])
+    world = affine[:3, :3] @ index + affine[:3, 3:]
+    place = np.linalg.inv(volume.affine) @ np.vstack([world, np.ones(world.shape[1])])
+    outside = ((place[:3] < -0.6) | (place[:3] > np.array(shape)[:, None] - 0.4)).any(axis=0)
+    assert outside.sum() > 1000
+    assert (got.reshape(-1)[outside] == -1).all()
+    assert (wanted.reshape(-1)[outside] == -1).all()

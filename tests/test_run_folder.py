@@ -87,12 +87,18 @@ def test_a_folder_with_other_things_is_refused_even_with_overwrite(tmp_path: Pat
             check_run_folder(tmp_path, resume=False, overwrite=overwrite)
 
 
-def test_a_missing_parent_and_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no folder"):
-        opened(tmp_path / "no" / "run")
+def test_missing_folders_above_are_made_by_a_run_and_by_no_check(tmp_path: Path) -> None:
+    check_run_folder(tmp_path / "runs" / "codec", resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    with opened(tmp_path / "runs" / "codec") as run:
+        assert run.path == tmp_path / "runs" / "codec"
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
-        opened(tmp_path / "file")
+    for name in ("file", "file/run", "file/runs/codec"):
+        with pytest.raises(UserError, match="file is a file, wanted a"):
+            check_run_folder(tmp_path / name, resume=False, overwrite=False)
 
 
 def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:

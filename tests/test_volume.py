@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import BAD, nifti_bytes, noise, oblique, with_header
+from scipy import ndimage
 
 from aldm.data.volume import (
     Volume,
@@ -299,3 +301,16 @@ def test_labels_stay_labels():
     labels = np.random.default_rng(0).choice([0, 1, 2, 4], size=(20, 20, 20)).astype(np.float32)
     result = resample(Volume(labels, np.eye(4)), oblique(spacing=(1.5, 1.5, 1.5)), (9, 9, 9), order="nearest").data
     assert set(np.unique(result)) <= {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("steps", [(2.0, 1.0, 3.0), (1.2, 1.2, 1.2), (0.5, 2.5, 1.0)])
+def test_a_coarser_grid_sees_a_gaussian_that_matches_the_two_point_spread_functions(steps):
+    """Cardoso et al. 2015: sigma^2 = (f^2 - 1) / (8 ln 2) of old voxels, nothing on an axis that is finer."""
+    volume = Volume(noise((24, 20, 22)), np.eye(4))
+    shape = tuple(int((n - 1) / step) for n, step in zip(volume.data.shape, steps, strict=True))
+    sigma = [math.sqrt(max(step**2 - 1, 0) / (8 * math.log(2))) for step in steps]
+    smooth = ndimage.gaussian_filter(volume.data.astype(np.float64), sigma, mode="nearest")
+    index = np.indices(shape) * np.array(steps)[:, None, None, None]
+    wanted = ndimage.map_coordinates(smooth, index, order=1, mode="nearest")
+    got = resample(volume, np.diag([*steps, 1.0]), shape).data
+    np.testing.assert_allclose(got, wanted, atol=1e-3)

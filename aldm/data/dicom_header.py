@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from aldm.data.nifti_header import NiftiSource, source_of
 from aldm.errors import UserError
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _SAME = 1e-4
 """Numbers of two slices that differ by no more are the same, however they are spelled (mm, or direction cosines)."""
 _RESIDUAL_MM = 0.05
@@ -63,7 +64,7 @@ class DicomSource:
 
     def as_nifti(self) -> NiftiSource:
         """Return the same grid as the source of a NIfTI file."""
-        return source_of(self.affine, self.shape, self.folder)
+        return replace(source_of(self.affine, self.shape, self.folder), notes=self.notes)
 
 
 def checked_series(folder: Path, slices: Sequence[Slice], max_voxels: int) -> tuple[DicomSource, list[Slice]]:
@@ -157,7 +158,9 @@ def _check_pixels(item: Slice) -> None:
         return
     frames = whole_number(item, "NumberOfFrames", 1)
     wanted = frames * (rows * columns * whole_number(item, "BitsAllocated", 16) // 8)
-    there = min(voxels.length, item.size - voxels.value_tell)
+    there = voxels.length
+    if header.file_meta.TransferSyntaxUID != _DEFLATED:  # places in such a file are those of what it inflates to
+        there = min(there, item.size - voxels.value_tell)
     if there < wanted:
         raise UserError(f"{item.path}: truncated, {wanted:,} bytes of voxels wanted, {there:,} there")
 

@@ -43,7 +43,7 @@ def main() -> int:
     """Run it; 0 if at most 5 % survive, 1 if more do."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names; the page is not written then")
-    parser.add_argument("--per-file", type=int, default=40, help="most changes of a file, drawn with a fixed seed")
+    parser.add_argument("--per-file", type=int, default=25, help="most changes of a file, drawn with a fixed seed")
     parser.add_argument("--workers", type=int, default=2, help="mutants at the same time")
     args = parser.parse_args()
     if IN_COPY not in os.environ:

@@ -7,12 +7,12 @@ TARGETS = {
     "aldm/models/quantizer.py": ["quantizer"],
     "aldm/pace.py": ["training"],
     "aldm/data/preprocess.py": ["preprocess"],
-    "aldm/data/intensity.py": ["preprocess"],
-    "aldm/data/foreground.py": ["preprocess"],
+    "aldm/data/intensity.py": ["intensity", "preprocess"],
+    "aldm/data/foreground.py": ["preprocess", "intensity"],
     "aldm/data/volume.py": ["volume"],
-    "pipelines/champion.py": ["champion", "promote"],
-    "serve/security.py": ["serve_security", "serve_guard"],
-    "serve/uploads.py": ["serve_uploads", "serve_guard"],
+    "pipelines/champion.py": ["champion"],
+    "serve/security.py": ["serve_security", "serve_tokens", "serve_guard"],
+    "serve/uploads.py": ["serve_uploads", "serve_inflation", "serve_guard"],
     "serve/jobs.py": ["serve_jobs", "serve_guard"],
 }
 """Changed all over: a file and its tests (tests/test_NAME.py)."""
