@@ -87,7 +87,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if any(item.get_closest_marker(kind) for kind in ("linux", "ray", "service")):
                 item.add_marker(pytest.mark.skip(reason="needs Linux: it looks into /proc"))
-    items.sort(key=lambda item: _group(item) not in SHARED.values())  # the order is kept otherwise
+    # the order is kept otherwise; what kills the service comes after all else that uses it
+    items.sort(key=lambda item: (_group(item) not in SHARED.values(), item.path.stem == "test_serve_faults"))
 
 
 def _group(item: pytest.Item) -> str:

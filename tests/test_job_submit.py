@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from mlflow import MlflowClient
 from ray_head import RayHead, Submission, wait_until
 from ray_runs import committed, losses
 
@@ -106,6 +105,8 @@ def test_a_submitted_training_is_stopped_and_resumed(
     while job_processes(head):
         assert time.monotonic() < deadline, job_processes(head)
         time.sleep(0.1)
+
+    from mlflow import MlflowClient  # seconds to import
 
     run_of = json.loads((folder / "mlflow.json").read_text())
     client = MlflowClient(tracking_uri=run_of["tracking_uri"])

@@ -1,5 +1,6 @@
 """aldm k8s render: what it fills in, what it refuses, and that an installed package is enough."""
 
+import functools
 import math
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from kubernetes_objects import ROOT, overlay
 
+from aldm import planner
 from aldm.cli import main
 from aldm.config import override
 from aldm.errors import UserError
@@ -30,6 +32,14 @@ from pipelines.serve_config import with_model
 
 IMAGE = "registry.example:5000/team/aldm:0.1.0-cuda"
 GPU_WORDS = ("k8s", "render", "--overlay", "gpu", "--image", IMAGE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _planned_once() -> Iterator[None]:
+    """What the planner says of a configuration is asked once: it says the same again, after seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "plan", functools.cache(planner.plan))
+        yield
 
 
 def setup_of(preset: str = "brats", num_workers: int = 16, **changes: Any) -> Setup:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSelector, FileSystem
 from ray_runs import losses
 
@@ -26,6 +25,8 @@ STEADY = ("--set", "train_ms_spade.warmup_steps=0", "--set", "train_ms_spade.dec
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Query of URIs of a local S3 server that has the bucket `bucket`."""
+    from moto.server import ThreadedMotoServer
+
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

@@ -417,7 +417,8 @@ def test_a_limit_below_what_the_model_needs_names_the_least(tmp_path):
     assert model.translate_encoded(model.encode(x), "t1", "t2")[0].shape == x.shape
 
 
-def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path):
+def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("aldm.precision._cpu_has_bf16", lambda: True)
     folder = save_untrained(tmp_path / "model")
     chosen = SamplingConfig(sampler="ddim", num_inference_steps=2, eta=0.5)
     model = Translator.load(folder, sampling=chosen, precision="bf16")

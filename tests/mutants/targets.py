@@ -11,8 +11,8 @@ TARGETS = {
     "aldm/data/foreground.py": ["preprocess", "intensity"],
     "aldm/data/volume.py": ["volume"],
     "pipelines/champion.py": ["champion"],
-    "serve/security.py": ["serve_security", "serve_guard"],
-    "serve/uploads.py": ["serve_uploads", "serve_guard"],
+    "serve/security.py": ["serve_security", "serve_tokens", "serve_guard"],
+    "serve/uploads.py": ["serve_uploads", "serve_inflation", "serve_guard"],
     "serve/jobs.py": ["serve_jobs", "serve_guard"],
 }
 """Changed all over: a file and its tests (tests/test_NAME.py)."""
