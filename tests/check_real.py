@@ -206,7 +206,7 @@ def check_enhanced(folder: Path) -> Iterator[Check]:
 
 
 def check_prepare(folder: Path, dicom: list[Scan], out: Path) -> Iterator[Check]:
-    """All sets through `aldm prepare` in the paper's field of view: what lies outside the box, what is clipped of lesions."""
+    """All sets through `aldm prepare` in the paper's field of view: what is outside the box or clipped of lesions."""
     table, store = out / "table.csv", out / "store"
     with (folder / "table.csv").open(newline="") as stream:
         rows = [
