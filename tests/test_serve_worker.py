@@ -1,5 +1,6 @@
 """A batch of the service's worker, in this process: what goes wrong with one job does not touch the others."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from untrained import save_untrained
 
 from aldm.data.volume import load_nifti
 from aldm.translate import Translator
-from serve.files import keep_nifti, result_file
+from serve.files import keep_nifti, provenance_file, result_file
 from serve.problems import Problem
 from serve.records import Job, new_id
 from serve.worker import translate
@@ -76,3 +77,31 @@ def test_a_batch_makes_what_single_jobs_make_whatever_becomes_of_some(translator
             got = nibabel.load(result_file(folder / job.id, target, "nii.gz")).get_fdata()
             other = wanted[job.id][target]
             np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-4 * np.ptp(other))
+
+
+def test_a_volume_in_several_boxes_is_made_whole_and_counted(translator: Translator, tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    single, several, huge = (accepted(folder, number) for number in (0, 1, 3))
+    wide = np.tile(blob(), (3, 1, 1))
+    for job in (several, huge):
+        (folder / job.id / "volume.nii.gz").unlink()
+        nibabel.save(nibabel.Nifti1Image(wide, np.diag([8.0, 8, 8, 1])), tmp_path / "wide.nii")
+        keep_nifti(folder / job.id, *load_nifti(tmp_path / "wide.nii"))
+    problems: dict[str, Problem] = {}
+    shares: list[float] = []
+    translate(translator, folder, [single, several], problems, set(), lambda _, share: shares.append(share), LIMIT)
+    assert problems == {}
+    assert shares == sorted(shares)
+    assert single.num_boxes == 1
+    assert several.num_boxes is not None
+    assert several.num_boxes > 1
+    assert single.share_outside == several.share_outside == 0
+    for target in several.targets:
+        made = json.loads(provenance_file(folder / several.id, target).read_text())
+        assert (made["num_boxes"], made["share_outside"]) == (several.num_boxes, 0)
+        assert nibabel.load(result_file(folder / several.id, target, "nii.gz")).shape == wide.shape
+    translate(
+        translator, folder, [huge], problems, set(), lambda jobs, share: None, 12
+    )  # 3 steps, 2 samples, 2 targets
+    assert problems[huge.id].status == 422
+    assert "the limit is 1" in problems[huge.id].detail
