@@ -24,6 +24,7 @@ from aldm.denoising import build_ms_spade, build_unet, denoise
 from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
+from aldm.precision import usable_precision
 from aldm.predictors import LatentDiffusion
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
@@ -274,7 +275,7 @@ def measure_throughput(device: torch.device | str, precision: str, seconds: floa
 
     Small tensors, norms and memory traffic make a whole step slower: a step takes 1 to 3 times what this promises.
     """
-    device = torch.device(device)
+    device, precision = torch.device(device), usable_precision(precision, device)
     conv = nn.Conv3d(64, 64, 3, padding=1).to(device)
     x = torch.zeros(1, 64, 32, 32, 32, device=device)
     flops = 2 * 64 * 64 * 27 * 32**3

@@ -9,6 +9,7 @@ import torch
 from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.errors import UserError
+from aldm.precision import usable_precision
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.records import Kinds
 
@@ -48,6 +49,7 @@ def load_model(
         config = replace(config, sampling=sampling)
     if precision is not None:
         config = replace(config, precision=precision)
+    config = replace(config, precision=usable_precision(config.precision, device))
     checkpoint.check_meta(META["aldm" if kind == "aldm" else "unet"])
     predictor = build_predictor(kind, config, checkpoint.meta)
     load_weights(predictor, checkpoint.weights, folder)

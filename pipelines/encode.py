@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from aldm.data.store import VolumeStore
     from aldm.files import check_folder, free_gib
     from aldm.latents import LATENTS_FILE, cache_bytes, encode_store
+    from aldm.precision import usable_precision
 
     device = select_device(args) if args.num_workers is None else torch.device("cpu")
     store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             where = device if workers is None else workers.describe()
             print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB; {where}")
-            print(memory_plan(codec, shape, config.precision, args.max_memory_gb))
+            print(memory_plan(codec, shape, usable_precision(config.precision, device), args.max_memory_gb))
             return 0
         latents = encode_store(
             store,
@@ -89,7 +90,9 @@ def encoder(
 
     from aldm.memory import gigabytes, resident_bytes
     from aldm.models.slabs import encode_bounded
+    from aldm.precision import usable_precision
 
+    precision = usable_precision(precision, device)
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16" and not codec.isometric, cache_enabled=False
     )

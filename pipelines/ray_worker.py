@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, from_dict, training_of
 from aldm.errors import NotFiniteError, UserError
+from aldm.precision import usable_precision
 from aldm.run_folder import RunFolder, step_of
 from pipelines.arguments import configure_logging
 from pipelines.training_logs import Logs, open_logs
@@ -111,11 +112,12 @@ def _engine(settings: dict[str, Any], config: Config, batch_size: int, resume_fr
     from pipelines.engines import DDPEngine, DeepSpeedEngine
 
     device: torch.device = ray.train.torch.get_device()
+    precision = usable_precision(config.precision, device)
     if settings["engine"] == "ddp":
-        return DDPEngine(device, config.precision)
+        return DDPEngine(device, precision)
     return DeepSpeedEngine(
         device,
-        config.precision,
+        precision,
         zero_stage=settings["zero_stage"],
         batch_size=batch_size,
         resume_from=resume_from,

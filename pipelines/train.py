@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_same_run(args.run_dir, stage, config, args.engine, storage.record)
     if args.dry_run:
         place = str(device) if args.engine == "plain" else cluster.describe()
-        print(_plan(stage, built, training, args, place))
+        print(_plan(stage, built, training, args, place, device))
         return 0
     with contextlib.ExitStack() as stack:
         if args.engine != "plain":
@@ -130,12 +130,13 @@ def _train_here(
     built: "Stage", training: TrainingConfig, run: "RunFolder", logs: Logs, device: "torch.device", resume: bool
 ) -> "FitResult":
     """Train in this process."""
+    from aldm.precision import usable_precision
     from aldm.training import PlainEngine, fit
 
     config = built.config
     return fit(
         built,
-        PlainEngine(device, config.precision),
+        PlainEngine(device, usable_precision(config.precision, device)),
         training,
         seed=config.seed,
         on_log=logs.on_log,
@@ -346,10 +347,18 @@ def _check_folder(stage: str, args: argparse.Namespace) -> None:
     check_run_folder(args.run_dir, args.resume, args.overwrite, stage)
 
 
-def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.Namespace, place: str) -> str:
+def _plan(
+    stage: str,
+    built: "Stage",
+    training: TrainingConfig,
+    args: argparse.Namespace,
+    place: str,
+    device: "torch.device",
+) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
     from aldm.planner import plan
+    from aldm.precision import usable_precision
 
     train, validation = built.samples("train"), built.samples("validation")
     lines = [
@@ -360,7 +369,10 @@ def _plan(stage: str, built: "Stage", training: TrainingConfig, args: argparse.N
     for player in built.players:
         number = sum(parameter.numel() for parameter in player.module.parameters())
         lines.append(f"  {player.name}: {number:,} parameters, from step {player.start_step}")
-    return "\n".join([*lines, plan(built.config, stage).describe()])
+    config = built.config
+    if args.engine == "plain":
+        config = replace(config, precision=usable_precision(config.precision, device))
+    return "\n".join([*lines, plan(config, stage).describe()])
 
 
 def _no_stage(arguments: list[str]) -> int:

@@ -65,7 +65,10 @@ def test_the_edge_loss_sees_blur_and_no_offset() -> None:
     assert float(edge_loss(x, blurred)) > float(edge_loss(x, 0.5 * (x + blurred))) > 0.01
 
 
-@pytest.mark.parametrize(("shape", "scales"), [((16, 12, 8), 3), ((9, 10, 11), 3), ((8, 8, 6), 2), ((8, 3, 8), 1)])
+@pytest.mark.parametrize(
+    ("shape", "scales"),
+    [((16, 12, 8), 3), ((9, 10, 11), 3), ((8, 8, 6), 2), ((8, 3, 8), 1), ((6, 8, 9), 2), ((16, 17, 18), 3)],
+)
 def test_the_edge_loss_is_the_sum_over_scales_of_the_mean_difference(shape: tuple[int, int, int], scales: int) -> None:
     """Written out in numpy: means of 2 x 2 x 2 voxels, neighbours' differences along each axis."""
     rng = np.random.default_rng(0)

@@ -560,6 +560,7 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert learning_rate(replace(config, decay="constant"), 103, 104) == 2.0
     assert learning_rate(config, 0, 20) == pytest.approx(1.0)  # a warm-up of at most a tenth
     assert learning_rate(config, 130, 104) == pytest.approx(0.0)  # and not up again
+    assert learning_rate(config, 1, 1) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("start", "rates"), [(0.5, [2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4, 0]), (0.0, [])])

@@ -306,6 +306,30 @@ def test_several_boxes_say_what_one_large_box_says():
     assert many.uncertainty[inside].mean() == pytest.approx(one.uncertainty[inside].mean(), rel=0.1)
 
 
+class Blur(Echo):
+    """A small convolutional network: it sees 2 voxels around, and nothing beyond its box."""
+
+    def predict(self, code, sources, targets, sampling, generators, on_step):
+        window = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+        kernel = (window[:, None, None] * window[:, None] * window)[None, None]
+        return torch.nn.functional.conv3d(code + 1, kernel, padding=2) - 1.02
+
+
+def test_two_boxes_are_as_good_as_one_large_box_for_a_convolutional_network():
+    volume = head_and_neck(placed())
+
+    def psnr_db(shape) -> tuple[int, float]:
+        model = translator(spacing_mm=(3.0, 3.0, 3.0), spatial_shape=shape)
+        model.predictor = Blur(model.config)
+        result = model.translate(volume, "t1", "t1", intensity="unit")
+        error = (result.volume.data - in_unit(volume, model))[volume.data > 50]
+        return result.provenance["num_boxes"], -10 * np.log10(np.square(error).mean())
+
+    (one, large), (two, boxes) = psnr_db((56, 72, 112)), psnr_db((56, 72, 64))
+    assert (one, two) == (1, 2)
+    assert boxes == pytest.approx(large, abs=0.1)
+
+
 def test_a_volume_that_one_box_holds_is_translated_as_model_input_and_put_back():
     volume, model = smooth_volume(), translator()
     (x,), record = prepare_volume(volume, model.config.preprocess)
@@ -417,7 +441,8 @@ def test_a_limit_below_what_the_model_needs_names_the_least(tmp_path):
     assert model.translate_encoded(model.encode(x), "t1", "t2")[0].shape == x.shape
 
 
-def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path):
+def test_sampling_and_precision_can_be_chosen_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("aldm.precision._cpu_has_bf16", lambda: True)
     folder = save_untrained(tmp_path / "model")
     chosen = SamplingConfig(sampler="ddim", num_inference_steps=2, eta=0.5)
     model = Translator.load(folder, sampling=chosen, precision="bf16")

@@ -2,7 +2,17 @@
 
 _BRIDGE = "noise_kept = math.sqrt(max(to_std**2 - variance, 0.0)) / now_std if now_std > 0 else 0.0"
 
+_LEFT = "left = (1 - fraction) / max(1 - config.decay_start, 1e-9)"
+_STEPS = "self.num_steps = max(min(fitting, self._planned), 1)"
+
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("aldm/sampling.py", f"{_BRIDGE}  ->  {_BRIDGE[:-3]}1.0"): "at tau = 1 it multiplies z - z_start, which is 0",
     ("aldm/pace.py", "RECENT_STEPS = 50  ->  RECENT_STEPS = 51"): "a choice: tests take it from here",
+    ("aldm/pace.py", f"{_LEFT}  ->  {_LEFT[:-5]}1.25e-09)"): "keeps a division by 0 away; any small number does",
+    ("aldm/pace.py", "_planned: int = 0  ->  _planned: int = 1"): "Pace.plan, the only way to one, always gives it",
+    (
+        "aldm/pace.py",
+        "_fitted: bool = False  ->  _fitted: bool = True",
+    ): "Pace.plan, the only way to one, always gives it",
+    ("aldm/pace.py", f"{_STEPS}  ->  {_STEPS[:-2]}2)"): "nothing is fitted before MEASURED_STEPS - 1 steps are done",
 }
