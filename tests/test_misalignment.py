@@ -18,7 +18,7 @@ from aldm.presets import tiny
 from aldm.training import PlainEngine, fit
 
 SHAPE = (40, 56, 48)
-STEPS = 300
+STEPS = 1000
 MISALIGNMENT = 4.0
 """Degrees by which each end of a pair may be turned, and half the percents by which it may be shifted."""
 

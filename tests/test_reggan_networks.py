@@ -1,8 +1,9 @@
 """RegGAN's registration: published sizes, identity at the start, warps by known flows, known misalignments."""
 
+import numpy as np
 import pytest
 import torch
-from scipy.ndimage import affine_transform
+from scipy.ndimage import affine_transform, gaussian_filter
 from torch import Tensor, nn
 
 from aldm.baselines.reggan_networks import RegistrationNet, flow_smoothness, random_affine, warp
@@ -54,6 +55,27 @@ def test_it_starts_as_the_identity(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(warp(moving, flow), moving, atol=0.01, rtol=0)
     warp(moving, flow).sub(fixed).abs().mean().backward()
     assert network.flow.weight.grad.any()
+
+
+def test_it_learns_to_find_a_known_shift() -> None:
+    """With the weights of RegGAN's loss; that this is what makes its results sharp is in test_misalignment.py."""
+    network, shift = RegistrationNet(channels=8, num_levels=3), (2, -3)
+    noise = np.random.default_rng(0).normal(size=(4, 48, 48))
+    moving = torch.from_numpy(gaussian_filter(noise, (0, 3, 3)))[:, None].float()
+    moving /= moving.abs().max()
+    fixed = torch.roll(moving, [-pixels for pixels in shift], (2, 3))
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    for _ in range(40):
+        flow = network(moving, fixed)
+        loss = 20 * nn.functional.l1_loss(warp(moving, flow), fixed) + 10 * flow_smoothness(flow)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    inside = (slice(None), slice(None), slice(8, -8), slice(8, -8))
+    found = flow.detach()[inside].mean(dim=(0, 2, 3))
+    torch.testing.assert_close(found, torch.tensor(shift, dtype=torch.float32), atol=0.4, rtol=0)
+    before, after = ((image - fixed)[inside].abs().mean() for image in (moving, warp(moving, flow.detach())))
+    assert after < 0.4 * before
 
 
 def test_short_sides_are_padded_with_background() -> None:
