@@ -23,6 +23,7 @@ def smoke_test(folder: Path, *, device: str = "cpu", max_memory_gb: float | None
     import numpy as np
 
     from aldm.data.phantom import MODALITIES_OF_LAYOUT, simulate_subject
+    from aldm.data.volume import to_ras
     from aldm.translate import Translator
 
     translator = Translator.load(folder, device, max_memory_gb=max_memory_gb)
@@ -34,7 +35,8 @@ def smoke_test(folder: Path, *, device: str = "cpu", max_memory_gb: float | None
     )
     if source is None:
         raise UserError(f"{folder} translates from {names[0]}, which no simulated subject has: it cannot be tried out")
-    volume = simulate_subject(0, 0, layout, SPACING_MM)[source]
+    simulated = simulate_subject(0, 0, layout, SPACING_MM)[source]
+    volume = to_ras(simulated.data, simulated.affine)
     target = names[-1]
     made = translator.translate(volume, source, target).volume
     problems = []

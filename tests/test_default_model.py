@@ -28,7 +28,7 @@ def test_a_held_out_subject_is_better_translated_than_copied_or_averaged():
     def boxes(index: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         volumes = golden.subject(index, seed)
         prepared = prepare_subject({name: volumes[name] for name in ("t1", "t2")}, translator.config.preprocess)
-        start = prepared.records["t1"].crop_start
+        start = prepared.records["t1"].boxes[0]
 
         def box(data: np.ndarray, fill: float) -> np.ndarray:
             return crop_or_pad(Volume(data, np.eye(4)), start, translator.config.preprocess.spatial_shape, fill).data

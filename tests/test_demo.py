@@ -88,7 +88,7 @@ def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):
     out = tmp_path / "demo"
     settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 8, "seed": 0}
     demo._open(out, settings, overwrite=False)
-    with pytest.raises(UserError, match="`overwrite`"):
+    with pytest.raises(UserError, match="--overwrite"):
         main(["--out", str(out), "--preset", "tiny", "--num-subjects", "9"])
 
 

@@ -70,11 +70,13 @@ def test_base_images_are_named_by_full_version(variant: str) -> None:
 
 
 def test_both_variants_have_a_python_that_the_project_takes() -> None:
-    least = tuple(map(int, PROJECT["project"]["requires-python"].removeprefix(">=").split(".")))
+    least, most = (
+        tuple(map(int, bound.lstrip("<>=").split("."))) for bound in PROJECT["project"]["requires-python"].split(",")
+    )
     tag = read_dockerfile(TEXT)[0]["PYTHON_IMAGE"].partition(":")[2]
     pythons = [tag, *re.findall(r"python3(?:-\w+)?=(\d+\.\d+)", TEXT)]
     assert len(pythons) == 4
-    assert all(tuple(map(int, python.split(".")[:2])) >= least for python in pythons)
+    assert all(least <= tuple(map(int, python.split(".")[:2])) < most for python in pythons)
     assert len({python.rpartition(".")[0] or python for python in pythons[1:]}) == 1, "build and run have one Python"
 
 
