@@ -165,6 +165,8 @@ class _Visitor:
 def _is_left_alone(node: ast.AST) -> bool:
     if isinstance(node, ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
         return True
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
+        return True
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         return True
     call = node.value if isinstance(node, ast.Expr) else None
