@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -154,3 +155,9 @@ def anchors(text: str) -> set[str]:
 
 def test_links_are_told_from_broken_ones() -> None:
     assert anchors("# One `two.three`\n\n## A, b") == {"one-twothree", "a-b"}
+
+
+def test_tests_that_share_a_service_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist groups by a suffix of the name, which some versions of pytest do not let it set."""
+    if "PYTEST_XDIST_WORKER" in os.environ and request.config.getvalue("loadgroup"):
+        assert request.node.nodeid.endswith("@test_project")
