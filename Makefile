@@ -14,7 +14,7 @@
 # that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-all test-image browser mutants gpu-check check-real docs clean
+.PHONY: help demo lint test test-all test-rest test-image browser mutants gpu-check check-real docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,8 +38,10 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST) -m "not slow or smoke" --junitxml $(REPORTS)/test.xml
 
-test-all: test
-	$(PYTEST) -m "slow and not smoke and not image" --junitxml $(REPORTS)/test-all.xml
+test-all: test test-rest
+
+test-rest: $(STAMP)
+	$(PYTEST) -m "slow and not smoke and not image" --junitxml $(REPORTS)/test-rest.xml
 
 test-image: $(STAMP)
 	$(BIN)/pytest -m image --junitxml $(REPORTS)/test-image.xml
