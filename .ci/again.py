@@ -1,4 +1,4 @@
-"""Run the files of failed tests again, one test at a time: python .ci/again.py REPORT.xml. Fails where they fail again."""
+"""Runs the files of failed tests again, one test at a time: python .ci/again.py REPORT.xml; fails if they do."""
 
 import subprocess
 import sys
