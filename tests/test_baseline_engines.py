@@ -8,6 +8,8 @@ from engine_curves import assert_same, losses, run_on
 
 from aldm.data.store import VolumeStore
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for all trainings of the file
+
 TRAINING = {
     "batch_size": 2,
     "max_steps": 2,

@@ -16,6 +16,8 @@ from aldm.presets import tiny
 from pipelines.sharded_states import States
 from pipelines.train import main as train_job
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for all trainings of the file
+
 TRAINING = {
     "batch_size": 6,
     "max_steps": 4,
