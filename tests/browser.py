@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 FLAGS += ["--ignore-gpu-blocklist", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -28,7 +28,8 @@ def find_chromium(playwright: Playwright) -> str | None:
 
 
 def launch(playwright: Playwright) -> Browser:
-    """Start it headless, with WebGL in software."""
+    """Start it headless, with WebGL in software, which takes its time: what is expected of a page may, too."""
+    expect.set_options(timeout=PATIENCE_MS)
     return playwright.chromium.launch(executable_path=find_chromium(playwright), args=FLAGS)
 
 
