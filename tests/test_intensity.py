@@ -8,7 +8,7 @@ import pytest
 
 from aldm.config import PreprocessConfig
 from aldm.data.bias import BiasField, corrected, n4, shaded
-from aldm.data.foreground import constant_background, find_foreground
+from aldm.data.foreground import constant_background, find_foreground, head_foreground
 from aldm.data.intensity import clipped_share, intensity_range, rescale, unscale
 from aldm.data.phantom import simulate_subject
 from aldm.data.preprocess import PreprocessRecord, prepare_subject, prepare_volume
@@ -218,3 +218,14 @@ def test_a_bias_correction_is_kept_in_the_record(brats):
     (plain,), _ = prepare_volume(strong, CONFIG)
     inside = flat > -1
     assert np.abs(x - flat)[inside].mean() < 0.5 * np.abs(plain - flat)[inside].mean()
+
+
+def test_an_intensity_between_air_and_tissue_is_on_one_side_in_all_units() -> None:
+    """Between air at 10 and tissue at 50 a quarter of the way is the intensity 20 itself."""
+    data = np.full((20, 20, 20), 10.0, np.float32)
+    data[4:16, 4:16, 4:16] = 20
+    data[6:14, 6:14, 6:14] = 50
+    data[::2] += np.float32(1e-3) * (data[::2] == 10)  # air is no constant background
+    wanted, _ = head_foreground(data)
+    for scale, shift in [(1 / 7, -3.1), (0.013, 1e3), (17.3, -512.7), (1 / 3, 0.1)]:
+        np.testing.assert_array_equal(head_foreground((data * scale + shift).astype(np.float32))[0], wanted)

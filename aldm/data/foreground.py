@@ -20,8 +20,9 @@ MIN_BORDER_FRACTION = 0.2
 """Share of the field of view's six faces from which a value may be that of a masked background."""
 MIN_SOLIDITY = 0.9
 """Share of a masked background's voxels whose next voxel is background too: noise that is often 0 has less."""
-AIR_FRACTION = 0.25
-"""How far from air to tissue the threshold between them lies."""
+AIR_FRACTION = 0.2501
+"""How far from air to tissue the threshold between them lies: a little over a quarter, so that between two integers it
+lies on none, where rounding would decide on all voxels of an intensity."""
 _SAMPLES, _MAX_ROUNDS = 1_000_000, 50
 
 
