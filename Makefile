@@ -1,9 +1,9 @@
 # make demo        everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
-# make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones (8 minutes on 2 cores)
-# make test-all    that and all other tests but those of the image (20 minutes altogether)
+# make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones
+# make test-all    that and all other tests but those of the image
 # make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
-# make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (half an hour; goes on where it stopped)
+# make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (goes on where it stopped)
 # make gpu-check   speed, memory and results on a machine with a GPU: tests/gpu/README.md (7 minutes; without a GPU it tests itself)
 # make check-real  real heads through prepare and translate: make check-real DIR=FOLDER (tests/check_real.py says what lies there)
 # make docs        write the generated pages of docs/ again
