@@ -71,6 +71,7 @@ KINDS = {
 """Fixture -> the mark of what needs it: a contributor leaves out what their machine lacks, -m "not browser"."""
 SHARED = {"service": "service", "ray_cluster": "ray"}
 """Fixture of the whole session -> the group of tests that --dist loadgroup runs in one process: it starts once."""
+LONGEST_VALUE_IN_A_NAME = 100
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -89,6 +90,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs Linux: it looks into /proc"))
     # the order is kept otherwise; what kills the service comes after all else that uses it
     items.sort(key=lambda item: (_group(item) not in SHARED.values(), item.path.stem == "test_serve_faults"))
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a long text or file after its argument: two processes that make it themselves agree on the test's name."""
+    return argname if isinstance(val, str | bytes) and len(val) > LONGEST_VALUE_IN_A_NAME else None
 
 
 def _group(item: pytest.Item) -> str:
