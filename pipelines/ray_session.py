@@ -65,7 +65,7 @@ def ray_session() -> Iterator[None]:
 
 
 def start_ray(**arguments: Any) -> None:
-    """Start a Ray session on this machine, with the arguments of ray.init.
+    """Start a Ray session on this machine, with the arguments of ray.init and without a dashboard, which nobody reads.
 
     Ray gives its node 30 s to start, which cannot be changed and is too little where the machine has much else to do:
     then it is tried again.
@@ -78,7 +78,7 @@ def start_ray(**arguments: Any) -> None:
     for left in reversed(range(START_TRIES)):
         before = set(psutil.Process().children(recursive=True))
         try:
-            ray.init(address="local", **arguments)
+            ray.init(address="local", include_dashboard=False, **arguments)
             return
         except Exception as error:
             if type(error) is not Exception and "timed out" not in str(error):

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded: befo
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # ruff: noqa: E402
+import contextlib
 import json
 import random
 import signal
@@ -71,6 +72,8 @@ KINDS = {
 """Fixture -> the mark of what needs it: a contributor leaves out what their machine lacks, -m "not browser"."""
 SHARED = {"service": "service", "ray_cluster": "ray"}
 """Fixture of the whole session -> the group of tests that --dist loadgroup runs in one process: it starts once."""
+OPEN: dict[str, contextlib.ExitStack] = {}
+"""Group -> what its fixture has opened."""
 LONGEST_VALUE_IN_A_NAME = 100
 
 
@@ -89,7 +92,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if any(item.get_closest_marker(kind) for kind in ("linux", "ray", "service")):
                 item.add_marker(pytest.mark.skip(reason="needs Linux: it looks into /proc"))
     # the order is kept otherwise; what kills the service comes after all else that uses it
-    items.sort(key=lambda item: (_group(item) not in SHARED.values(), item.path.stem == "test_serve_faults"))
+    groups = list(SHARED.values())
+    place = {group: groups.index(group) for group in groups}
+    items.sort(key=lambda item: (place.get(_group(item), len(groups)), item.path.stem == "test_serve_faults"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End what a group shares after its last test: a service and a Ray session take processor time while they idle."""
+    if nextitem is not None and _group(nextitem) != _group(item):
+        OPEN.pop(_group(item), contextlib.ExitStack()).close()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -170,7 +182,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     from pipelines.ray_session import start_ray, worker_environment
 
-    with pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as stack:
+        OPEN["ray"] = stack
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setattr("pipelines.ray_session.logger.warning", _warned)
@@ -181,8 +195,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             log_to_driver=False,
             runtime_env={"env_vars": worker_environment() | {"OMP_NUM_THREADS": "1"}},
         )
+        stack.callback(ray.shutdown)
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -192,8 +206,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     diffusion = replace(tiny().diffusion, num_train_timesteps=1000)  # so that a job can be made to last
     model = save_untrained(folder / "model", diffusion=diffusion)
     (model / "card.json").write_text(json.dumps([CARD_ROW]))
-    with RunningService(model, folder / "work", "--max-upload-mb", "64") as running:
-        yield running
+    with contextlib.ExitStack() as stack:
+        OPEN["service"] = stack
+        yield stack.enter_context(RunningService(model, folder / "work", "--max-upload-mb", "64"))
 
 
 def _prepared(tree: Path, layout: str, out: Path) -> VolumeStore:

@@ -249,6 +249,7 @@ def test_the_paper_s_sizes_go_through(method: str, preset: Callable[[], Config])
         assert run(x).shape == x.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "method"), [*((brats, method) for method in METHODS), (ixi, "pix2pix"), (ixi, "pix2pix-3d")]
 )

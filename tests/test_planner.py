@@ -71,7 +71,9 @@ def test_layers_add_up_to_the_networks(translation):
     assert shapes["decoder"] == (1, 192, 192, 144)
 
 
-@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "diffusion" else pytest.param(stage, marks=pytest.mark.slow) for stage in TRAININGS]
+)
 def test_recomputing_costs_operations_and_saves_memory_at_the_papers_size(stage):
     plain, recomputing = (plan(replace(brats(), activation_checkpointing=on), stage) for on in (False, True))
     assert recomputing.peak_bytes < 0.9 * plain.peak_bytes

@@ -1,6 +1,7 @@
 """What holds for the project as a whole: names that resolve, versions that agree, layers that cover every module."""
 
 import ast
+import gzip
 import importlib
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import pytest_make_parametrize_id
 
 import aldm
 from aldm.cli import JOBS
@@ -161,3 +163,9 @@ def test_tests_that_share_a_service_run_in_one_process(request: pytest.FixtureRe
     """pytest-xdist groups by a suffix of the name, which some versions of pytest do not let it set."""
     if "PYTEST_XDIST_WORKER" in os.environ and request.config.getvalue("loadgroup"):
         assert request.node.nodeid.endswith("@test_project")
+
+
+def test_a_long_value_is_no_part_of_a_test_s_name() -> None:
+    """What two processes make anew, such as a gzip with its time, would give one test two names."""
+    assert pytest_make_parametrize_id(gzip.compress(bytes(range(256))), "content") == "content"
+    assert pytest_make_parametrize_id("t1.nii", "name") is None

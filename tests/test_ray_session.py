@@ -33,7 +33,7 @@ def test_a_start_that_takes_too_long_is_tried_again(monkeypatch: pytest.MonkeyPa
     starts = Starts(START_TRIES - 1)
     monkeypatch.setattr(ray, "init", starts)
     start_ray(num_cpus=3)
-    assert starts.arguments == [{"address": "local", "num_cpus": 3}] * START_TRIES
+    assert starts.arguments == [{"address": "local", "include_dashboard": False, "num_cpus": 3}] * START_TRIES
     assert not [process.pid for process in starts.left if process.poll() is None and psutil.pid_exists(process.pid)]
 
 

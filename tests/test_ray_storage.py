@@ -59,6 +59,7 @@ def test_a_storage_that_does_not_answer_is_refused_in_time_and_without_its_secre
     assert "w0rd5ecret" not in f"{storage.flag} {storage.record}"
 
 
+@pytest.mark.slow
 def test_a_prefix_of_several_levels_is_made_and_a_bucket_is_not(server: str, tmp_path: Path) -> None:
     Storage.of(tmp_path / "run", f"s3://me:w0rd5ecret@bucket/one/two{server}").check(resume=False, overwrite=False)
     with pytest.raises(UserError, match="Bucket 'nowhere' not found"):

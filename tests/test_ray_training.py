@@ -222,7 +222,7 @@ def test_a_killed_driver_leaves_nothing_running_and_the_run_goes_on(
     assert status_of(folder) == "RUNNING"
     kept = lines_until(folder, committed(folder))
     words = [word for word in train(haar_latents, folder) if word != "--no-tracking"]
-    assert run(*words, *LONG, "--num-workers", 2, "--resume") == 0
+    assert run(*words, *LONG, "--num-workers", 1, "--resume") == 0
     assert lines_until(folder, 16)[: len(kept)] == kept, "it went back further than to the last checkpoint"
     assert_same_curve(folder, reference)
     assert_best_is_kept(folder)

@@ -87,6 +87,7 @@ def evaluate(store: VolumeStore, model: Path, out: Path, *flags: object) -> tupl
 # ------------------------------------------------------------------------------------------------------ the same bytes
 
 
+@pytest.mark.slow
 def test_prepare_writes_the_bytes_of_one_process(brats_tree: Path, brats_store: VolumeStore, tmp_path: Path) -> None:
     assert run(*prepare(brats_tree, tmp_path / "store", *TWO)) == 0
     assert content(tmp_path / "store") == content(brats_store.path)
@@ -118,6 +119,7 @@ def test_encode_writes_the_bytes_of_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_evaluate_writes_the_bytes_of_one_process(
     ixi_store: VolumeStore, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_evaluate_writes_the_bytes_of_one_process(
     assert printed[0] == printed[1]
 
 
+@pytest.mark.slow
 def test_a_worker_computes_with_as_many_threads_as_it_is_told(workers: RayWorkers) -> None:
     """Sums over a volume are cut by thread: another number changes the last bits."""
     assert list(workers.map(threads, [0, 1], description="count", unit="worker")) == [3, 3]
@@ -240,6 +243,7 @@ def test_a_task_whose_process_is_killed_is_done_again(
     assert content(out) == content(one.path)
 
 
+@pytest.mark.slow
 def test_a_task_that_always_kills_its_process_ends_with_one_message(
     brats_store: VolumeStore, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.linux
 def test_the_process_stays_within_the_limit(tmp_path: Path) -> None:
     script = """

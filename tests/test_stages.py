@@ -437,7 +437,14 @@ def test_what_is_exported_loads_strictly_into_a_fresh_network(
     load_weights(fresh, export.weights, "the stage")
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ms-spade", 150), ("diffusion", 150), ("unet", 30)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        pytest.param("ms-spade", 150, marks=pytest.mark.slow),
+        ("diffusion", 150),
+        pytest.param("unet", 30, marks=pytest.mark.slow),
+    ],
+)
 def test_tiny_overfits_one_subject(
     name: str, steps: int, brats_store: VolumeStore, latents: LatentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
