@@ -140,7 +140,7 @@ class UNetConfig:
 
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "unipc", "bridge", "one-step")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class SamplingConfig:
     """How the chain is integrated when the command line does not say."""
 
     sampler: str = "dpm-solver++"
-    """ddpm, ddim, dpm-solver++ or unipc for epsilon, v, x0; bridge for bridge; one-step for all but epsilon and v."""
+    """ddpm, ddim or dpm-solver++ for epsilon, v, x0; bridge for bridge; one-step for all but epsilon and v."""
     num_inference_steps: int = 10
     """Network evaluations per sample."""
     num_samples: int = 1

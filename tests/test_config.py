@@ -53,6 +53,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"ms_spade": {"spade_channels": []}}, r"MSSpadeConfig\.spade_channels is empty, wanted at least one value"),
         ({"ms_spade": {"kernel_size": 4}}, r"ms_spade\.kernel_size is 4, wanted an odd number"),
         ({"codec": {"codebook_decay": 1.5}}, r"CodecConfig\.codebook_decay is 1\.5, wanted 0 to 1"),
+        ({"sampling": {"sampler": "unipc"}}, r"sampling\.sampler is 'unipc', wanted one of: ddpm, ddim, dpm-solver"),
         ({"sampling": {"eta": -1}}, r"SamplingConfig\.eta is -1\.0, wanted 0 to 1"),
         ({"train_unet": {"same_modality_fraction": 2}}, r"same_modality_fraction is 2\.0, wanted 0 to 1"),
         ({"train_unet": {"betas": [0.9, 1.5]}}, r"betas is \(0\.9, 1\.5\), wanted 0 or more and below 1"),

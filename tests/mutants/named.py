@@ -15,7 +15,6 @@ NAMED: list[tuple[str, str, str, str]] = [
     ("eta of DDIM", "aldm/sampling.py", "eta**2 * (to.sigma", "eta * (to.sigma"),
     ("eta of the bridge", "aldm/sampling.py", "eta**2 * 4 *", "eta * 4 *"),
     ("DPM-Solver++'s step ratio", "aldm/sampling.py", "(h / (2 * previous_h))", "0.5"),
-    ("UniPC's step ratio", "aldm/sampling.py", "(earlier[-2][0].half_log_snr - now.half_log_snr) / h", "-1.0"),
     ("DDPM's variance", "aldm/sampling.py", "variance = 1 - ratio**2", "variance = 1 - ratio"),
     ("rho of Karras", "aldm/sampling.py", "log_ratios = -7 *", "log_ratios = -6 *"),
     ("n - 1", "aldm/sampling.py", "squares / (num_samples - 1)", "squares / num_samples"),
