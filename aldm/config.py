@@ -23,6 +23,8 @@ Spacing = tuple[float, float, float]
 T = TypeVar("T")
 MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
+GONE = {"codec.codebook_update": "ema"}
+"""Keys of earlier configurations, and the one value that is left of each: with it they are still read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,8 @@ class CodecConfig:
     """Latent channels and dimension of a code."""
     codebook_size: int = 8192
     """Number of codes, K."""
-    codebook_update: str = "ema"
-    """How the codebook learns: ema (exponential moving average) or gradient."""
     codebook_decay: float = 0.99
-    """Decay of the codebook's moving averages."""
+    """Decay of the moving averages that the codes are."""
     commitment_weight: float = 0.25
     """beta, the weight of the commitment term."""
     haar_levels: int = 1
@@ -80,7 +80,6 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
-        choice("codec.codebook_update", self.codebook_update, ("ema", "gradient"))
         positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
         within(self, 0, 1, "codebook_decay")
         within(self, 0, math.inf, "commitment_weight")
@@ -299,16 +298,27 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         path: where in the whole configuration `values` stands, for messages.
 
     Raises:
-        UserError: an unknown key (the known ones are listed), a value of a wrong type or out of range.
+        UserError: an unknown key (the known ones are listed), a value of a wrong type or out of range, or a key that
+            is gone with a value that is gone too.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
+    values = {key: value for key, value in values.items() if not _gone(f"{path}{key}", value)}
     hints = get_type_hints(cls)
     unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
     return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _gone(name: str, value: Any) -> bool:
+    """Return whether a key is gone and may be passed over."""
+    if name in GONE and value != GONE[name]:
+        raise UserError(
+            f"{name} is {value!r}, but only {GONE[name]!r} is left of it: leave the key out and train again"
+        )
+    return name in GONE
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

@@ -56,7 +56,7 @@ TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 class VQGANStage:
     """Stage 1: encoder, decoder and codebook against a patch discriminator (Table A; Esser et al. 2021, eq. 6).
 
-    Generator: L1 + codebook + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda
+    Generator: L1 + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda
     is the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left.
     Both the discriminator and the adversarial term start at adversarial_start_step.
 
@@ -110,12 +110,11 @@ class VQGANStage:
         loss = self._reconstruction_loss(output.reconstruction, x)
         values: Values = {
             "reconstruction_loss": loss.detach(),
-            "codebook_loss": output.codebook_loss.detach(),
             "commitment_loss": output.commitment_loss.detach(),
             "codebook_usage": output.codebook_usage,
             "perplexity": output.perplexity,
         }
-        loss = loss + output.codebook_loss + output.commitment_loss
+        loss = loss + output.commitment_loss
         if "discriminator" in info.playing:
             info.shared["reconstruction"] = output.reconstruction.detach()
             adversarial = self._adversarial_loss(output.reconstruction)

@@ -93,7 +93,6 @@ class DeepSpeedEngine:
         """Hand module and optimizer to DeepSpeed."""
         import deepspeed
 
-        _check_codebook(player.module, self._zero_stage)
         if self._resume_from is not None:  # before DeepSpeed shards the weights
             read_weights(self._resume_from, player.name, player.module)
         player.module.to(self.device).train()
@@ -212,16 +211,6 @@ def _start_deepspeed() -> None:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-def _check_codebook(module: nn.Module, zero_stage: int) -> None:
-    """Refuse a codebook that is a parameter: its revival writes weights that ZeRO keeps elsewhere."""
-    quantizer = getattr(module, "quantizer", None)
-    if zero_stage >= 1 and quantizer is not None and quantizer.update == "gradient":
-        raise UserError(
-            "codec.codebook_update is gradient, which DeepSpeed's stages 1 to 3 cannot train (dead codes are revived "
-            "in the weights themselves): say --set codec.codebook_update=ema, or take --engine ddp"
-        )
 
 
 def _gradient_norm(module: nn.Module) -> Tensor:

@@ -71,6 +71,15 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) ->
         from_dict(Config, values)
 
 
+def test_a_key_that_is_gone_is_passed_over_with_the_value_that_is_left() -> None:
+    values = to_dict(small())
+    values["codec"]["codebook_update"] = "ema"
+    assert from_dict(Config, values) == small()
+    values["codec"]["codebook_update"] = "gradient"
+    with pytest.raises(UserError, match="codebook_update is 'gradient', but only 'ema' is left of it: leave the"):
+        from_dict(Config, values)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_flag_that_is_not_finite_is_refused(value: float) -> None:
     """Flags come in by `replace`, past the conversion of a dictionary's numbers."""

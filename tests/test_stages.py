@@ -62,18 +62,12 @@ def volume_psnr(latents: LatentStore, z: torch.Tensor, wanted: torch.Tensor) -> 
 
 
 def test_the_codebook_moves_from_the_first_step(brats_store: VolumeStore) -> None:
-    for update in ("ema", "gradient"):
-        config = replace(tiny(), codec=replace(tiny().codec, codebook_update=update))
-        stage = VQGANStage(config, brats_store)
-        engine = PlainEngine()
-        connected(stage, engine)
-        batch = batch_of(stage)
-        for number in range(2):  # the first step puts the codes on its own vectors
-            before = stage.codec.quantizer.codebook.detach().clone()
-            loss, _ = stage.players[0].loss(stage.codec, batch, step(number, stage, batch, playing=False))
-            engine.backward(stage.players[0], loss)
-            engine.step(stage.players[0], 0.01)
-            assert not torch.equal(before, stage.codec.quantizer.codebook)
+    stage = connected(VQGANStage(tiny(), brats_store))
+    batch = batch_of(stage)
+    for number in range(2):  # the first step puts the codes on its own vectors
+        before = stage.codec.quantizer.codebook.clone()
+        stage.players[0].loss(stage.codec, batch, step(number, stage, batch, playing=False))
+        assert not torch.equal(before, stage.codec.quantizer.codebook)
 
 
 def test_the_vqgan_loss_is_the_sum_of_its_terms(brats_store: VolumeStore) -> None:
@@ -82,13 +76,13 @@ def test_the_vqgan_loss_is_the_sum_of_its_terms(brats_store: VolumeStore) -> Non
     info = step(5, stage, batch)
     loss, values = stage.players[0].loss(stage.codec, batch, info)
     weight = tiny().train_vqgan.adversarial_weight * values["adaptive_weight"]
-    terms = values["reconstruction_loss"] + values["codebook_loss"] + values["commitment_loss"]
+    terms = values["reconstruction_loss"] + values["commitment_loss"]
     assert torch.allclose(loss, terms + weight * values["adversarial_loss"])
     assert float(values["adaptive_weight"]) > 0
 
     alone, plain = stage.players[0].loss(stage.codec, batch, step(5, stage, batch, playing=False))
     assert "adversarial_loss" not in plain
-    assert torch.allclose(alone, plain["reconstruction_loss"] + plain["codebook_loss"] + plain["commitment_loss"])
+    assert torch.allclose(alone, plain["reconstruction_loss"] + plain["commitment_loss"])
 
 
 def test_the_adaptive_weight_is_that_of_the_training_graph(brats_store: VolumeStore) -> None:
