@@ -137,6 +137,7 @@ class UNetConfig:
         choice("unet.conditioning", self.conditioning, ("add", "scale-shift"))
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")
@@ -214,7 +215,8 @@ class Config:
     seed: int = 0
     """Seed of every random choice."""
     precision: str = "fp32"
-    """fp32, or bf16: autocast with fp32 weights, norms and code search."""
+    """fp32, tf32 (fp32 whose convolutions and products round their inputs to 10 bits of fraction on a GPU) or bf16
+    (autocast with fp32 weights, norms and code search)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -232,7 +234,7 @@ class Config:
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def __post_init__(self) -> None:
-        choice("precision", self.precision, ("fp32", "bf16"))
+        choice("precision", self.precision, PRECISIONS)
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}, wanted 0 or more")
         if self.modalities != sort_modalities(self.modalities):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aldm.errors import UserError
 from aldm.players import Player
+from aldm.precision import arithmetic
 from aldm.records import check_record
 
 _PARTS = ("weights", "optimizer")
@@ -37,8 +38,8 @@ class PlainEngine:
         return player.module
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        """That of the precision: bf16 autocast, or nothing."""
+        return arithmetic(self._precision, self.device)
 
     def backward(self, player: Player, loss: Tensor) -> None:
         """Plain backward."""

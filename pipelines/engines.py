@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aldm.engine import PlainEngine, make_optimizer
 from aldm.errors import UserError
 from aldm.players import Player
+from aldm.precision import arithmetic
 from pipelines.sharded_states import STEPS_FILE, base_optimizer, read_moments, read_weights, write_states
 
 
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
 
     Args:
         device: of this rank.
-        precision: fp32 or bf16.
+        precision: fp32, tf32 or bf16.
         zero_stage: 0 to 3.
         batch_size: of all ranks together.
         resume_from: the checkpoint to go on from, if any; of whatever stage and number of ranks.
@@ -106,8 +107,8 @@ class DeepSpeedEngine:
         return engine
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        """That of the precision: bf16 autocast, or nothing."""
+        return arithmetic(self._precision, self.device)
 
     def backward(self, player: Player, loss: Tensor) -> None:
         """Backward through DeepSpeed, which reduces the gradients on the way."""

@@ -60,7 +60,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"train_unet": {"betas": [1.0, 1.0]}}, r"betas is \(1\.0, 1\.0\), wanted 0 or more and below 1"),
         ({"train_unet": {"warmup_steps": -1}}, r"warmup_steps is -1, wanted 0 or more"),
         ({"train_vqgan": {"discriminator_layers": 0}}, r"discriminator_layers is 0, wanted a finite value above 0"),
-        ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, bf16"),
+        ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, tf32, bf16"),
         ({"modalities": ["t2", "t1"]}, "wanted distinct and in the vocabulary's order"),
         ({"modalities": ["t1", "t7"]}, "unknown modality 't7': known are t1, t1ce, t2, flair, pd"),
         ({"diffusion": {"zero_terminal_snr": True}}, "zero_terminal_snr is singular for objective 'epsilon'"),
