@@ -364,10 +364,8 @@ class DiffusionStage:
         ]
         z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         prediction = self._predict(model, batch, z_target_like, z_t, t)
-        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t)
-        if weights is not None and self._weights is not None:
-            weights = weights * self._weights
-        return weighted_mse(prediction, wanted, self._weights if weights is None else weights), {}
+        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t, self._weights)
+        return weighted_mse(prediction, wanted, weights), {}
 
     def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         ids = batch["target"], batch["source"]

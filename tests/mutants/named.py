@@ -20,6 +20,12 @@ NAMED: list[tuple[str, str, str, str]] = [
     ("n - 1", "aldm/sampling.py", "squares / (num_samples - 1)", "squares / num_samples"),
     ("edges at full resolution only", "aldm/losses.py", "difference = F.avg_pool3d(difference, 2)", "pass"),
     ("weighted L1", "aldm/losses.py", "(errors * channel_weights.view(1, -1, 1, 1, 1)).mean()", "errors.mean()"),
+    (
+        "image's share of a noise prediction",
+        "aldm/denoising.py",
+        "image_weights / (image_weights * squares).mean(dim=1, keepdim=True)",
+        "image_weights / squares",
+    ),
     ("sign of the hinge", "aldm/losses.py", "F.relu(1 + fake_logits", "F.relu(1 - fake_logits"),
     ("straight-through", "aldm/models/quantizer.py", "z_q = z + (z_q - z).detach()", "z_q = z + (z_q - z)"),
     ("first averages", "aldm/models/quantizer.py", "torch.where(first, 0.0, self.decay)", "self.decay"),
