@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from aldm.config_baselines import METHODS, BaselinesConfig
+from aldm.config_training import RENAMED_KEYS, choice, positive, within
 from aldm.config_training import Shape as Shape
 from aldm.config_training import TrainingConfig as TrainingConfig
-from aldm.config_training import choice, positive, within
 from aldm.data.modalities import sort_modalities
 from aldm.errors import UserError
 
@@ -296,7 +296,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Args:
         cls: the dataclass to build.
-        values: its fields; a missing field keeps its default.
+        values: its fields; a missing field keeps its default. Keys of before (RENAMED_KEYS) are read as those of now.
         path: where in the whole configuration `values` stands, for messages.
 
     Raises:
@@ -307,6 +307,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     values = {key: value for key, value in values.items() if not _gone(f"{path}{key}", value)}
     hints = get_type_hints(cls)
+    values = with_present_names(values)
     unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
@@ -321,6 +322,12 @@ def _gone(name: str, value: Any) -> bool:
             f"{name} is {value!r}, but only {GONE[name]!r} is left of it: leave the key out and train again"
         )
     return name in GONE
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a section with keys of before under their names of now, unless both are there."""
+    now = {key: new for key, new in RENAMED_KEYS.items() if new not in values}
+    return {now.get(key, key): value for key, value in values.items()}
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
