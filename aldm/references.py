@@ -54,6 +54,9 @@ def fit_references(store: VolumeStore, pairs: Sequence[tuple[str, str]]) -> Refe
     """Fit both references for some (source, target); one pass over the training subjects, one of them in memory.
 
     A pair that no training subject has both modalities of gets no intensity map, and a warning.
+
+    Raises:
+        UserError: the shard of a training subject cannot be read.
     """
     names = {name for pair in pairs for name in pair}
     joint = {pair: np.zeros((2, BINS)) for pair in pairs}  # number of voxels, and sum of the target's intensities
