@@ -21,9 +21,9 @@ from aldm.baselines.methods import method_network
 from aldm.cli import main
 from aldm.data.store import VolumeStore
 from aldm.presets import small, tiny
-from aldm.score_table import REFERENCES, ScoreRow
+from aldm.score_table import REFERENCES, ScoreRow, write_csv
 from pipelines.benchmark_plan import BENCHMARKED, Contest, check_methods, plan_entry
-from pipelines.benchmark_table import interval, table
+from pipelines.benchmark_table import interval, read_scores, table
 
 PAIR = ("--source", "t1", "--target", "t2")
 BUDGET = 0.1
@@ -84,6 +84,18 @@ def test_the_table_tests_the_first_row_and_says_the_spread_over_seeds() -> None:
     assert cells["identity"] == [f"{2 * p['identity']:.3f}", "-"]
     assert cells["reconstruction of unet"] == ["-", "-"]
     assert "SD over seeds" not in table([(seed, row) for seed, row in rows if seed == 0], "brain", {})
+
+
+def test_rows_that_every_evaluation_repeats_stand_in_the_table_once(tmp_path: Path) -> None:
+    entries = [plan_entry("unet", seed, contest_of(tmp_path), small()) for seed in (0, 1)]
+    for entry in entries:
+        (entry.folder / "scores").mkdir(parents=True)
+        names = ["own-name", *REFERENCES]
+        rows = [ScoreRow("s", name, "t1", "t2", "", 0, "brain", 20.0, 0.1, 0.5) for name in names]
+        write_csv(entry.folder / "scores" / "scores.csv", rows)
+    found = read_scores(entries)
+    assert sorted(row.method for _, row in found) == sorted([*REFERENCES, "unet", "unet"])
+    assert [seed for seed, row in found if row.method == "unet"] == [0, 1]
 
 
 @pytest.mark.slow
