@@ -102,7 +102,7 @@ def test_a_sample_is_a_function_of_its_generator(brats_store: VolumeStore) -> No
 
 def test_pairs_are_of_one_subject_and_ids_count_through_the_models_modalities(brats_store: VolumeStore) -> None:
     modalities = ("t2", "flair")
-    pairs = VolumePairs(brats_store, "train", modalities, same_modality_fraction=0.0)
+    pairs = VolumePairs(brats_store, "train", modalities)
     for seed in range(4):
         sample = pairs.sample(0, generator(seed))
         for end in ("source", "target"):
@@ -111,7 +111,7 @@ def test_pairs_are_of_one_subject_and_ids_count_through_the_models_modalities(br
 
 
 def test_held_out_pairs_are_of_different_modalities_and_not_flipped(brats_store: VolumeStore) -> None:
-    pairs = VolumePairs(brats_store, "validation", brats_store.modalities, None, 1.0, 1.0)
+    pairs = VolumePairs(brats_store, "validation", brats_store.modalities, None, 1.0)
     for seed in range(20):
         sample = pairs.sample(0, generator(seed))
         assert sample["source"] != sample["target"]
