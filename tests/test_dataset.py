@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -117,6 +117,14 @@ def test_held_out_pairs_are_of_different_modalities_and_not_flipped(brats_store:
         assert sample["source"] != sample["target"]
         stored = brats_store.volume(sample["subject_id"], brats_store.modalities[sample["target"]])
         assert torch.equal(sample["target_volume"][0], torch.from_numpy(stored))
+
+
+def test_every_ordered_pair_of_different_modalities_is_drawn_as_often(brats_store: VolumeStore) -> None:
+    pairs = VolumePairs(brats_store, "train", ("t1", "t2", "flair"))
+    samples = [pairs.sample(0, derived_generator(0, step)) for step in range(900)]
+    counts = Counter((sample["source"], sample["target"]) for sample in samples)
+    assert set(counts) == set(permutations(range(3), 2))
+    assert max(abs(count - 150) for count in counts.values()) < 4 * 150**0.5
 
 
 def test_subjects_without_any_of_the_modalities_are_left_out(

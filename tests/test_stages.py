@@ -436,7 +436,7 @@ def test_what_is_exported_loads_strictly_into_a_fresh_network(
     [
         pytest.param("ms-spade", 150, marks=pytest.mark.slow),
         ("diffusion", 150),
-        pytest.param("unet", 30, marks=pytest.mark.slow),
+        ("unet", 60),
     ],
 )
 def test_tiny_overfits_one_subject(
