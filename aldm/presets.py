@@ -19,6 +19,7 @@ from aldm.config import (
     TrainingConfig,
     UNetConfig,
     from_dict,
+    with_present_names,
 )
 from aldm.config_baselines import BaselinesConfig
 from aldm.errors import UserError
@@ -349,7 +350,7 @@ def load_preset(name_or_file: str) -> Config:
 def _merged(base: dict, changes: dict) -> dict:
     """Return base with the changes laid over it, nested mappings key by key."""
     result = dict(base)
-    for key, value in changes.items():
+    for key, value in with_present_names(changes).items():
         old = result.get(key)
         result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result

@@ -92,6 +92,12 @@ def test_a_resolved_configuration_is_a_preset_file(tmp_path: Path) -> None:
     assert load_preset(str(tmp_path / "config.yaml")) == config
 
 
+def test_a_file_of_before_may_have_a_key_of_then(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("preset: small\ntrain_vqgan: {perceptual_weight: 0.5}\n")
+    expected = replace(small(), train_vqgan=replace(small().train_vqgan, edge_weight=0.5))
+    assert load_preset(str(tmp_path / "a.yaml")) == expected
+
+
 def test_a_file_without_a_preset_starts_from_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed: 3\ntrain_unet: {learning_rate: 1e-4}\n")
     config = load_preset(str(tmp_path / "a.yaml"))

@@ -127,11 +127,9 @@ def assert_same_in_slabs(stage: VQGANStage, batch: dict, whole: dict) -> None:
     stage.codec.max_tensor_elements, stage.codec.activation_checkpointing = 2**31 - 1, False
 
 
-def test_the_perceptual_term_is_added(brats_store: VolumeStore) -> None:
+def test_the_edge_term_is_added(brats_store: VolumeStore) -> None:
     without, with_ = (
-        connected(
-            VQGANStage(replace(tiny(), train_vqgan=replace(tiny().train_vqgan, perceptual_weight=w)), brats_store)
-        )
+        connected(VQGANStage(replace(tiny(), train_vqgan=replace(tiny().train_vqgan, edge_weight=w)), brats_store))
         for w in (0.0, 1.0)
     )
     load_weights(with_.codec, without.codec.state_dict(), "the other")
