@@ -37,7 +37,13 @@ def build_unet(config: Config, latent_channels: int) -> UNet:
 
 
 def build_regression_unet(config: Config) -> HaarUNet:
-    """Build the regression U-Net for the configuration's modalities: volumes in, volumes out."""
+    """Build the regression U-Net for the configuration's modalities: volumes in, volumes out.
+
+    Raises:
+        UserError: it is to have gates, which weigh latents that it does not see.
+    """
+    if config.regression_unet.skip_gates:
+        raise UserError("the regression U-Net sees no latents to weigh: give `regression_unet.skip_gates=false`")
     unet = UNet(BANDS, BANDS, len(config.modalities), **asdict(config.regression_unet), with_time=False)
     unet.activation_checkpointing = config.activation_checkpointing
     return HaarUNet(unet)
