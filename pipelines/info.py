@@ -82,8 +82,8 @@ def parameters_text(config: Config) -> str:
         size = 4 * counts.unet / 1e6
         text += (
             f"\nNo U-Net of Table C's widths has its 658 M parameters (this one is {size:.0f} MB in fp32; see"
-            "\ndocs/method.md, section 4), and no reading of the model sizes is known, 749 M in Table A and 722 M in "
-            "Table C."
+            "\ndocs/method.md, section 4), and no reading of the model sizes is known, 749 M in Table A and 722 M in"
+            "\nTable C."
         )
     return text
 
