@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from aldm.config_baselines import METHODS, BaselinesConfig
+from aldm.config_training import RENAMED_KEYS, choice, positive, within
 from aldm.config_training import Shape as Shape
 from aldm.config_training import TrainingConfig as TrainingConfig
-from aldm.config_training import choice, positive, within
 from aldm.data.modalities import sort_modalities
 from aldm.errors import UserError
 
@@ -223,7 +223,7 @@ class Config:
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     regression_unet: UNetConfig = field(default_factory=UNetConfig)
-    """The plain 3D regression U-Net that stands beside every model (no attention, no time)."""
+    """The regression U-Net on Haar bands that stands beside every model (no attention, no time)."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train_vqgan: TrainingConfig = field(default_factory=TrainingConfig)
@@ -295,7 +295,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Args:
         cls: the dataclass to build.
-        values: its fields; a missing field keeps its default.
+        values: its fields; a missing field keeps its default. Keys of before (RENAMED_KEYS) are read as those of now.
         path: where in the whole configuration `values` stands, for messages.
 
     Raises:
@@ -304,11 +304,18 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     hints = get_type_hints(cls)
+    values = with_present_names(values)
     unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
     return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a section with keys of before under their names of now, unless both are there."""
+    now = {key: new for key, new in RENAMED_KEYS.items() if new not in values}
+    return {now.get(key, key): value for key, value in values.items()}
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

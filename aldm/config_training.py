@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from aldm.errors import UserError
 
 Shape = tuple[int, int, int]
+RENAMED_KEYS = {"perceptual_weight": "edge_weight"}
+"""Keys as files of before have them, and their names now."""
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -75,8 +77,8 @@ class TrainingConfig:
     """Step at which the discriminator and the adversarial term start."""
     adaptive_weight: bool = False
     """Scale the adversarial term by the ratio of gradient norms at the last layer (Esser et al. 2021, eq. 7)."""
-    perceptual_weight: float = 0.0
-    """Weight of the perceptual term of stage 1."""
+    edge_weight: float = 0.0
+    """Weight of the edge term of stage 1: L1 of spatial differences, where other VQGANs have a perceptual distance."""
     image_space_loss: bool = False
     """Weigh each latent channel's error by its share of the image's. Stages 2 and 3, isometric codecs (haar) only."""
     discriminator_channels: int = 64
@@ -84,7 +86,7 @@ class TrainingConfig:
     discriminator_layers: int = 3
     """Stride-2 layers of the discriminator."""
     same_modality_fraction: float | None = None
-    """Share of training pairs with source = target; None leaves the 1 / M that pairs drawn evenly have."""
+    """Share of training pairs with source = target; None leaves the 1 / M of pairs drawn evenly. Stages 2 and 3."""
     validate_every: int = 1000
     """Steps between two validations."""
     num_validation_samples: int = 16
@@ -104,4 +106,4 @@ class TrainingConfig:
             raise UserError(f"TrainingConfig.betas is {self.betas!r}, wanted 0 or more and below 1")
         within(self, 0, 1, "decay_start", "ema_decay", "flip_probability", "same_modality_fraction")
         within(self, 0, math.inf, "weight_decay", "warmup_steps", "adversarial_weight", "adversarial_start_step")
-        within(self, 0, math.inf, "perceptual_weight")
+        within(self, 0, math.inf, "edge_weight")

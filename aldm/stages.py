@@ -56,7 +56,7 @@ TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 class VQGANStage:
     """Stage 1: encoder, decoder and codebook against a patch discriminator (Table A; Esser et al. 2021, eq. 6).
 
-    Generator: L1 + codebook + commitment + perceptual_weight edge + lambda adversarial_weight adversarial, where lambda
+    Generator: L1 + codebook + commitment + edge_weight edges + lambda adversarial_weight adversarial, where lambda
     is the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left.
     Both the discriminator and the adversarial term start at adversarial_start_step.
 
@@ -136,8 +136,8 @@ class VQGANStage:
 
     def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         loss = F.l1_loss(reconstruction.float(), x)
-        if self._training.perceptual_weight > 0:
-            loss = loss + self._training.perceptual_weight * edge_loss(reconstruction, x)
+        if self._training.edge_weight > 0:
+            loss = loss + self._training.edge_weight * edge_loss(reconstruction, x)
         return loss
 
     def _adversarial_loss(self, reconstruction: Tensor) -> Tensor:

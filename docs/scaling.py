@@ -336,7 +336,7 @@ frozen MS-SPADE of the diffusion stage: every rank has them whole. 80 GB are tak
 Activations decide. All of Adam, gradients and weights of stage 1 together are {(3 * main[0].trained / GIB) + main[0].gradients / 1024:.1f} GiB, so
 a whole BraTS volume, {whole.peak / 1024:.0f} GiB in one process, needs {sharded:.0f} GiB with everything sharded over 512 GPUs: it fits an
 80 GB GPU at no ZeRO stage. With activation checkpointing it needs {again.peak / 1024:.0f} GiB and fits without any. A whole IXI volume needs
-{ixi_again.peak / 1024:.0f} GiB even so: a 141 GB GPU, or crops, as the paper has them.
+{ixi_again.peak / 1024:.0f} GiB even so: a 141 GB GPU, or crops.
 
 What the libraries hold besides, GiB at {NODE} GPUs in bf16:
 

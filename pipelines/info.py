@@ -81,8 +81,9 @@ def parameters_text(config: Config) -> str:
     if own and config.unet == paper.unet:
         size = 4 * counts.unet / 1e6
         text += (
-            f"\nNo reading of Table C's 658 M as a number of parameters is known (this U-Net is {size:.0f} MB in fp32),"
-            "\nnor of the model sizes, 749 M in Table A and 722 M in Table C."
+            f"\nNo U-Net of Table C's widths has its 658 M parameters (this one is {size:.0f} MB in fp32; see"
+            "\ndocs/method.md, section 4), and no reading of the model sizes is known, 749 M in Table A and 722 M in"
+            "\nTable C."
         )
     return text
 

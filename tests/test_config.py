@@ -24,6 +24,16 @@ def test_missing_keys_keep_their_defaults() -> None:
     assert from_dict(Config, {"codec": {"codebook_size": 7}}) == Config(codec=CodecConfig(codebook_size=7))
 
 
+def test_a_key_of_before_is_read_as_that_of_now() -> None:
+    expected = replace(Config(), train_vqgan=replace(Config().train_vqgan, edge_weight=0.5))
+    assert from_dict(Config, {"train_vqgan": {"perceptual_weight": 0.5}}) == expected
+
+
+def test_a_key_under_both_its_names_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown key train_vqgan\.perceptual_weight: known are .*edge_weight"):
+        from_dict(Config, {"train_vqgan": {"perceptual_weight": 0.5, "edge_weight": 0.5}})
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         small().seed = 1  # type: ignore[misc]

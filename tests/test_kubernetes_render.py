@@ -58,7 +58,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kubernetes_render, "fits_of", lambda manifests, setup: [])
 
 
-@pytest.mark.parametrize("preset", ["brats", "ixi", "released", "small", "tiny"])
+@pytest.mark.parametrize("preset", ["brats", "ixi", "released", "brats-haar", "small", "tiny"])
 def test_what_is_filled_in_is_in_order_and_everywhere(preset: str) -> None:
     before = list(overlay("gpu"))
     setup = setup_of(preset, layout="ixi" if preset == "ixi" else "brats")

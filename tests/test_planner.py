@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from aldm.errors import UserError
 from aldm.layer_table import layer_table, parameter_counts
 from aldm.planner import TRAININGS, measure_throughput, plan, with_modalities
-from aldm.presets import brats, ixi, small, tiny
+from aldm.presets import brats, brats_haar, ixi, small, tiny
 from aldm.trace import Trace
 
 TERA = 1e12
@@ -41,6 +41,18 @@ def test_operations_of_the_paper_preset(translation):
     doubled = 2 * 27 * 512**2 * (96 * 96 * 72 + 192 * 192 * 144) / TERA
     assert 283.3 - doubled * 19 / 27 < flops["decode"] < 283.3
     assert 2.4 < flops["unet"] < 2.95
+
+
+def test_the_haar_preset_translates_cheaply():
+    described = plan(brats_haar(), "inference")
+    assert described.shape == (192, 192, 144)
+    assert described.flops < 10 * TERA
+    assert described.peak_bytes < 2.5e9
+
+
+@pytest.mark.parametrize("stage", ["ms-spade", "diffusion", "unet"])
+def test_the_haar_preset_trains_on_one_gpu_of_24_gb(stage):
+    assert plan(brats_haar(), stage).peak_bytes < 24e9
 
 
 def test_operations_grow_with_the_volume(translation):

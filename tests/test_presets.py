@@ -9,7 +9,7 @@ import yaml
 
 from aldm.config import Config, to_dict
 from aldm.errors import UserError
-from aldm.presets import PRESETS, brats, ixi, load_preset, released, small, tiny
+from aldm.presets import PRESETS, brats, brats_haar, ixi, load_preset, released, small, tiny
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -76,6 +76,17 @@ def test_latents_fit_every_grid(name: str) -> None:
         assert [width for width in unet.channels if width % unet.norm_groups] == []
 
 
+def test_the_haar_preset_has_the_papers_volumes_and_no_finer_attention() -> None:
+    ours, papers = brats_haar(), brats()
+    assert (ours.preprocess, ours.modalities) == (papers.preprocess, papers.modalities)
+    assert ours.unet.attention_levels == (len(ours.unet.channels) - 1,)
+    halvings = [
+        ours.codec.haar_levels + len(ours.unet.channels),
+        len(papers.codec.channels) + len(papers.unet.channels) - 1,
+    ]
+    assert halvings[0] == halvings[1]
+
+
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 def test_a_file_starts_from_the_preset_that_it_names(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"mine{suffix}"
@@ -90,6 +101,12 @@ def test_a_resolved_configuration_is_a_preset_file(tmp_path: Path) -> None:
     config = replace(tiny(), seed=5, activation_checkpointing=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load_preset(str(tmp_path / "config.yaml")) == config
+
+
+def test_a_file_of_before_may_have_a_key_of_then(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("preset: small\ntrain_vqgan: {perceptual_weight: 0.5}\n")
+    expected = replace(small(), train_vqgan=replace(small().train_vqgan, edge_weight=0.5))
+    assert load_preset(str(tmp_path / "a.yaml")) == expected
 
 
 def test_a_file_without_a_preset_starts_from_the_defaults(tmp_path: Path) -> None:
@@ -134,5 +151,7 @@ def test_a_file_that_cannot_be_read_is_explained(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["smal", "missing.yaml", "/", ""])
 def test_an_unknown_preset_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(UserError, match=r"wanted one of tiny, small, brats, ixi, released, or an existing \.yaml file"):
+    with pytest.raises(
+        UserError, match=r"wanted one of tiny, small, brats, ixi, released, brats-haar, or an existing \.yaml file"
+    ):
         load_preset(name)
