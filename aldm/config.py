@@ -224,7 +224,7 @@ class Config:
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     regression_unet: UNetConfig = field(default_factory=UNetConfig)
-    """The plain 3D regression U-Net that stands beside every model (no attention, no time)."""
+    """The regression U-Net on Haar bands that stands beside every model (no attention, no time)."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train_vqgan: TrainingConfig = field(default_factory=TrainingConfig)

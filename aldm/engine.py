@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aldm.checkpoint import load_weights
 from aldm.errors import UserError
 from aldm.players import Player
 from aldm.precision import arithmetic
@@ -86,7 +87,7 @@ class PlainEngine:
         """Read engine.pt, strictly.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: it is missing or damaged, or holds another network.
         """
         file = folder / "engine.pt"
         way_out = "resume from another checkpoint, or train anew"
@@ -103,7 +104,7 @@ class PlainEngine:
             raise UserError(f"{file} is damaged: it holds no mapping; {way_out}")
         check_record(state, {f"{name}.{part}": dict for name in self._players for part in _PARTS}, file, way_out)
         for name, player in self._players.items():
-            player.module.load_state_dict(state[name]["weights"])
+            load_weights(player.module, state[name]["weights"], file)
             self._optimizers[name].load_state_dict(state[name]["optimizer"])
 
 
