@@ -86,7 +86,7 @@ class TrainingConfig:
     discriminator_layers: int = 3
     """Stride-2 layers of the discriminator."""
     same_modality_fraction: float | None = None
-    """Share of training pairs with source = target; None leaves the 1 / M that pairs drawn evenly have."""
+    """Share of training pairs with source = target; None leaves the 1 / M of pairs drawn evenly. Stages 2 and 3."""
     validate_every: int = 1000
     """Steps between two validations."""
     num_validation_samples: int = 16

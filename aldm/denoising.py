@@ -1,17 +1,20 @@
 """The networks of stages 2 and 3 and of the regression U-Net: how they are built and asked, for training and
 translation.
 
-Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel, modality ids (B,) int64.
+Latents are B C x y z standardised per channel, modality ids (B,) int64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from aldm.config import Config, DiffusionConfig
 from aldm.diffusion import PREDICTS_NOISE, NoiseSchedule
+from aldm.errors import UserError
+from aldm.models.haar_unet import BANDS, HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.unet import UNet
 
@@ -33,12 +36,35 @@ def build_unet(config: Config, latent_channels: int) -> UNet:
     return module
 
 
-def build_regression_unet(config: Config) -> UNet:
-    """Build the regression U-Net; see `regress` for its inputs."""
-    number = len(config.modalities)
-    module = UNet(1 + 2 * number, 1, number, **asdict(config.regression_unet), with_time=False)
-    module.activation_checkpointing = config.activation_checkpointing
-    return module
+def build_regression_unet(config: Config) -> HaarUNet:
+    """Build the regression U-Net for the configuration's modalities: volumes in, volumes out.
+
+    Raises:
+        UserError: it is to have gates, which weigh latents that it does not see.
+    """
+    if config.regression_unet.skip_gates:
+        raise UserError("the regression U-Net sees no latents to weigh: give `regression_unet.skip_gates=false`")
+    unet = UNet(BANDS, BANDS, len(config.modalities), **asdict(config.regression_unet), with_time=False)
+    unet.activation_checkpointing = config.activation_checkpointing
+    return HaarUNet(unet)
+
+
+def check_regression_weights(weights: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    """Refuse a regression U-Net of earlier versions, whose convolutions ran on voxels instead of Haar bands.
+
+    Args:
+        weights: parameters by name.
+        prefix: what stands before the network's own names.
+        path: where they come from, for the message.
+
+    Raises:
+        UserError: they are of such a network.
+    """
+    if f"{prefix}conv_in.weight" in weights:
+        raise UserError(
+            f"{path} holds a regression U-Net of an earlier version, which worked on voxels where this one works on "
+            "Haar bands: train it again (aldm train unet) and export that"
+        )
 
 
 def denoise(
@@ -118,39 +144,29 @@ def _scales(
     return std, alpha, sigma, (alpha**2 * std**2 + sigma**2).sqrt()
 
 
-def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor) -> Tensor | None:
-    """Return the weights (B, C) of the squared error of a prediction; None where all are 1.
+def loss_weights(
+    config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor, image_weights: Tensor | None = None
+) -> Tensor | None:
+    """Return the weights, (C,) or (B, C), of the squared error of a prediction; None where all are 1.
 
-    Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level
-    asks the same of the network (Karras et al. 2022: 1 / c_out^2). Without that epsilon hardly depends on the network
-    where the noise is high, although what is coarse in a sample is decided there.
+    Where `_from_target_like` scales the network's output F, by k_c in channel c, every noise level asks the same of F
+    (Karras et al. 2022: 1 / c_out^2): an error of 1 in F costs 1. Without that epsilon hardly depends on F where the
+    noise is high, although what is coarse in a sample is decided there. Without `image_weights` the loss is that of F,
+    (F - F*)^2 in every channel. With them it is the squared error in the image of the predicted z_target, up to one
+    factor a level: channel c gets w_c k_c^2 (F - F*)^2 over the mean of w k^2 over the channels.
 
     Args:
         config: the objective, and residual_std.
         schedule: make_schedule(config).
         t: (B,) time steps.
         z_t: (B, C, x, y, z), at those.
+        image_weights: (C,) aldm.losses.image_space_weights, w, for a loss in image space.
     """
     if config.objective not in PREDICTS_NOISE or config.residual_std is None:
-        return None
+        return image_weights
     std, alpha, _, spread = _scales(config, schedule, t, z_t)
     scale = std / spread * (alpha if config.objective == "epsilon" else 1)
-    return scale.square().reciprocal().flatten(1)
-
-
-def regress(unet: nn.Module, volume: Tensor, source: Tensor, target: Tensor, num_modalities: int) -> Tensor:
-    """Return the regression U-Net's prediction of the target volume.
-
-    The network sees the source volume and one constant plane per modality for the source and for the target; the target
-    is embedded in every residual block besides, as in the denoiser.
-
-    Args:
-        unet: aldm.models.unet.UNet without time, 1 + 2 M input channels and one output channel.
-        volume: (B, 1, X, Y, Z) in [-1, 1].
-        source, target: (B,) int64 modality ids.
-        num_modalities: M.
-    """
-    one_hot = torch.eye(num_modalities, dtype=volume.dtype, device=volume.device)
-    pair = torch.cat([one_hot[source], one_hot[target]], dim=1)
-    planes = pair.view(*pair.shape, 1, 1, 1).expand(-1, -1, *volume.shape[2:])
-    return unet(torch.cat([volume, planes], dim=1), None, target, source)
+    squares = scale.square().flatten(1)
+    if image_weights is None:
+        return squares.reciprocal()
+    return image_weights / (image_weights * squares).mean(dim=1, keepdim=True)

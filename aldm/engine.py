@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aldm.checkpoint import load_weights
 from aldm.errors import UserError
 from aldm.players import Player
+from aldm.precision import arithmetic
 from aldm.records import check_record
 
 _PARTS = ("weights", "optimizer")
@@ -37,8 +39,8 @@ class PlainEngine:
         return player.module
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        """That of the precision: bf16 autocast, or nothing."""
+        return arithmetic(self._precision, self.device)
 
     def backward(self, player: Player, loss: Tensor) -> None:
         """Plain backward."""
@@ -85,7 +87,7 @@ class PlainEngine:
         """Read engine.pt, strictly.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: it is missing or damaged, or holds another network.
         """
         file = folder / "engine.pt"
         way_out = "resume from another checkpoint, or train anew"
@@ -102,7 +104,7 @@ class PlainEngine:
             raise UserError(f"{file} is damaged: it holds no mapping; {way_out}")
         check_record(state, {f"{name}.{part}": dict for name in self._players for part in _PARTS}, file, way_out)
         for name, player in self._players.items():
-            player.module.load_state_dict(state[name]["weights"])
+            load_weights(player.module, state[name]["weights"], file)
             self._optimizers[name].load_state_dict(state[name]["optimizer"])
 
 

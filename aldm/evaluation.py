@@ -4,6 +4,7 @@ Beside every model stand the rows that keep it honest:
 
 * identity: the source taken for the target (source and target differ). A model below it has learnt nothing.
 * training-mean: the mean training volume of the target, whatever the source.
+* intensity-map, histogram-matching: the source with other intensities, voxel by voxel (references.py).
 * reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
 
 Scores are taken on the model's box, on images in [0, 1] (metrics.py), over `volume` (the whole box), the store's mask
@@ -23,7 +24,8 @@ from aldm.config import SamplingConfig
 from aldm.data.parallel import Workers, map_in_order
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
-from aldm.metrics import score, to_unit
+from aldm.metrics import Scores, score, to_unit
+from aldm.references import References, fit_references
 from aldm.score_table import MethodKey, ScoreRow
 from aldm.translate import Translator
 
@@ -91,7 +93,7 @@ def evaluate(
     Args:
         store: prepared with the candidates' own preprocessing.
         subjects: of the store.
-        candidates: at least one; the rows identity, training-mean and reconstruction are made once.
+        candidates: at least one; the rows that keep them honest are made once.
         seed: of the samples; every (subject, source, target) has its own, the same for all candidates.
         on_example: given every translation made with a candidate's first sampling, where it was made: with `workers`
             it is sent to them, pickled.
@@ -107,7 +109,10 @@ def evaluate(
     modalities = check_candidates(store, candidates)
     if not subjects:
         raise UserError(f"the store {store.path} has no subject to evaluate in this split")
-    measure = _SubjectTask(store, load or partial(tuple, candidates), modalities, seed, on_example or _ignore, pair)
+    pairs = [(source, target) for source, target in wanted_pairs(modalities, candidates, pair) if source != target]
+    references = fit_references(store, pairs)
+    load = load or partial(tuple, candidates)
+    measure = _SubjectTask(store, load, modalities, references, seed, on_example or _ignore, pair)
     result = Evaluation()
     if workers is None:
         measure.candidates, measure.on_volume = candidates, on_volume or _ignore
@@ -188,6 +193,7 @@ class _SubjectTask:
     store: VolumeStore
     load: Callable[[], Sequence[Candidate]]
     modalities: tuple[str, ...]
+    references: References
     seed: int
     on_example: Callable[[Example], None]
     pair: tuple[str, str] | None
@@ -202,7 +208,7 @@ class _SubjectTask:
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
         scorer = _Scorer(result.rows, record.subject_id, _regions(self.store, record), volumes)
         pairs = wanted_pairs(names, self.candidates, self.pair)
-        _score_company(scorer, self.store, pairs, self.candidates)
+        _score_company(scorer, self.store, self.references, pairs, self.candidates)
         for candidate in self.candidates:
             for source in names:
                 targets = [
@@ -238,8 +244,16 @@ class _Scorer:
         self.truth = {name: to_unit(volume) for name, volume in volumes.items()}
 
     def add(self, key: MethodKey, source: str, target: str, prediction: np.ndarray) -> None:
-        """Score a prediction in [-1, 1]."""
-        for region, values in score(self.truth[target], to_unit(prediction), self.regions).items():
+        """Score a prediction in [-1, 1] and file it."""
+        self.file(key, source, target, self.scores(target, prediction))
+
+    def scores(self, target: str, prediction: np.ndarray) -> dict[str, Scores]:
+        """Return the scores of a prediction in [-1, 1] over each region."""
+        return score(self.truth[target], to_unit(prediction), self.regions)
+
+    def file(self, key: MethodKey, source: str, target: str, scores: Mapping[str, Scores]) -> None:
+        """Append a row per region."""
+        for region, values in scores.items():
             self.rows.append(
                 ScoreRow(
                     self.subject_id,
@@ -267,16 +281,25 @@ def _regions(store: VolumeStore, record: SubjectRecord) -> dict[str, np.ndarray 
 
 
 def _score_company(
-    scorer: _Scorer, store: VolumeStore, pairs: Sequence[tuple[str, str]], candidates: Sequence[Candidate]
+    scorer: _Scorer,
+    store: VolumeStore,
+    references: References,
+    pairs: Sequence[tuple[str, str]],
+    candidates: Sequence[Candidate],
 ) -> None:
     """Score the rows that keep a model honest."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
+    mask = store.mask(scorer.subject_id)
     for target in dict.fromkeys(end for _, end in pairs):
-        mean = store.training_mean(target)
+        mean = scorer.scores(target, store.training_mean(target))
         for source in [begin for begin, end in pairs if end == target]:
-            if source != target:
-                scorer.add(MethodKey("identity", "", 0), source, target, scorer.truth[source] * 2 - 1)
-            scorer.add(MethodKey("training-mean", "", 0), source, target, mean)
+            scorer.file(MethodKey("training-mean", "", 0), source, target, mean)
+            if source == target:
+                continue
+            x = scorer.truth[source] * 2 - 1
+            scorer.add(MethodKey("identity", "", 0), source, target, x)
+            for method, prediction in references.predictions(x, mask, source, target):
+                scorer.add(MethodKey(method, "", 0), source, target, prediction)
         if codec_of is not None:
             truth = (scorer.truth[target] * 2 - 1).astype(np.float32)
             scorer.add(MethodKey("reconstruction", "", 0), target, target, codec_of.reconstruct(truth))

@@ -15,15 +15,17 @@ from aldm.baselines.methods import method_network, translate
 from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, regress
+from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise
 from aldm.diffusion import NoiseWindow, make_schedule
 from aldm.errors import UserError
 from aldm.latents import check_statistics, standardise, unstandardise
 from aldm.memory import gigabytes, peak_bytes, release_freed_memory, resident_bytes
 from aldm.models.codecs import Codec, build_codec
+from aldm.models.haar_unet import HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
 from aldm.models.unet import UNet
+from aldm.precision import arithmetic
 from aldm.sampling import OnStep, sample
 
 KINDS = ("aldm", "unet", *METHODS)
@@ -89,8 +91,7 @@ class Predictor(nn.Module):
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """Return the context that the networks run in: bf16 where the configuration asks for it."""
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+        return arithmetic(self.config.precision, next(self.parameters()).device, lower=enabled)
 
 
 class LatentDiffusion(Predictor):
@@ -191,7 +192,7 @@ class LatentDiffusion(Predictor):
 class Regression(Predictor):
     """A network that maps the source volume to the target volume in one evaluation: the plain U-Net."""
 
-    def __init__(self, config: Config, unet: UNet) -> None:
+    def __init__(self, config: Config, unet: HaarUNet) -> None:
         """Take the trained network."""
         super().__init__()
         self.config, self.unet = config, unet
@@ -208,7 +209,7 @@ class Regression(Predictor):
         """Return the prediction; sampling and generators have no say in it."""
         source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
         with self.autocast():
-            result = regress(self.unet, code, source_ids, target_ids, len(self.config.modalities)).float()
+            result: Tensor = self.unet(code, source_ids, target_ids)
         if on_step is not None:
             on_step(1, 1)
         return result
@@ -220,7 +221,7 @@ class Regression(Predictor):
         def one_evaluation() -> None:
             ids = torch.zeros(1, dtype=torch.long)
             with self.autocast():
-                regress(self.unet, torch.zeros(1, 1, *shape), ids, ids, len(self.config.modalities))
+                self.unet(torch.zeros(1, 1, *shape), ids, ids)
 
         return peak_bytes(one_evaluation)
 

@@ -43,7 +43,7 @@ def brats() -> Config:
         precision="bf16",
         preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=(192, 192, 144)),
         baselines=BaselinesConfig(slice_shape=(240, 240)),
-        regression_unet=UNetConfig(channels=(32, 64, 128, 256), attention_levels=()),
+        regression_unet=_yardstick(),
         train_vqgan=gan,
         train_ms_spade=TrainingConfig(
             learning_rate=2e-5,
@@ -56,7 +56,7 @@ def brats() -> Config:
             epochs=800, learning_rate=1e-5, optimizer="adamw", weight_decay=0.01, ema_decay=0.9999, warmup_steps=1000
         ),
         train_unet=TrainingConfig(
-            learning_rate=1e-4, optimizer="adamw", crop=(96, 96, 96), ema_decay=0.999, warmup_steps=1000, decay="cosine"
+            learning_rate=1e-3, optimizer="adamw", ema_decay=0.999, warmup_steps=1000, decay="cosine"
         ),
     )
 
@@ -141,7 +141,7 @@ def small() -> Config:
             skip_gates=True,
             norm_groups=8,
         ),
-        regression_unet=UNetConfig(channels=(16, 32, 64), num_res_blocks=1, attention_levels=(), norm_groups=8),
+        regression_unet=_yardstick(),
         diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8, residual_std=()),
         sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
         train_vqgan=_cpu_training(
@@ -168,8 +168,21 @@ def small() -> Config:
         train_diffusion=_cpu_training(
             learning_rate=2e-3, max_steps=3000, same_modality_fraction=0.1, image_space_loss=True
         ),
-        train_unet=_cpu_training(max_steps=3000, same_modality_fraction=0.1),
+        train_unet=_cpu_training(batch_size=2, learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, max_steps=3000),
         baselines=small_baselines(),
+    )
+
+
+def _yardstick() -> UNetConfig:
+    """The regression U-Net: the same in every preset but tiny, for it is the data that make it large or small."""
+    return UNetConfig(
+        channels=(32, 64, 128),
+        num_res_blocks=1,
+        attention_levels=(),
+        conditioning="scale-shift",
+        lean=True,
+        embed_source=True,
+        norm_groups=8,
     )
 
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from aldm import __version__
-from aldm.config import Config, from_dict, to_dict, training_of, with_training
+from aldm.config import Config, from_dict, to_dict, training_name, training_of, with_training
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path, existing_parent
 from aldm.records import read_record
@@ -359,7 +359,8 @@ def _check_stage(path: Path, stage: str) -> None:
 def _check_same(path: Path, stage: str, config: Config) -> None:
     """Refuse to resume with another configuration; what changes no step's result may differ.
 
-    That is the stage's length and cadence, and whether activations are recomputed: the way out when memory was short.
+    That is the stage's length and cadence, whether activations are recomputed (the way out when memory was short), and
+    what only other trainings read: a preset may change there from one version to the next.
     """
     import yaml
 
@@ -371,7 +372,10 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
         raise UserError(f"{path / CONFIG_FILE} is damaged ({error}): {_WAY_OUT}") from error
     training = training_of(config, stage)
     before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
-    before = replace(before, activation_checkpointing=config.activation_checkpointing)
+    others = [name for name in to_dict(config) if name.startswith("train_") and name != training_name(stage)]
+    others += ["regression_unet"] if stage != "unet" else []
+    free = {name: getattr(config, name) for name in ("activation_checkpointing", *others)}
+    before = replace(before, **free)
     different = _differences(to_dict(before), to_dict(config))
     if different:
         raise UserError(

@@ -1,7 +1,7 @@
 """Rows of scores, and what is said of them: mean and spread, Table D's shape, and who beats whom with what confidence.
 
 A row is one translated volume over one region. A method is a model with its sampler and number of network evaluations,
-or one of the rows that keep a model honest (evaluation.py): identity, training-mean, reconstruction.
+or one of the rows that keep a model honest (evaluation.py): REFERENCES, and the codec's reconstruction.
 """
 
 import csv
@@ -16,7 +16,10 @@ import numpy as np
 from scipy import stats
 
 from aldm.files import atomic_path
+from aldm.significance import holm_texts, signed_rank_p
 
+REFERENCES = ("identity", "training-mean", "intensity-map", "histogram-matching")
+"""Methods that need no network; every evaluation of a store has the same rows of them."""
 # Supplement, Table D (IXI test set, 115 subjects): (source, target) -> (PSNR dB, NMSE, SSIM) as mean and std
 TABLE_D: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("t1", "t1"): ((29.487, 0.522), (0.047, 0.020), (0.941, 0.024)),
@@ -35,7 +38,9 @@ TABLE_D_NOTE = (
 )
 COMPARISON_NOTE = (
     "Difference of mean PSNR over translations (source and target differ), one number per subject; the interval is the "
-    "paired t interval over subjects. `not certain`: it holds 0."
+    "paired t interval over subjects. `not certain`: it holds 0. p: two-sided Wilcoxon signed-rank test on the same "
+    "numbers, of the method with the highest mean PSNR against each other one, corrected by Holm's method for the "
+    "number of these comparisons."
 )
 ONE_VALUE_PER_TARGET = (
     "training-mean",
@@ -62,7 +67,7 @@ class ScoreRow:
 
     subject_id: str
     method: str
-    """aldm, unet, or one of identity, training-mean, reconstruction."""
+    """aldm, unet, one of REFERENCES, or reconstruction."""
     source: str
     target: str
     sampler: str
@@ -113,6 +118,8 @@ class Comparison:
     low_db: float
     high_db: float
     """95 % interval of the mean difference (paired t, n - 1 degrees of freedom); NaN below two subjects."""
+    p_value: float
+    """Of the signed-rank test over subjects, not corrected; NaN for too few of them (significance.py)."""
 
     @property
     def certain(self) -> bool:
@@ -187,7 +194,7 @@ def compare(
     half = math.nan
     if count > 1:
         half = float(stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / math.sqrt(count))
-    return Comparison(one, other, region, count, mean, mean - half, mean + half)
+    return Comparison(one, other, region, count, mean, mean - half, mean + half, signed_rank_p(differences))
 
 
 def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
@@ -236,16 +243,24 @@ def overview(rows: Sequence[ScoreRow], region: str) -> str:
 
 
 def comparisons(rows: Sequence[ScoreRow], region: str) -> str:
-    """Return a table of every two methods that translate, the better one first, largest difference first."""
-    keys = [key for key in methods_of(rows) if key.method != "reconstruction"]
-    found = [compare(rows, one, other, region) for i, one in enumerate(keys) for other in keys[i + 1 :]]
-    lines = ["| better | than | by PSNR (dB) | 95 % interval | subjects | |", "|---|---|---|---|---|---|"]
-    for item in sorted((c for c in found if c is not None), key=lambda c: -c.difference_db):
+    """Return a table of every two methods that translate, the better one first, largest difference first.
+
+    Those with the method of the highest mean PSNR have a p-value, corrected for their number.
+    """
+    own = [row for row in rows if row.region == region and row.source != row.target]
+    keys = methods_of(own)
+    found = [compare(own, one, other, region) for i, one in enumerate(keys) for other in keys[i + 1 :]]
+    known = sorted((c for c in found if c is not None), key=lambda c: -c.difference_db)
+    best = max(keys, key=lambda key: summarize(r for r in own if r.key == key).mean[0], default=None)
+    texts, number = holm_texts({c: c.p_value for c in known if best in (c.better, c.than)})
+    lines = [f"| better | than | by PSNR (dB) | 95 % interval | subjects | | p (Holm, {number} comparisons) |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for item in known:
         interval = f"{item.low_db:+.2f} to {item.high_db:+.2f}" if math.isfinite(item.low_db) else "one subject: none"
         verdict = "" if item.certain else "not certain"
         lines.append(
             f"| {item.better.label()} | {item.than.label()} | {item.difference_db:+.2f} | {interval} | "
-            f"{item.num_subjects} | {verdict} |"
+            f"{item.num_subjects} | {verdict} | {texts.get(item, '')} |"
         )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import torch
 
 from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
+from aldm.denoising import check_regression_weights
 from aldm.errors import UserError
 from aldm.precision import usable_precision
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
@@ -51,6 +52,8 @@ def load_model(
         config = replace(config, precision=precision)
     config = replace(config, precision=usable_precision(config.precision, device))
     checkpoint.check_meta(META["aldm" if kind == "aldm" else "unet"])
+    if kind == "unet":
+        check_regression_weights(checkpoint.weights, "unet.", checkpoint.path)
     predictor = build_predictor(kind, config, checkpoint.meta)
     load_weights(predictor, checkpoint.weights, folder)
     percentiles = _percentiles(checkpoint)

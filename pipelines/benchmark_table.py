@@ -4,10 +4,10 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
     from aldm.score_table import ScoreRow
 
+K = TypeVar("K")
+
 ALL_SCORES, PICTURE = "scores.csv", "methods.png"
 VALUES = ("psnr_db", "nmse", "ssim")
+CODEC = "reconstruction of "
+"""Before a method's name: the row of its trained codec alone."""
 NOTE = """Mean over the held-out subjects, and the 95 % interval of that mean (t, over subjects; with several seeds a
 subject's value is its mean over them). `samples` are the volumes, or the slices of 2D methods, that the trainings saw.
 `parameters` are those of what translates: no discriminators, nor RegGAN's registration; both directions where a method
 learns both. `minutes` is the time that the trainings of a method took, validation and checkpoints included, `host peak`
 the most memory of the host (not of a GPU) that one of them took, Python and libraries included; `s / volume` is the
-median time of a translation. Synthetic images, for research use only."""
+median time of a translation. `p`: two-sided Wilcoxon signed-rank test on the subjects' PSNR, the first row that
+translates against each other one, corrected by Holm's method for the number of these comparisons. `SD over seeds`: the
+standard deviation (n - 1) of a method's mean PSNR from training to training. Synthetic images, for research use
+only."""
 
 
 @dataclass(frozen=True)
@@ -69,51 +76,80 @@ def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     """Return (seed, row) of all entries, their trained codecs among them; rows that all evaluations repeat once."""
     from dataclasses import replace
 
-    from aldm.score_table import read_csv
+    from aldm.score_table import REFERENCES, read_csv
 
     rows: list[tuple[int, ScoreRow]] = []
     company: dict[tuple[str, str, str], ScoreRow] = {}
     for entry in entries:
         codec_is_trained = any(training[1] == "vqgan" for training in entry.trainings)
         for row in read_csv(entry.folder / SCORES / "scores.csv"):
-            if row.method in ("identity", "training-mean"):
+            if row.method in REFERENCES:
                 company.setdefault((row.method, row.subject_id, row.region), row)
             elif row.method != "reconstruction":
                 rows.append((entry.seed, replace(row, method=entry.method)))
             elif codec_is_trained:  # else there is none, or it is lossless
-                rows.append((entry.seed, replace(row, method=f"reconstruction of {entry.method}")))
+                rows.append((entry.seed, replace(row, method=CODEC + entry.method)))
     return [(0, row) for row in company.values()] + rows
 
 
 def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:
-    """Return the Markdown table of a region, the best PSNR first."""
-    by_method: dict[str, dict[str, list[ScoreRow]]] = defaultdict(lambda: defaultdict(list))
-    for _, row in rows:
+    """Return the Markdown table of a region, the best PSNR first.
+
+    Args:
+        rows: (seed, row) of all methods.
+        region: the one that counts.
+        costs: of the methods that were trained.
+    """
+    by_method: dict[str, list[tuple[int, ScoreRow]]] = defaultdict(list)
+    for seed, row in rows:
         if row.region == region:
-            by_method[row.method][row.subject_id].append(row)
-    summaries = {
-        method: [
-            interval([_mean(getattr(row, value) for row in of_subject) for of_subject in subjects.values()])
-            for value in VALUES
-        ]
-        for method, subjects in by_method.items()
+            by_method[row.method].append((seed, row))
+    subjects = {
+        method: [_means((row.subject_id, getattr(row, value)) for _, row in own) for value in VALUES]
+        for method, own in by_method.items()
     }
-    lines = [
-        f"## {region}",
-        "",
-        "| method | PSNR (dB) | NMSE | SSIM | parameters | samples | minutes | s / volume | host peak (GB) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for method in sorted(summaries, key=lambda name: -summaries[name][0][0]):
+    summaries = {method: [interval(list(of.values())) for of in scores] for method, scores in subjects.items()}
+    ranked = sorted(summaries, key=lambda name: -summaries[name][0][0])
+    p_values, number = _against_best({method: subjects[method][0] for method in ranked})
+    spreads = {method: _spread(by_method[method]) for method in ranked}
+    has_seeds = any(not math.isnan(spread) for spread in spreads.values())
+    columns = ["method", "PSNR (dB)", "NMSE", "SSIM", "parameters", "samples", "minutes", "s / volume"]
+    columns += ["host peak (GB)", f"p (Holm, {number} comparisons)", *["SD over seeds (dB)"] * has_seeds]
+    lines = [f"## {region}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for method in ranked:
         cells = [_with_interval(*value, digits) for value, digits in zip(summaries[method], (2, 3, 3), strict=True)]
-        cost = costs.get(method)
-        if cost is None:
-            cells += ["-"] * 5
-        else:
-            cells += [f"{cost.parameters:,}", f"{cost.samples:,}", f"{cost.minutes:.1f}"]
-            cells += [f"{cost.seconds_per_volume:.2f}", f"{cost.peak_gb:.2f}"]
+        cells += _cost_cells(costs.get(method))
+        cells.append(p_values.get(method, "-"))
+        cells += ["-" if math.isnan(spreads[method]) else f"{spreads[method]:.2f}"] * has_seeds
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _against_best(psnr_db: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, str], int]:
+    """Return a cell for every method that is compared with the best one, and the number of comparisons.
+
+    Args:
+        psnr_db: method -> subject -> PSNR, dB, the best first; a codec's reconstruction does not translate.
+    """
+    from aldm.significance import holm_texts, signed_rank_p
+
+    best, *others = [method for method in psnr_db if not method.startswith(CODEC)]
+    return holm_texts(
+        {other: signed_rank_p([db - psnr_db[other][name] for name, db in psnr_db[best].items()]) for other in others}
+    )
+
+
+def _spread(rows: Sequence[tuple[int, "ScoreRow"]]) -> float:
+    """Return the standard deviation (n - 1) over seeds of a method's mean PSNR, dB; NaN for a single seed."""
+    seeds = list(_means((seed, row.psnr_db) for seed, row in rows).values())
+    return float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
+
+
+def _cost_cells(cost: Cost | None) -> list[str]:
+    if cost is None:
+        return ["-"] * 5
+    cells = [f"{cost.parameters:,}", f"{cost.samples:,}", f"{cost.minutes:.1f}"]
+    return [*cells, f"{cost.seconds_per_volume:.2f}", f"{cost.peak_gb:.2f}"]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -199,6 +235,14 @@ def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> N
 
 def _methods(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.method for entry in entries))
+
+
+def _means(values: Iterable[tuple[K, float]]) -> dict[K, float]:
+    """Return the mean of the values of every key."""
+    groups: dict[K, list[float]] = defaultdict(list)
+    for key, value in values:
+        groups[key].append(value)
+    return {key: _mean(group) for key, group in groups.items()}
 
 
 def _mean(values: Any) -> float:

@@ -135,13 +135,17 @@ def baseline_model(run: Path) -> Model:
     """Take the one network of a run: the regression U-Net or a comparison method.
 
     Raises:
-        UserError: the run holds no checkpoint of one of these.
+        UserError: the run holds no checkpoint of one of these, or one of an earlier version's U-Net.
     """
     from aldm.checkpoint import load_checkpoint
+    from aldm.denoising import check_regression_weights
     from aldm.run_folder import checkpoint_folder
 
     checkpoint = load_checkpoint(checkpoint_folder(run), "unet", *METHODS)
-    part = "unet" if checkpoint.kind == "unet" else "network"
+    part = "network"
+    if checkpoint.kind == "unet":
+        check_regression_weights(checkpoint.weights, "", checkpoint.path)
+        part = "unet"
     checkpoint.check_meta({**TRAINING, **_data("data"), "modalities": list})
     return Model(
         kind=checkpoint.kind,

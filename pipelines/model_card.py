@@ -36,7 +36,7 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
         )
     elif model.kind == "unet":
-        how = "A plain 3D regression U-Net: source volume in, target volume out, one evaluation."
+        how = "A regression U-Net on Haar bands: source volume in, target volume out, one evaluation."
     else:
         how = f"The comparison method {model.kind}: {METHODS[model.kind]}."
     pairs = f"any of {names} into any other of them"

@@ -30,7 +30,7 @@ STAGES = {
     "vqgan": "stage 1: the codec, on the volumes of a store (not needed for the lossless haar codec)",
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
-    "unet": "a plain 3D regression U-Net, the yardstick beside the model",
+    "unet": "a regression U-Net on Haar bands, the yardstick beside the model",
     **METHODS,
 }
 INPUTS = {

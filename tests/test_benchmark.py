@@ -21,8 +21,9 @@ from aldm.baselines.methods import method_network
 from aldm.cli import main
 from aldm.data.store import VolumeStore
 from aldm.presets import small, tiny
+from aldm.score_table import REFERENCES, ScoreRow, write_csv
 from pipelines.benchmark_plan import BENCHMARKED, Contest, check_methods, plan_entry
-from pipelines.benchmark_table import interval
+from pipelines.benchmark_table import interval, read_scores, table
 
 PAIR = ("--source", "t1", "--target", "t2")
 BUDGET = 0.1
@@ -59,6 +60,44 @@ def test_the_interval_is_that_of_a_t_test() -> None:
     assert np.isnan(interval([1.0])[1])
 
 
+def test_the_table_tests_the_first_row_and_says_the_spread_over_seeds() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(20, 2, 8)
+    db = {method: base + rng.normal(gain, 1, (3, 8)) for method, gain in (("unet", 3.0), ("pix2pix", 2.0))}
+    db |= {"identity": base[None], "reconstruction of unet": base[None] + 20}
+    rows = [
+        (seed, ScoreRow(f"s{i}", method, "t1", "t2", "", 0, "brain", float(value), 0.1, 0.5))
+        for method, values in db.items()
+        for seed, own in enumerate(values)
+        for i, value in enumerate(own)
+    ]
+    lines = table(rows, "brain", {}).splitlines()[2:]
+    assert lines[0].endswith("| p (Holm, 2 comparisons) | SD over seeds (dB) |")
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[-3:-1]] for line in lines[2:]}
+    assert list(cells) == ["reconstruction of unet", "unet", "pix2pix", "identity"]
+    means = {method: values.mean(axis=0) for method, values in db.items()}  # one number per subject
+    p = {other: stats.wilcoxon(means["unet"] - means[other]).pvalue for other in ("pix2pix", "identity")}
+    assert p["identity"] <= p["pix2pix"]
+    spread = {method: f"{np.std(db[method].mean(axis=1), ddof=1):.2f}" for method in ("unet", "pix2pix")}
+    assert cells["unet"] == ["-", spread["unet"]]
+    assert cells["pix2pix"] == [f"{max(2 * p['identity'], p['pix2pix']):.3f}", spread["pix2pix"]]
+    assert cells["identity"] == [f"{2 * p['identity']:.3f}", "-"]
+    assert cells["reconstruction of unet"] == ["-", "-"]
+    assert "SD over seeds" not in table([(seed, row) for seed, row in rows if seed == 0], "brain", {})
+
+
+def test_rows_that_every_evaluation_repeats_stand_in_the_table_once(tmp_path: Path) -> None:
+    entries = [plan_entry("unet", seed, contest_of(tmp_path), small()) for seed in (0, 1)]
+    for entry in entries:
+        (entry.folder / "scores").mkdir(parents=True)
+        names = ["own-name", *REFERENCES]
+        rows = [ScoreRow("s", name, "t1", "t2", "", 0, "brain", 20.0, 0.1, 0.5) for name in names]
+        write_csv(entry.folder / "scores" / "scores.csv", rows)
+    found = read_scores(entries)
+    assert sorted(row.method for _, row in found) == sorted([*REFERENCES, "unet", "unet"])
+    assert [seed for seed, row in found if row.method == "unet"] == [0, 1]
+
+
 @pytest.mark.slow
 def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore, tmp_path: Path, capsys) -> None:
     words = ["benchmark", "--store", str(ixi_store.path), "--out", str(tmp_path / "out"), *PAIR, "--preset", "tiny"]
@@ -78,7 +117,7 @@ def test_it_goes_on_and_its_table_is_what_the_scores_say(ixi_store: VolumeStore,
     for row in rows:
         values[row["method"]].append(float(row["psnr_db"]))
     codec = "reconstruction of aldm-regression"
-    assert set(values) == {"identity", "training-mean", "pix2pix", "aldm-regression", codec}
+    assert set(values) == {*REFERENCES, "pix2pix", "aldm-regression", codec}
     page = (tmp_path / "out" / "benchmark.md").read_text()
     for method, numbers in values.items():
         assert f"| {method} | {np.mean(numbers):.2f}" in page

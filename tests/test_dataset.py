@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_a_sample_is_a_function_of_its_generator(brats_store: VolumeStore) -> No
 
 def test_pairs_are_of_one_subject_and_ids_count_through_the_models_modalities(brats_store: VolumeStore) -> None:
     modalities = ("t2", "flair")
-    pairs = VolumePairs(brats_store, "train", modalities, same_modality_fraction=0.0)
+    pairs = VolumePairs(brats_store, "train", modalities)
     for seed in range(4):
         sample = pairs.sample(0, generator(seed))
         for end in ("source", "target"):
@@ -111,12 +111,20 @@ def test_pairs_are_of_one_subject_and_ids_count_through_the_models_modalities(br
 
 
 def test_held_out_pairs_are_of_different_modalities_and_not_flipped(brats_store: VolumeStore) -> None:
-    pairs = VolumePairs(brats_store, "validation", brats_store.modalities, None, 1.0, 1.0)
+    pairs = VolumePairs(brats_store, "validation", brats_store.modalities, None, 1.0)
     for seed in range(20):
         sample = pairs.sample(0, generator(seed))
         assert sample["source"] != sample["target"]
         stored = brats_store.volume(sample["subject_id"], brats_store.modalities[sample["target"]])
         assert torch.equal(sample["target_volume"][0], torch.from_numpy(stored))
+
+
+def test_every_ordered_pair_of_different_modalities_is_drawn_as_often(brats_store: VolumeStore) -> None:
+    pairs = VolumePairs(brats_store, "train", ("t1", "t2", "flair"))
+    samples = [pairs.sample(0, derived_generator(0, step)) for step in range(900)]
+    counts = Counter((sample["source"], sample["target"]) for sample in samples)
+    assert set(counts) == set(permutations(range(3), 2))
+    assert max(abs(count - 150) for count in counts.values()) < 4 * 150**0.5
 
 
 def test_subjects_without_any_of_the_modalities_are_left_out(

@@ -56,7 +56,7 @@ def verdict_by_hand(scores, steps):
     rows = [row for row in rows if row["region"] == region]
     db = {
         method: np.mean([float(row["psnr_db"]) for row in rows if row["method"] == method])
-        for method in ("aldm", "identity", "training-mean", "unet")
+        for method in ("aldm", "identity", "training-mean", "intensity-map", "histogram-matching", "unet")
     }
     gains = {method: db["aldm"] - value for method, value in db.items()}
     others = [f"{name.replace('-', ' ')} {db[name]:.2f} dB ({gains[name]:+.2f})" for name in list(db)[1:]]
@@ -72,11 +72,15 @@ def verdict_by_hand(scores, steps):
 
 
 def test_the_verdict_says_whether_the_margin_and_the_budget_hold():
-    pair = {"aldm": (20.0,), "unet": (21.0,), "training-mean": (17.0,), "identity": (15.5,)}
+    pair = {"aldm": (20.0,), "unet": (21.0,), "training-mean": (17.0,), "intensity-map": (18.5,), "identity": (15.5,)}
+    pair["histogram-matching"] = (16.25,)
     assert scores_verdict(pair, "brain", "t1", "t2") == (
         "T1 to T2 inside the brain: ALDM 20.00 dB, identity 15.50 dB (+4.50), training mean 17.00 dB (+3.00), "
-        "unet 21.00 dB (-1.00). The margin of 3 dB over identity and training mean holds."
+        "intensity map 18.50 dB (+1.50), histogram matching 16.25 dB (+3.75), unet 21.00 dB (-1.00). "
+        "The margin of 3 dB over identity and training mean holds."
     )
+    of_before = {method: scores for method, scores in pair.items() if method in ("aldm", "identity", "training-mean")}
+    assert scores_verdict(of_before, "brain", "t1", "t2").count("dB (") == 2
     assert "does NOT hold" in scores_verdict(pair | {"training-mean": (17.01,)}, "brain", "t1", "t2")
     steps = [{"seconds": 90, "budget_s": 60, "peak_gb": 1.25}, {"seconds": 30, "budget_s": 60, "peak_gb": 0.5}]
     assert cost_verdict(steps) == "2.0 of 2.0 minutes and at most 1.25 of 4 GB: within the budget."

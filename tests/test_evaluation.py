@@ -18,6 +18,7 @@ from aldm.errors import UserError
 from aldm.evaluation import Candidate, check_candidates, count_translations, evaluate, pair_seed
 from aldm.predictors import Predictor
 from aldm.presets import tiny
+from aldm.references import fit_references
 from aldm.score_table import MethodKey, ScoreRow
 from aldm.translate import Translator
 from pipelines.evaluate import main
@@ -103,6 +104,30 @@ def test_training_mean_is_the_mean_of_the_training_volumes_whatever_the_source(m
     assert {place[1] for place in rows} == set(brats_store.modalities)
     for values in rows.values():
         assert values == pytest.approx((expected.psnr_db, expected.nmse, expected.ssim), rel=1e-4)
+
+
+def test_the_references_of_intensity_are_scored_once_for_every_pair(measured, brats_store):
+    """As the store's own fit maps the source inside the mask, and as the identity outside."""
+    subjects, result = measured
+    pairs = [(s, t) for s in brats_store.modalities for t in brats_store.modalities if s != t]
+    references = fit_references(brats_store, pairs)
+    subject = subjects[0].subject_id
+    mask, source, truth = brats_store.mask(subject), *(brats_store.volume(subject, name) for name in ("t1", "t2"))
+    predictions = dict(references.predictions(source, mask, "t1", "t2"))
+    assert set(predictions) == {"intensity-map", "histogram-matching"}
+    for method, prediction in predictions.items():
+        mine = [row for row in result.rows if row.method == method and row.region == "brain"]
+        assert sorted((row.subject_id, row.source, row.target) for row in mine) == sorted(
+            (record.subject_id, *pair) for record in subjects for pair in pairs
+        )
+        expected = metrics.score(metrics.to_unit(truth), metrics.to_unit(prediction), {"brain": mask})["brain"]
+        values = scores_of(mine, subject_id=subject, source="t1", target="t2")[subject, "t1", "t2"]
+        assert values == pytest.approx((expected.psnr_db, expected.nmse, expected.ssim), rel=1e-4)
+    mean_db = {
+        method: np.mean([db for db, _, _ in scores_of(result.rows, method=method, region="brain").values()])
+        for method in ("intensity-map", "identity")
+    }
+    assert mean_db["intensity-map"] > mean_db["identity"] + 1  # the best map there is knows the target's contrast
 
 
 def test_the_lesion_is_a_region_where_the_segmentation_has_a_voxel(measured, brats_store):
@@ -241,6 +266,32 @@ def test_one_subject_or_nothing_in_common_gives_no_certainty():
     assert "one subject: none" in score_table.comparisons(rows, "brain")
 
 
+def test_the_best_method_is_tested_against_each_other_one_and_corrected_for_their_number():
+    rng = np.random.default_rng(1)
+    values = {"a": rng.normal(25, 1, 9), "b": rng.normal(24.5, 1, 9), "c": rng.normal(23, 1, 9)}
+    rows = [row(str(i), method, float(v)) for method, own in values.items() for i, v in enumerate(own)]
+    rows += [row(str(i), "reconstruction", 40.0, source="t2") for i in range(9)]  # translates nothing
+    p_of = {other: stats.wilcoxon(values["a"] - values[other]).pvalue for other in "bc"}
+    assert p_of["c"] < p_of["b"]
+    lines = score_table.comparisons(rows, "brain").splitlines()
+    assert lines[0].endswith("| p (Holm, 2 comparisons) |")
+    cells = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1].strip(" |") for line in lines[2:]}
+    assert cells == {
+        ("| a", "c"): f"{2 * p_of['c']:.3f}",
+        ("| a", "b"): f"{max(2 * p_of['c'], p_of['b']):.3f}",
+        ("| b", "c"): "",
+    }
+    few = [each for each in rows if int(each.subject_id) < 5]
+    assert "cannot be significant" in score_table.comparisons(few, "brain")
+    assert "Holm, 0 comparisons" in score_table.comparisons(few, "brain")
+
+
+def test_methods_with_equal_scores_have_no_winner():
+    rows = [row(str(i), method, 20.0 + i) for i in range(8) for method in "ab"]
+    assert score_table.compare(rows, key("a"), key("b"), "brain").p_value == 1.0
+    assert score_table.comparisons(rows, "brain").endswith("| not certain | 1.000 |")
+
+
 def test_table_has_a_row_per_source_and_a_column_per_target_in_the_vocabulary_s_order():
     rows = [
         row("1", "a", 20.0 + i, source=s, target=t)
@@ -284,7 +335,7 @@ def test_the_job_writes_scores_tables_times_card_and_pictures(models, ixi_store,
     assert keys == {
         ("aldm", "dpm-solver++", "3"),
         ("aldm", "ddim", "1"),
-        *((name, "", "0") for name in ("unet", "identity", "training-mean", "reconstruction")),
+        *((name, "", "0") for name in ("unet", *score_table.REFERENCES, "reconstruction")),
     }
     assert {r["region"] for r in rows} == {"volume", ixi_store.region(min(subjects))}
     assert "Table D" in (out / "scores.md").read_text()
@@ -302,7 +353,7 @@ def test_a_baseline_may_be_named_and_dry_run_writes_nothing(models, ixi_store, t
     assert main([*arguments, "--store", str(ixi_store.path), "--out", str(out), "--samplers", "all"]) == 0
     said = capsys.readouterr().out
     assert "plain: plain" in said
-    assert all(words in said for words in ("unipc 10", "ddpm 50", "ddim 4", "GB of memory"))
+    assert all(words in said for words in ("dpm-solver++ 10", "ddpm 50", "ddim 4", "GB of memory"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from aldm.config import Config, from_dict
 from aldm.errors import UserError
-from aldm.presets import tiny
+from aldm.presets import small, tiny
 from aldm.run_folder import RunFolder, check_run_folder, checkpoint_folder, git_state
 
 
@@ -106,6 +106,15 @@ def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
     other = replace(tiny(), seed=7, train_ms_spade=replace(tiny().train_ms_spade, learning_rate=0.5))
     with pytest.raises(UserError, match=r"seed was 0, now 7; train_ms_spade.learning_rate was 0\.002, now 0\.5"):
         opened(tmp_path / "run", other, resume=True)
+
+
+def test_what_only_other_trainings_read_may_differ(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    others = {name: replace(getattr(tiny(), name), learning_rate=0.5) for name in ("train_unet", "train_diffusion")}
+    other = replace(tiny(), regression_unet=small().regression_unet, **others)
+    opened(tmp_path / "run", other, resume=True).close()
+    with pytest.raises(UserError, match=r"configuration \(unet\.norm_groups was 4, now 8\)"):
+        opened(tmp_path / "run", replace(other, unet=replace(other.unet, norm_groups=8)), resume=True)
 
 
 @pytest.mark.parametrize(

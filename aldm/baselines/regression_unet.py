@@ -1,4 +1,4 @@
-"""The plain 3D regression U-Net that stands beside every model. Volumes are B 1 X Y Z in [-1, 1]."""
+"""The regression U-Net on Haar bands that stands beside every model. Volumes are B 1 X Y Z in [-1, 1]."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,15 +8,21 @@ from torch import Tensor, nn
 from aldm.config import Config
 from aldm.data.dataset import VolumePairs, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_regression_unet, regress
+from aldm.denoising import build_regression_unet
 from aldm.latents import data_record
-from aldm.losses import weighted_mse
+from aldm.losses import weighted_l1, weighted_mse
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
 from aldm.stage_data import panel, psnr_db, with_data
 
+SQUARES = 4.0
+"""Weight of the squared error beside the absolute one: where a voxel is off by 1/8 both pull at it alike."""
+
 
 class RegressionStage:
-    """The plain 3D regression U-Net: source volume and one-hot planes of source and target in, target volume out (MSE).
+    """The regression U-Net: source volume and ids of source and target in, target volume out.
+
+    Loss: SQUARES times the mean squared error plus the mean absolute error, over all voxels. Source and target differ,
+    every ordered pair of a subject's modalities being as likely; with `pair` there is one.
 
     Args:
         config: regression_unet and train_unet.
@@ -48,18 +54,17 @@ class RegressionStage:
             self.config.modalities,
             self._training.crop,
             self._training.flip_probability,
-            self._training.same_modality_fraction,
             self.config.pair,
         )
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
-        output = regress(model, batch["source_volume"], batch["source"], batch["target"], len(self.config.modalities))
-        return weighted_mse(output, batch["target_volume"]), {}
+        output, target = model(batch["source_volume"], batch["source"], batch["target"]), batch["target_volume"]
+        squares = weighted_mse(output, target)
+        return SQUARES * squares + weighted_l1(output, target), {"mse": squares.detach()}
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """PSNR, dB, of the predicted volume."""
-        number = len(self.config.modalities)
-        output = regress(modules["unet"], batch["source_volume"], batch["source"], batch["target"], number)
+        output = modules["unet"](batch["source_volume"], batch["source"], batch["target"])
         info.shared["panel"] = panel(source=batch["source_volume"], prediction=output, target=batch["target_volume"])
         return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
 

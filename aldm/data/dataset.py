@@ -155,10 +155,10 @@ class LatentPairs:
 
 
 class VolumePairs:
-    """Pairs of volumes of one subject, source = target included: one pair per subject and epoch.
+    """Pairs of different volumes of one subject: one pair per subject and epoch, every ordered pair being as likely.
 
     A sample is {source_volume, target_volume: (1, X, Y, Z) in [-1, 1], source, target: ids, subject_id}; both volumes
-    are cropped and flipped alike.
+    are cropped and flipped alike. A subject with one modality gives the pair of it with itself.
 
     Args:
         store: prepared volumes.
@@ -166,8 +166,6 @@ class VolumePairs:
         modalities: those of the model; ids count through them.
         crop: voxels of a random crop; None takes the whole volume.
         flip_probability: probability of a flip along each axis, in training.
-        same_modality_fraction: share of training pairs with source = target; None draws both ends evenly. Pairs of the
-            other splits are of two different modalities: the diagonal, near perfect, would drown them in any mean.
         pair: (source, target), where only these are to be seen; None draws from all pairs.
         paired: False takes the target of a training sample from any subject, cropped and flipped by itself: for methods
             that learn from unpaired data.
@@ -183,7 +181,6 @@ class VolumePairs:
         modalities: tuple[str, ...],
         crop: Shape | None = None,
         flip_probability: float = 0.0,
-        same_modality_fraction: float | None = None,
         pair: Pair | None = None,
         paired: bool = True,
     ) -> None:
@@ -191,7 +188,6 @@ class VolumePairs:
         self._modalities = modalities
         self._crop = checked_crop(crop, store.preprocess.spatial_shape)
         self._flip_probability = flip_probability if split == "train" else 0.0
-        self._fraction = same_modality_fraction if split == "train" else 0.0
         self._pair = pair
         self._subjects = _with_modalities(store, split, modalities, pair, paired or split != "train")
         self._others = None
@@ -206,7 +202,7 @@ class VolumePairs:
     def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Return one random pair of a subject's volumes."""
         subject_id, own = self._subjects[index]
-        source, target = self._pair or draw_pair(own, self._fraction, generator)
+        source, target = self._pair or draw_pair(own, 0.0, generator)
         if self._others is None:
             volumes = crop_and_flip(
                 [self._volume(subject_id, name) for name in (source, target)],

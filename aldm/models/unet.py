@@ -1,4 +1,4 @@
-"""The denoiser (Table C), and without time the plain regression U-Net. Tensors are B C X Y Z of RAS+ volumes.
+"""The denoiser (Table C), and without time the heart of the regression U-Net. Tensors are B C X Y Z of RAS+ volumes.
 
 The U-Net of Ho et al. 2020 as latent diffusion uses it (Rombach et al. 2022), in 3D, with a learned embedding of the
 target modality added to the embedding of the time.
@@ -45,7 +45,7 @@ class UNet(nn.Module):
         num_modalities: M, the modalities that ids count through.
         channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, skip_gates,
             norm_groups: see UNetConfig.
-        with_time: False builds the plain regression U-Net, which gets no time.
+        with_time: False builds the heart of the regression U-Net (haar_unet.py), which gets no time.
         noise_gain: add the first out_channels of the input times a learned gain per channel, time and target (and
             pair). To predict noise is to pass most of it through voxel by voxel, which the blocks learn slowly.
 
