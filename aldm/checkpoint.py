@@ -125,6 +125,18 @@ def read_checkpoint_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def config_of(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> Config:
+    """Return the configuration in what `read_checkpoint_record` returned.
+
+    Raises:
+        UserError: a key or value that this version does not know.
+    """
+    try:
+        return from_dict(Config, record["config"])
+    except UserError as error:
+        raise UserError(f"{Path(folder) / CONFIG}: {error}; change it there, or train and export again") from error
+
+
 def load_checkpoint(folder: str | os.PathLike[str], *kinds: str) -> Checkpoint:
     """Read a checkpoint folder.
 
@@ -142,8 +154,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *kinds: str) -> Checkpoint:
     weights = read_weights(path / WEIGHTS)
     if weights_hash(weights) != record["hash"]:
         raise UserError(f"{path / WEIGHTS} does not belong to its config.json (the hashes differ): write it again")
-    config = from_dict(Config, record["config"])
-    return Checkpoint(path, record["kind"], config, weights, record["meta"], record["hash"])
+    return Checkpoint(path, record["kind"], config_of(record, path), weights, record["meta"], record["hash"])
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

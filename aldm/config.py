@@ -23,6 +23,8 @@ Spacing = tuple[float, float, float]
 T = TypeVar("T")
 MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
+GONE = {"codec.codebook_update": "ema"}
+"""Keys of earlier configurations, and the one value that is left of each: with it they are still read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,8 @@ class CodecConfig:
     """Latent channels and dimension of a code."""
     codebook_size: int = 8192
     """Number of codes, K."""
-    codebook_update: str = "ema"
-    """How the codebook learns: ema (exponential moving average) or gradient."""
     codebook_decay: float = 0.99
-    """Decay of the codebook's moving averages."""
+    """Decay of the moving averages that the codes are."""
     commitment_weight: float = 0.25
     """beta, the weight of the commitment term."""
     haar_levels: int = 1
@@ -80,7 +80,6 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
-        choice("codec.codebook_update", self.codebook_update, ("ema", "gradient"))
         positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
         within(self, 0, 1, "codebook_decay")
         within(self, 0, math.inf, "commitment_weight")
@@ -138,9 +137,10 @@ class UNetConfig:
         choice("unet.conditioning", self.conditioning, ("add", "scale-shift"))
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "unipc", "bridge", "one-step")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class SamplingConfig:
     """How the chain is integrated when the command line does not say."""
 
     sampler: str = "dpm-solver++"
-    """ddpm, ddim, dpm-solver++ or unipc for epsilon, v, x0; bridge for bridge; one-step for all but epsilon and v."""
+    """ddpm, ddim or dpm-solver++ for epsilon, v, x0; bridge for bridge; one-step for all but epsilon and v."""
     num_inference_steps: int = 10
     """Network evaluations per sample."""
     num_samples: int = 1
@@ -215,7 +215,8 @@ class Config:
     seed: int = 0
     """Seed of every random choice."""
     precision: str = "fp32"
-    """fp32, or bf16: autocast with fp32 weights, norms and code search."""
+    """fp32, tf32 (fp32 whose convolutions and products round their inputs to 10 bits of fraction on a GPU) or bf16
+    (autocast with fp32 weights, norms and code search)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -233,7 +234,7 @@ class Config:
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def __post_init__(self) -> None:
-        choice("precision", self.precision, ("fp32", "bf16"))
+        choice("precision", self.precision, PRECISIONS)
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}, wanted 0 or more")
         if self.modalities != sort_modalities(self.modalities):
@@ -299,10 +300,12 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         path: where in the whole configuration `values` stands, for messages.
 
     Raises:
-        UserError: an unknown key (the known ones are listed), a value of a wrong type or out of range.
+        UserError: an unknown key (the known ones are listed), a value of a wrong type or out of range, or a key that
+            is gone with a value that is gone too.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
+    values = {key: value for key, value in values.items() if not _gone(f"{path}{key}", value)}
     hints = get_type_hints(cls)
     values = with_present_names(values)
     unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
@@ -310,6 +313,15 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         known = ", ".join(path + key for key in hints)
         raise UserError(f"unknown key {', '.join(path + key for key in unknown)}: known are {known}")
     return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _gone(name: str, value: Any) -> bool:
+    """Return whether a key is gone and may be passed over."""
+    if name in GONE and value != GONE[name]:
+        raise UserError(
+            f"{name} is {value!r}, but only {GONE[name]!r} is left of it: leave the key out and train again"
+        )
+    return name in GONE
 
 
 def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:

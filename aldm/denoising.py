@@ -144,21 +144,29 @@ def _scales(
     return std, alpha, sigma, (alpha**2 * std**2 + sigma**2).sqrt()
 
 
-def loss_weights(config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor) -> Tensor | None:
-    """Return the weights (B, C) of the squared error of a prediction; None where all are 1.
+def loss_weights(
+    config: DiffusionConfig, schedule: NoiseSchedule, t: Tensor, z_t: Tensor, image_weights: Tensor | None = None
+) -> Tensor | None:
+    """Return the weights, (C,) or (B, C), of the squared error of a prediction; None where all are 1.
 
-    Where `_from_target_like` scales the network's output, its scale is divided out again, so that every noise level
-    asks the same of the network (Karras et al. 2022: 1 / c_out^2). Without that epsilon hardly depends on the network
-    where the noise is high, although what is coarse in a sample is decided there.
+    Where `_from_target_like` scales the network's output F, by k_c in channel c, every noise level asks the same of F
+    (Karras et al. 2022: 1 / c_out^2): an error of 1 in F costs 1. Without that epsilon hardly depends on F where the
+    noise is high, although what is coarse in a sample is decided there. Without `image_weights` the loss is that of F,
+    (F - F*)^2 in every channel. With them it is the squared error in the image of the predicted z_target, up to one
+    factor a level: channel c gets w_c k_c^2 (F - F*)^2 over the mean of w k^2 over the channels.
 
     Args:
         config: the objective, and residual_std.
         schedule: make_schedule(config).
         t: (B,) time steps.
         z_t: (B, C, x, y, z), at those.
+        image_weights: (C,) aldm.losses.image_space_weights, w, for a loss in image space.
     """
     if config.objective not in PREDICTS_NOISE or config.residual_std is None:
-        return None
+        return image_weights
     std, alpha, _, spread = _scales(config, schedule, t, z_t)
     scale = std / spread * (alpha if config.objective == "epsilon" else 1)
-    return scale.square().reciprocal().flatten(1)
+    squares = scale.square().flatten(1)
+    if image_weights is None:
+        return squares.reciprocal()
+    return image_weights / (image_weights * squares).mean(dim=1, keepdim=True)

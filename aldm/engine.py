@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aldm.checkpoint import load_weights
 from aldm.errors import UserError
 from aldm.players import Player
+from aldm.precision import arithmetic
 from aldm.records import check_record
 
 _PARTS = ("weights", "optimizer")
@@ -38,8 +39,8 @@ class PlainEngine:
         return player.module
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        """That of the precision: bf16 autocast, or nothing."""
+        return arithmetic(self._precision, self.device)
 
     def backward(self, player: Player, loss: Tensor) -> None:
         """Plain backward."""

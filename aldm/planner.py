@@ -24,7 +24,7 @@ from aldm.denoising import build_ms_spade, build_unet, denoise
 from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
-from aldm.precision import usable_precision
+from aldm.precision import arithmetic, usable_precision
 from aldm.predictors import LatentDiffusion
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
@@ -46,7 +46,7 @@ class MemoryPlan:
         stage: vqgan, ms-spade, diffusion, unet or inference.
         shape: sides of the volume, crop or slice that goes in.
         batch_size: samples of a step.
-        precision: fp32 or bf16.
+        precision: fp32, tf32 or bf16.
         activation_checkpointing: whether activations are recomputed.
         weights_bytes: parameters and buffers of all networks, frozen ones too.
         optimizer_bytes: Adam's two moments.
@@ -285,7 +285,7 @@ def measure_throughput(device: torch.device | str, precision: str, seconds: floa
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.no_grad(), arithmetic(precision, device):
         run()
         start, runs = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < seconds:

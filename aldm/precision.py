@@ -1,4 +1,4 @@
-"""The arithmetic that a device can do at speed."""
+"""The arithmetic of the networks, and what a device can do of it at speed."""
 
 import functools
 import logging
@@ -15,13 +15,33 @@ def usable_precision(precision: str, device: torch.device | str) -> str:
     word.
 
     Args:
-        precision: fp32 or bf16, as the configuration says.
+        precision: fp32, tf32 or bf16, as the configuration says.
         device: where the networks run.
     """
     if precision == "bf16" and torch.device(device).type == "cpu" and not _cpu_has_bf16():
         _log_once()
         return "fp32"
     return precision
+
+
+def arithmetic(
+    precision: str, device: torch.device | str, *, lower: bool = True, cache_enabled: bool = True
+) -> torch.autocast:
+    """Return the context in which networks compute: bf16 autocast, or none.
+
+    From now on, and in the backward passes outside the context too, convolutions and matrix products of fp32 round
+    their inputs on a GPU to TF32 (10 bits of fraction instead of 23) if the precision is tf32, and never otherwise:
+    PyTorch lets convolutions do so unless it is told.
+
+    Args:
+        precision: fp32, tf32 or bf16.
+        device: where the networks run.
+        lower: False leaves out autocast, for a codec that is to stay lossless.
+        cache_enabled: autocast keeps the bf16 copies of weights until the context ends.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    enabled = lower and precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled, cache_enabled=cache_enabled)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from aldm.models.haar_unet import HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
 from aldm.models.unet import UNet
+from aldm.precision import arithmetic
 from aldm.sampling import OnStep, sample
 
 KINDS = ("aldm", "unet", *METHODS)
@@ -90,8 +91,7 @@ class Predictor(nn.Module):
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """Return the context that the networks run in: bf16 where the configuration asks for it."""
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+        return arithmetic(self.config.precision, next(self.parameters()).device, lower=enabled)
 
 
 class LatentDiffusion(Predictor):

@@ -56,7 +56,7 @@ TARGET_LIKE_CACHE_BYTES = 2 * 2**30
 class VQGANStage:
     """Stage 1: encoder, decoder and codebook against a patch discriminator (Table A; Esser et al. 2021, eq. 6).
 
-    Generator: L1 + codebook + commitment + edge_weight edges + lambda adversarial_weight adversarial, where lambda
+    Generator: L1 + commitment + edge_weight edges + lambda adversarial_weight adversarial, where lambda
     is the adaptive weight (1 without it). Discriminator: hinge, on the reconstruction that the generator's turn left.
     Both the discriminator and the adversarial term start at adversarial_start_step.
 
@@ -110,12 +110,11 @@ class VQGANStage:
         loss = self._reconstruction_loss(output.reconstruction, x)
         values: Values = {
             "reconstruction_loss": loss.detach(),
-            "codebook_loss": output.codebook_loss.detach(),
             "commitment_loss": output.commitment_loss.detach(),
             "codebook_usage": output.codebook_usage,
             "perplexity": output.perplexity,
         }
-        loss = loss + output.codebook_loss + output.commitment_loss
+        loss = loss + output.commitment_loss
         if "discriminator" in info.playing:
             info.shared["reconstruction"] = output.reconstruction.detach()
             adversarial = self._adversarial_loss(output.reconstruction)
@@ -365,10 +364,8 @@ class DiffusionStage:
         ]
         z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         prediction = self._predict(model, batch, z_target_like, z_t, t)
-        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t)
-        if weights is not None and self._weights is not None:
-            weights = weights * self._weights
-        return weighted_mse(prediction, wanted, self._weights if weights is None else weights), {}
+        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t, self._weights)
+        return weighted_mse(prediction, wanted, weights), {}
 
     def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         ids = batch["target"], batch["source"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aldm.cli import with_flags
-from aldm.config import Config, override
+from aldm.config import PRECISIONS, Config, override
 from aldm.errors import UserError
 from aldm.presets import PRESETS, load_preset
 
@@ -78,7 +78,7 @@ def job_parser(job: str, description: str, *, default_preset: str = "small") -> 
         help="where to compute; auto takes a GPU if there is one",
     )
     common.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="arithmetic of the networks (default: the configuration's)"
+        "--precision", choices=PRECISIONS, help="arithmetic of the networks (default: the configuration's)"
     )
     common.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least severe messages to print")
     common.add_argument(

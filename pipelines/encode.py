@@ -79,23 +79,20 @@ def encoder(
         codec: frozen.
         shape: of the volumes.
         device: where to encode.
-        precision: fp32 or bf16 autocast; a lossless codec stays in fp32.
+        precision: fp32, tf32 or bf16 autocast; a lossless codec stays in fp32.
         max_memory_gb: the most that this process may hold on a CPU, GB (10^9); None takes the whole volume at once.
 
     Raises:
         UserError: the limit is below what the codec can do, or the whole volume does not fit into the memory.
     """
     import psutil
-    import torch
 
     from aldm.memory import gigabytes, resident_bytes
     from aldm.models.slabs import encode_bounded
-    from aldm.precision import usable_precision
+    from aldm.precision import arithmetic, usable_precision
 
     precision = usable_precision(precision, device)
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == "bf16" and not codec.isometric, cache_enabled=False
-    )
+    autocast = arithmetic(precision, device, lower=not codec.isometric, cache_enabled=False)
 
     def whole(x: "Tensor") -> "Tensor":
         with autocast:
@@ -125,7 +122,7 @@ def encoding_bytes(codec: "Codec", shape: Shape, precision: str, *, bounded: boo
     Args:
         codec: on the CPU.
         shape: of the volume.
-        precision: fp32 or bf16.
+        precision: fp32, tf32 or bf16.
         bounded: slab by slab instead of the whole volume at once.
     """
     import torch

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aldm.engine import PlainEngine, make_optimizer
 from aldm.errors import UserError
 from aldm.players import Player
+from aldm.precision import arithmetic
 from pipelines.sharded_states import STEPS_FILE, base_optimizer, read_moments, read_weights, write_states
 
 
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
 
     Args:
         device: of this rank.
-        precision: fp32 or bf16.
+        precision: fp32, tf32 or bf16.
         zero_stage: 0 to 3.
         batch_size: of all ranks together.
         resume_from: the checkpoint to go on from, if any; of whatever stage and number of ranks.
@@ -93,7 +94,6 @@ class DeepSpeedEngine:
         """Hand module and optimizer to DeepSpeed."""
         import deepspeed
 
-        _check_codebook(player.module, self._zero_stage)
         if self._resume_from is not None:  # before DeepSpeed shards the weights
             read_weights(self._resume_from, player.name, player.module)
         player.module.to(self.device).train()
@@ -107,8 +107,8 @@ class DeepSpeedEngine:
         return engine
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        """That of the precision: bf16 autocast, or nothing."""
+        return arithmetic(self._precision, self.device)
 
     def backward(self, player: Player, loss: Tensor) -> None:
         """Backward through DeepSpeed, which reduces the gradients on the way."""
@@ -212,16 +212,6 @@ def _start_deepspeed() -> None:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-def _check_codebook(module: nn.Module, zero_stage: int) -> None:
-    """Refuse a codebook that is a parameter: its revival writes weights that ZeRO keeps elsewhere."""
-    quantizer = getattr(module, "quantizer", None)
-    if zero_stage >= 1 and quantizer is not None and quantizer.update == "gradient":
-        raise UserError(
-            "codec.codebook_update is gradient, which DeepSpeed's stages 1 to 3 cannot train (dead codes are revived "
-            "in the weights themselves): say --set codec.codebook_update=ema, or take --engine ddp"
-        )
 
 
 def _gradient_norm(module: nn.Module) -> Tensor:

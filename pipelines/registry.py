@@ -97,8 +97,7 @@ def register(model_dir: Path, name: str, alias: str | None, tracking_uri: str, *
         UserError: a name that MLflow does not take, not a translator folder, or the server does not take the model.
     """
     check_names(name, alias)
-    from aldm.checkpoint import read_checkpoint_record
-    from aldm.config import Config, from_dict
+    from aldm.checkpoint import config_of, read_checkpoint_record
 
     record = read_checkpoint_record(model_dir)
     client = connect(tracking_uri)
@@ -110,7 +109,7 @@ def register(model_dir: Path, name: str, alias: str | None, tracking_uri: str, *
         place = experiment_id(client, tracking_uri, experiment)
         model = client.create_logged_model(place, name=name, tags=tags, model_type="translator")
         packed = Path(folder) / "model"
-        _pack(packed, model_dir, from_dict(Config, record["config"]), Model(model_id=model.model_id))
+        _pack(packed, model_dir, config_of(record, model_dir), Model(model_id=model.model_id))
         client.log_model_artifacts(model.model_id, str(packed))
         client.finalize_logged_model(model.model_id, "READY")
         try:

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aldm.config import Config, from_dict, override
+from aldm.config import Config, override
 from aldm.errors import UserError
 from aldm.presets import load_preset
 from pipelines.arguments import JobParser, select_device
@@ -59,7 +59,7 @@ def model_config(folder: Path, args: argparse.Namespace) -> Config:
         UserError: not a translator folder, or the networks or the data's preprocessing are to be changed: a trained
             model carries them.
     """
-    from aldm.checkpoint import read_checkpoint_record
+    from aldm.checkpoint import config_of, read_checkpoint_record
     from aldm.predictors import KINDS
 
     record = read_checkpoint_record(folder)
@@ -68,7 +68,7 @@ def model_config(folder: Path, args: argparse.Namespace) -> Config:
             f"{folder} holds a checkpoint of kind {record['kind']!r}, wanted a translator folder "
             f"({' or '.join(KINDS)}): make one with aldm export"
         )
-    own = from_dict(Config, record["config"])
+    own = config_of(record, folder)
     used = own
     if args.preset is not None:
         preset = load_preset(args.preset)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aldm.config import Config, from_dict
+from aldm.config import Config
 from aldm.errors import UserError
 from serve.work_folder import MODELS
 
@@ -57,13 +57,13 @@ def read_model(folder: Path, name: str) -> Model:
     Raises:
         UserError: it is none.
     """
-    from aldm.checkpoint import read_checkpoint_record
+    from aldm.checkpoint import config_of, read_checkpoint_record
     from aldm.predictors import KINDS
 
     record = read_checkpoint_record(folder)
     if record["kind"] not in KINDS:
         raise UserError(f"{folder} holds a checkpoint of kind {record['kind']!r}, wanted a translator folder")
-    config = from_dict(Config, record["config"])
+    config = config_of(record, folder)
     return Model(
         folder=folder,
         name=name,

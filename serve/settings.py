@@ -29,7 +29,9 @@ class Settings(BaseModel):
         None, ge=1, description="most copies: one more for every job that waits, fewer again when idle; none keeps them"
     )
     use_gpu: bool = Field(False, description="give each copy of the model a GPU")
-    precision: Literal["fp32", "bf16"] | None = Field(None, description="arithmetic; none takes the model's own")
+    precision: Literal["fp32", "tf32", "bf16"] | None = Field(
+        None, description="arithmetic; none takes the model's own"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of a copy; none shares this machine's cores")
     max_batch_size: int = Field(1, ge=1, le=64, description="translations that a copy makes in one pass")
     max_memory_gb: float | None = Field(

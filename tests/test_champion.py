@@ -104,7 +104,7 @@ def test_both_are_measured_on_the_pairs_that_both_have(tmp_path: Path) -> None:
 def test_only_translations_between_two_modalities_count_with_the_models_own_sampling(tmp_path: Path) -> None:
     psnrs = (10.0, 20.0, 36.0)
     rows = [row("new", place, psnr) for place, psnr in zip(PLACES, psnrs, strict=True)]
-    rows += [row("new", PLACES[0], 99.0, num_inference_steps=50), row("new", PLACES[0], 98.0, sampler="unipc")]
+    rows += [row("new", PLACES[0], 99.0, num_inference_steps=50), row("new", PLACES[0], 98.0, sampler="dpm-solver++")]
     rows += [row("new", ("s1", "t1", "t1"), 97.0), row("baseline", PLACES[0], 96.0)]
     contest = read_contest(evaluation(tmp_path, rows, champion=False))
     assert contest.psnr_db == pytest.approx(22.0)

@@ -156,7 +156,7 @@ def test_the_weights_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_configuration_key_is_refused(tmp_path: Path) -> None:
     record = json.loads((saved(tmp_path / "c") / CONFIG).read_text())
     change(tmp_path / "c", config=record["config"] | {"colour": "blue"})
-    with pytest.raises(UserError, match="unknown key colour"):
+    with pytest.raises(UserError, match=r"c/config\.json: unknown key colour: .*; change it there, or train"):
         load_checkpoint(tmp_path / "c")
 
 

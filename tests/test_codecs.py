@@ -101,7 +101,7 @@ def test_everything_learns_from_one_step(kind: str) -> None:
         if isinstance(module, ResBlock):  # starts as its shortcut, with no gradient before its last convolution
             nn.init.normal_(module.conv2.weight)
     out = codec(torch.rand(1, 1, 8, 8, 8))
-    ((out.reconstruction - 1).abs().mean() + out.codebook_loss + out.commitment_loss).backward()
+    ((out.reconstruction - 1).abs().mean() + out.commitment_loss).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in codec.parameters())
     assert codec.last_layer is not None
     assert codec.last_layer.weight in set(codec.parameters())
@@ -120,7 +120,7 @@ def test_the_configuration_reaches_the_codebook() -> None:
     quantizer = build_codec(config).quantizer
     assert quantizer is not None
     assert quantizer.codebook.shape == (7, 5)
-    assert (quantizer.decay, quantizer.commitment_weight, quantizer.update) == (0.99, 0.5, "ema")
+    assert (quantizer.decay, quantizer.commitment_weight) == (0.99, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "haar-vqgan"])
@@ -134,7 +134,7 @@ def test_a_codec_overfits_one_volume(kind: str) -> None:
         out = codec(x)
         loss = (out.reconstruction - x).abs().mean()
         optimizer.zero_grad()
-        (loss + out.codebook_loss + out.commitment_loss).backward()
+        (loss + out.commitment_loss).backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.4 * x.abs().mean()

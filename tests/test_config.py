@@ -63,13 +63,14 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"ms_spade": {"spade_channels": []}}, r"MSSpadeConfig\.spade_channels is empty, wanted at least one value"),
         ({"ms_spade": {"kernel_size": 4}}, r"ms_spade\.kernel_size is 4, wanted an odd number"),
         ({"codec": {"codebook_decay": 1.5}}, r"CodecConfig\.codebook_decay is 1\.5, wanted 0 to 1"),
+        ({"sampling": {"sampler": "unipc"}}, r"sampling\.sampler is 'unipc', wanted one of: ddpm, ddim, dpm-solver"),
         ({"sampling": {"eta": -1}}, r"SamplingConfig\.eta is -1\.0, wanted 0 to 1"),
         ({"train_unet": {"same_modality_fraction": 2}}, r"same_modality_fraction is 2\.0, wanted 0 to 1"),
         ({"train_unet": {"betas": [0.9, 1.5]}}, r"betas is \(0\.9, 1\.5\), wanted 0 or more and below 1"),
         ({"train_unet": {"betas": [1.0, 1.0]}}, r"betas is \(1\.0, 1\.0\), wanted 0 or more and below 1"),
         ({"train_unet": {"warmup_steps": -1}}, r"warmup_steps is -1, wanted 0 or more"),
         ({"train_vqgan": {"discriminator_layers": 0}}, r"discriminator_layers is 0, wanted a finite value above 0"),
-        ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, bf16"),
+        ({"precision": "fp16"}, "precision is 'fp16', wanted one of: fp32, tf32, bf16"),
         ({"modalities": ["t2", "t1"]}, "wanted distinct and in the vocabulary's order"),
         ({"modalities": ["t1", "t7"]}, "unknown modality 't7': known are t1, t1ce, t2, flair, pd"),
         ({"diffusion": {"zero_terminal_snr": True}}, "zero_terminal_snr is singular for objective 'epsilon'"),
@@ -77,6 +78,15 @@ def test_a_configuration_cannot_be_changed() -> None:
 )
 def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
+        from_dict(Config, values)
+
+
+def test_a_key_that_is_gone_is_passed_over_with_the_value_that_is_left() -> None:
+    values = to_dict(small())
+    values["codec"]["codebook_update"] = "ema"
+    assert from_dict(Config, values) == small()
+    values["codec"]["codebook_update"] = "gradient"
+    with pytest.raises(UserError, match="codebook_update is 'gradient', but only 'ema' is left of it: leave the"):
         from_dict(Config, values)
 
 

@@ -353,7 +353,7 @@ def test_a_baseline_may_be_named_and_dry_run_writes_nothing(models, ixi_store, t
     assert main([*arguments, "--store", str(ixi_store.path), "--out", str(out), "--samplers", "all"]) == 0
     said = capsys.readouterr().out
     assert "plain: plain" in said
-    assert all(words in said for words in ("unipc 10", "ddpm 50", "ddim 4", "GB of memory"))
+    assert all(words in said for words in ("dpm-solver++ 10", "ddpm 50", "ddim 4", "GB of memory"))
     assert list(tmp_path.iterdir()) == []
 
 

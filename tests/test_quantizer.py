@@ -53,16 +53,14 @@ def test_a_perfect_match_has_no_loss() -> None:
     torch.testing.assert_close(out.z_q, z)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_gradients_go_straight_through_and_the_losses_are_those_of_the_paper(update: str) -> None:
-    quantizer = Quantizer(16, 3, update=update, commitment_weight=0.25).eval()
+def test_gradients_go_straight_through_and_the_commitment_is_that_of_the_paper() -> None:
+    quantizer = Quantizer(16, 3, commitment_weight=0.25).eval()
     z = torch.randn(2, 3, 2, 2, 2, requires_grad=True)
     out = quantizer(z)
     (gradient,) = torch.autograd.grad(out.z_q.sum(), z, retain_graph=True)
     torch.testing.assert_close(gradient, torch.ones_like(z))
     distance = (z - quantizer.lookup(z)).square().mean()
     torch.testing.assert_close(out.commitment_loss, 0.25 * distance)
-    torch.testing.assert_close(out.codebook_loss, distance if update == "gradient" else torch.zeros(()))
     (gradient,) = torch.autograd.grad(out.commitment_loss, z)
     torch.testing.assert_close(gradient, 0.25 * 2 * (z - quantizer.lookup(z)).detach() / z.numel())
 
@@ -101,18 +99,13 @@ def test_moving_averages_are_those_of_the_definition() -> None:
         torch.testing.assert_close(quantizer.codebook, codebook)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_the_codebook_learns_from_the_first_step(update: str) -> None:
-    quantizer = Quantizer(8, 3, update=update).train()
+def test_the_codebook_learns_from_the_first_step() -> None:
+    quantizer = Quantizer(8, 3).train()
     z = torch.randn(1, 3, 4, 4, 4)
     start = copy.deepcopy(quantizer)
     start._start_from(z.movedim(1, -1).reshape(-1, 3))
-    out = quantizer(z)
-    if update == "gradient":
-        (gradient,) = torch.autograd.grad(out.codebook_loss, list(quantizer.parameters()))
-        assert gradient.abs().sum() > 0
-    else:
-        assert not torch.allclose(quantizer.codebook, start.codebook)
+    quantizer(z)
+    assert not torch.allclose(quantizer.codebook, start.codebook)
 
 
 def test_evaluation_learns_nothing() -> None:
@@ -123,14 +116,12 @@ def test_evaluation_learns_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_dead_codes_move_to_encoder_outputs_and_count_as_used_when_they_are(update: str) -> None:
-    quantizer = Quantizer(32, 2, update=update).train()
+def test_dead_codes_move_to_encoder_outputs_and_count_as_used_when_they_are() -> None:
+    quantizer = Quantizer(32, 2).train()
     z = torch.randn(1, 2, 8, 8, 8)
     quantizer(z)
-    with torch.no_grad():
-        quantizer.codebook[16:] = 1000.0
-        quantizer.ema_sum[16:] = 1000.0 * quantizer.ema_count[16:, None]
+    quantizer.codebook[16:] = 1000.0
+    quantizer.ema_sum[16:] = 1000.0 * quantizer.ema_count[16:, None]
     quantizer.idle_steps.fill_(1000)
     quantizer(z)
     assert quantizer.usage() <= 0.5
@@ -142,17 +133,16 @@ def test_dead_codes_move_to_encoder_outputs_and_count_as_used_when_they_are(upda
 
 def test_dead_codes_go_where_the_error_is() -> None:
     """1000 vectors lie on a code and 8 far from all: codes that nobody uses move to those 8, to each at most once."""
-    quantizer = Quantizer(8, 1, update="gradient").train()
-    with torch.no_grad():
-        quantizer.codebook.copy_(torch.arange(8.0)[:, None])
+    quantizer = Quantizer(8, 1).train()
+    quantizer.codebook.copy_(torch.arange(8.0)[:, None])
     quantizer.step.fill_(1)
     quantizer.idle_steps.fill_(REVIVE_AFTER_STEPS - 1)
     far = torch.arange(50.0, 58.0)
     quantizer(torch.cat((torch.zeros(1000), far)).view(1, 1, -1, 1, 1))
-    moved = quantizer.codebook.detach()[1:7, 0]  # codes 0 and 7 are in use
+    moved = quantizer.codebook[1:7, 0]  # codes 0 and 7 are in use
     assert len(set(moved.tolist())) == 6
     assert set(moved.tolist()) <= set(far.tolist())
-    assert quantizer.codebook[[0, 7], 0].tolist() == [0, 7]
+    torch.testing.assert_close(quantizer.codebook[[0, 7], 0], torch.tensor([0.0, float(far.mean())]))
 
 
 def test_a_code_met_once_is_used() -> None:

@@ -168,7 +168,7 @@ def test_the_front_is_what_nothing_else_beats(values: list[tuple[int, int]], hig
 
 def test_equal_points_draw_equal_pictures(tmp_path: Path) -> None:
     points = [(1, 20.0), (2, 21.0), (2, -300.0), (20, 24.0)]
-    front = [(1, 20.0, "bridge one-step"), (2, 21.0, "v cosine unipc"), (20, 24.0, "v cosine ddim")]
+    front = [(1, 20.0, "bridge one-step"), (2, 21.0, "v cosine dpm-solver++"), (20, 24.0, "v cosine ddim")]
     for name in "ab":
         save_pareto_picture(tmp_path / f"{name}.png", points, front, score="PSNR, dB")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -200,7 +200,7 @@ def test_measuring_repeats_the_validation_of_the_training(inputs: Inputs, tmp_pa
         )
     calls: list[int] = []
     stage.unet.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
-    first, other = measure(stage, engine, checkpoint_folder(tmp_path / "r"), [way, Way("unipc", 2)])
+    first, other = measure(stage, engine, checkpoint_folder(tmp_path / "r"), [way, Way("dpm-solver++", 2)])
     assert (first.way, first.value) == (way, pytest.approx(result.best, abs=1e-5))
     assert other.value != pytest.approx(result.best, abs=1e-3)
     assert len(calls) == (4 + 2) * stage.config.train_diffusion.num_validation_samples

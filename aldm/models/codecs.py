@@ -31,11 +31,10 @@ MAX_TENSOR_ELEMENTS = 2**31 - 1
 
 
 class CodecOutput(NamedTuple):
-    """What a training step of stage 1 sees; see Quantized for the losses and the codebook's numbers."""
+    """What a training step of stage 1 sees; see Quantized for the commitment and the codebook's numbers."""
 
     reconstruction: Tensor
     z: Tensor
-    codebook_loss: Tensor
     commitment_loss: Tensor
     codebook_usage: Tensor
     perplexity: Tensor
@@ -94,7 +93,7 @@ class Codec(nn.Module):
         if self.quantizer is not None:
             return self.quantizer(z)
         zero = torch.zeros((), device=z.device)
-        return Quantized(z, zero, zero, zero + torch.nan, zero + torch.nan, None)
+        return Quantized(z, zero, zero + torch.nan, zero + torch.nan, None)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the volume of a latent, which is quantised first where there is a codebook."""
@@ -109,7 +108,7 @@ class Codec(nn.Module):
         z = self.encode(x)
         quantized = self.quantize(z)
         reconstruction = self.decode_codes(quantized.z_q)
-        return CodecOutput(reconstruction, z, *quantized[1:5])
+        return CodecOutput(reconstruction, z, *quantized[1:4])
 
     def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         largest = x.shape[0] * largest_tensor(plan(blocks, x.shape[1], (x.shape[2], x.shape[3], x.shape[4])))
@@ -164,7 +163,6 @@ def build_codec(config: CodecConfig) -> Codec:
         Quantizer(
             config.codebook_size,
             config.embedding_dim,
-            config.codebook_update,
             config.codebook_decay,
             config.commitment_weight,
         ),

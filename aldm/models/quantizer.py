@@ -1,7 +1,8 @@
 """Vector quantisation: chunked nearest code, straight-through gradient, EMA codebook, revival of dead codes.
 
-van den Oord et al. 2017 (arXiv 1711.00937), eq. 3 for the losses and appendix A.1 for the moving averages. Differs in
-that the codebook starts from the first batch and that codes nobody uses are replaced by live encoder outputs.
+van den Oord et al. 2017 (arXiv 1711.00937), eq. 3 for the commitment term and appendix A.1 for the moving averages
+that stand for its codebook term. Differs in that the codebook starts from the first batch and that codes nobody uses
+are replaced by live encoder outputs.
 """
 
 import math
@@ -25,12 +26,11 @@ USAGE_WINDOW_STEPS = 128
 class Quantized(NamedTuple):
     """What quantisation returns.
 
-    Losses are scalars ready to be summed (`commitment_loss` is already multiplied by beta). `codebook_usage` in [0, 1]
-    and `perplexity` in [1, K] describe the training so far; without a codebook they are nan and `indices` is None.
+    `commitment_loss` is a scalar, already multiplied by beta. `codebook_usage` in [0, 1] and `perplexity` in [1, K]
+    describe the training so far; without a codebook they are nan and `indices` is None.
     """
 
     z_q: Tensor
-    codebook_loss: Tensor
     commitment_loss: Tensor
     codebook_usage: Tensor
     perplexity: Tensor
@@ -65,13 +65,12 @@ def nearest_code(z: Tensor, codebook: Tensor, chunk_rows: int | None = None) -> 
 class Quantizer(nn.Module):
     """The codebook.
 
-    Everything that training changes lies in parameters and buffers, and the random choices derive from the step
-    counter, so a resumed training takes the same codes.
+    Codes are moving averages of the vectors that they stand for. All of it lies in buffers, and the random choices
+    derive from the step counter, so a resumed training takes the same codes.
 
     Args:
         codebook_size: number of codes, K.
         dim: length of a code, D.
-        update: "ema" (codes are moving averages of the vectors they stand for) or "gradient" (the codebook loss).
         decay: decay of the moving averages.
         commitment_weight: beta, multiplies the commitment term.
 
@@ -86,29 +85,22 @@ class Quantizer(nn.Module):
     ema_count: Tensor
     ema_sum: Tensor
 
-    def __init__(
-        self, codebook_size: int, dim: int, update: str = "ema", decay: float = 0.99, commitment_weight: float = 0.25
-    ) -> None:
+    def __init__(self, codebook_size: int, dim: int, decay: float = 0.99, commitment_weight: float = 0.25) -> None:
         super().__init__()
         self.codebook_size = codebook_size
         self.dim = dim
-        self.update = update
         self.decay = decay
         self.commitment_weight = commitment_weight
         self.reduce: Callable[[Tensor], Tensor] = _identity
         self.rank = 0
-        codebook = torch.randn(codebook_size, dim) / math.sqrt(dim)
-        if update == "gradient":
-            self.codebook = nn.Parameter(codebook)
-        else:
-            self.register_buffer("codebook", codebook)
+        self.register_buffer("codebook", torch.randn(codebook_size, dim) / math.sqrt(dim))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("idle_steps", torch.full((codebook_size,), USAGE_WINDOW_STEPS, dtype=torch.int64))
         self.register_buffer("ema_count", torch.zeros(codebook_size))
         self.register_buffer("ema_sum", torch.zeros(codebook_size, dim))
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantise (B, D, X, Y, Z); in training mode the codebook learns from z. `z_q` and losses are fp32."""
+        """Quantise (B, D, X, Y, Z); in training mode the codebook learns from z. `z_q` and the loss are fp32."""
         with without_autocast(z):
             z = z.float()
             rows = z.movedim(1, -1).reshape(-1, self.dim)
@@ -116,23 +108,19 @@ class Quantizer(nn.Module):
                 self._start_from(rows)
             indices = nearest_code(rows, self.codebook)
             selected = F.embedding(indices, self.codebook)
-            commitment_loss = self.commitment_weight * F.mse_loss(rows, selected.detach())
-            if self.update == "gradient":
-                codebook_loss = F.mse_loss(selected, rows.detach())
-            else:
-                codebook_loss = rows.new_zeros(())
+            commitment_loss = self.commitment_weight * F.mse_loss(rows, selected)
             z_q = selected.view(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
             z_q = z + (z_q - z).detach()  # straight-through
             if self.training:
-                self._learn(rows.detach(), selected.detach(), indices)
+                self._learn(rows.detach(), selected, indices)
         shape = (z.shape[0], *z.shape[2:])
-        return Quantized(z_q, codebook_loss, commitment_loss, self.usage(), self.perplexity(), indices.view(shape))
+        return Quantized(z_q, commitment_loss, self.usage(), self.perplexity(), indices.view(shape))
 
     def lookup(self, z: Tensor) -> Tensor:
         """Return the nearest codes of (B, D, X, Y, Z) and nothing else: no gradient, no learning."""
         rows = z.detach().float().movedim(1, -1)
         indices = nearest_code(rows.reshape(-1, self.dim), self.codebook)
-        return F.embedding(indices, self.codebook.detach()).view(rows.shape).movedim(-1, 1)
+        return F.embedding(indices, self.codebook).view(rows.shape).movedim(-1, 1)
 
     def usage(self) -> Tensor:
         """Return the fraction of codes used in the last USAGE_WINDOW_STEPS training steps."""
@@ -150,7 +138,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, selected: Tensor, indices: Tensor) -> None:
-        """Update the moving averages, the codes where they are those averages, and revive dead codes."""
+        """Update the moving averages and with them the codes, and revive dead codes."""
         statistics = rows.new_zeros(self.codebook_size, self.dim + 1)
         statistics.index_add_(0, indices, torch.cat((rows, torch.ones_like(rows[:, :1])), dim=1))
         statistics = self.reduce(statistics)
@@ -160,11 +148,8 @@ class Quantizer(nn.Module):
         self.ema_count.mul_(old).add_(counts * (1 - old))
         self.ema_sum.mul_(old).add_(sums * (1 - old))
         self.idle_steps.add_(1).masked_fill_(counts > 0, 0)
-        if self.update == "ema":
-            used = (self.ema_count > 1e-6)[:, None]
-            self.codebook.copy_(
-                torch.where(used, self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None], self.codebook)
-            )
+        used = (self.ema_count > 1e-6)[:, None]
+        self.codebook.copy_(torch.where(used, self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None], self.codebook))
         candidates = self._candidates(rows, (rows - selected).square().sum(dim=1))
         dead = (self.idle_steps > 0) & (self.idle_steps % REVIVE_AFTER_STEPS == 0)
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
