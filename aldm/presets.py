@@ -94,7 +94,17 @@ def brats_haar() -> Config:
     are chosen by cost and learning rates by habit: neither was measured on patients.
     """
     base, like = brats(), small()
-    training = replace(base.train_unet, batch_size=4, learning_rate=2e-4, crop=None, same_modality_fraction=0.1)
+    training = TrainingConfig(
+        batch_size=4,
+        epochs=100,
+        learning_rate=2e-4,
+        optimizer="adamw",
+        warmup_steps=1000,
+        decay="cosine",
+        ema_decay=0.999,
+        same_modality_fraction=0.1,
+        image_space_loss=True,
+    )
     return replace(
         base,
         preset="brats-haar",
@@ -103,8 +113,8 @@ def brats_haar() -> Config:
         unet=replace(like.unet, channels=(48, 96, 192, 384), attention_levels=(3,)),
         diffusion=like.diffusion,
         sampling=like.sampling,
-        train_ms_spade=replace(training, epochs=100, image_space_loss=True),
-        train_diffusion=replace(training, epochs=200, image_space_loss=True),
+        train_ms_spade=training,
+        train_diffusion=replace(training, epochs=200),
     )
 
 

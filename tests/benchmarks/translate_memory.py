@@ -24,18 +24,10 @@ from aldm.checkpoint import save_checkpoint
 from aldm.config import Config, PreprocessConfig
 from aldm.models.codecs import build_codec
 from aldm.predictors import build_predictor
-from aldm.presets import small
+from aldm.presets import brats_haar, small
 
 SHAPE = (192, 192, 144)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
-CASES = (
-    ("haar", "bf16", 4.0),
-    ("haar", "fp32", 4.0),
-    ("haar-vqgan", "bf16", 4.0),
-    ("haar-vqgan", "bf16", 1.5),
-    ("vqgan", "bf16", 4.0),
-    ("vqgan", "bf16", 1.5),
-)
 _CHILD = """
 import json, re, sys, time
 from aldm.cli import main
@@ -57,6 +49,22 @@ def whole_volume_config(codec: str, precision: str) -> Config:
         preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=SHAPE),
         codec=replace(base.codec, kind=codec),
     )
+
+
+def cases() -> list[tuple[str, Config, float]]:
+    """Return what is measured: its name, its configuration and the limit, GB."""
+    small_ones = [
+        ("haar", "bf16", 4.0),
+        ("haar", "fp32", 4.0),
+        ("haar-vqgan", "bf16", 4.0),
+        ("haar-vqgan", "bf16", 1.5),
+        ("vqgan", "bf16", 4.0),
+        ("vqgan", "bf16", 1.5),
+    ]
+    return [
+        ("brats-haar", brats_haar(), 4.0),
+        *((f"small, {codec}", whole_volume_config(codec, precision), limit) for codec, precision, limit in small_ones),
+    ]
 
 
 def save_model(folder: Path, config: Config) -> None:
@@ -108,14 +116,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
     args = parser.parse_args()
-    print(f"| {' x '.join(map(str, SHAPE))}, small() with codec | precision | limit (GB) | peak (GB) | seconds |")
+    print(f"| {' x '.join(map(str, SHAPE))}, preset, codec | precision | limit (GB) | peak (GB) | seconds |")
     print("|---|---|---|---|---|")
-    for codec, precision, limit in CASES:
+    for name, config, limit in cases():
         with tempfile.TemporaryDirectory() as folder:
-            result = measure(Path(folder), whole_volume_config(codec, precision), limit, args.threads)
+            result = measure(Path(folder), config, limit, args.threads)
         if result["code"] != 0:
             sys.exit("a translation failed: see above")
-        print(f"| {codec} | {precision} | {limit:g} | {result['peak_gb']:.2f} | {result['seconds']:.0f} |", flush=True)
+        peak, seconds = f"{result['peak_gb']:.2f}", f"{result['seconds']:.0f}"
+        print(f"| {name} | {config.precision} | {limit:g} | {peak} | {seconds} |", flush=True)
 
 
 if __name__ == "__main__":
