@@ -21,6 +21,7 @@ from pipelines.champion import (
     is_current,
     measured_champion,
     read_contest,
+    record_of,
     set_champion,
     split_name,
     swap_back,
@@ -153,6 +154,17 @@ def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
 )
 def test_a_name_has_the_champions_alias_unless_it_says_another(text: str, wanted: tuple[str, str]) -> None:
     assert split_name(text) == wanted
+
+
+def test_a_name_that_mlflow_does_not_take_is_refused() -> None:
+    for text in ("a/b", "translator@a/b"):
+        with pytest.raises(UserError, match="a/b"):
+            split_name(text)
+
+
+def test_the_record_names_the_champion() -> None:
+    assert record_of(CHAMPION) == {"name": "translator", "version": 3, "hash": "c" * 64}
+    assert record_of(None) is None
 
 
 def test_an_evaluation_measures_the_champion_beside_its_baselines(

@@ -92,6 +92,7 @@ def test_the_written_header_keeps_grid_codes_and_units(tmp_path, kind, endiannes
     assert after.get_data_dtype() == np.float32
     assert after["descrip"].tobytes().startswith(b"synthetic\0")
     assert after["intent_code"] == after["cal_max"] == 0
+    assert after["bitpix"] == 32
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,15 @@ def test_scale_factors_are_applied(
     (tmp_path / "scaled.nii").write_bytes(nifti_bytes(data, change=scaled))
     volume, _ = load_nifti(tmp_path / "scaled.nii")
     np.testing.assert_array_equal(volume.data, data * slope + intercept)
+
+
+def test_scale_factors_of_integers_that_float32_cannot_hold_are_applied_before_they_are_rounded(tmp_path: Path) -> None:
+    def scaled(header: nibabel.Nifti1Header) -> None:
+        header["scl_slope"], header["scl_inter"] = 1, -(2**24)
+
+    data = np.arange(27, dtype=np.int32).reshape(3, 3, 3)
+    (tmp_path / "large.nii").write_bytes(nifti_bytes(data + np.int32(2**24), change=scaled))
+    np.testing.assert_array_equal(load_nifti(tmp_path / "large.nii")[0].data, data)
 
 
 def test_a_trailing_singleton_axis_is_dropped_and_written_again(tmp_path):
@@ -327,6 +337,10 @@ def test_the_field_of_view_ends_half_a_voxel_beyond_the_outer_centres():
     expected = inside[:, None, None] & inside[None, :, None] & inside[None, None, :]
     np.testing.assert_array_equal(result == 3, expected)
     np.testing.assert_array_equal(result == -9, ~expected)
+    for place, wanted in ((-0.501, 3), (-0.502, -9), (3.501, 3), (3.502, -9)):  # a rounding takes nothing away
+        target = np.eye(4)
+        target[:3, 3] = place
+        assert resample(volume, target, (1, 1, 1), fill=-9).data == wanted
 
 
 def test_downsampling_takes_away_what_the_coarse_grid_cannot_carry():
