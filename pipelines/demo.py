@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aldm.cli import JOBS
-from aldm.config import Config
+from aldm.config import Config, training_name, training_of
 from aldm.errors import UserError
 from aldm.files import atomic_path, check_folder
 from pipelines.arguments import JobParser, job_parser, resolve_config
@@ -23,14 +23,20 @@ logger = logging.getLogger(__name__)
 
 REPORT, RECORD, SPLITS = "report.html", "demo.json", "splits.csv"
 LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
-NUM_VALIDATION, NUM_TEST = 2, 4
-MINUTES = {"vqgan": 0.5, "ms-spade": 0.7, "diffusion": 3.7, "unet": 4.4}
-"""Time budgets of the trainings; the plain U-Net gets that of stages 2 and 3 together."""
-DESCRIPTION = f"""Simulate subjects in IXI's layout, prepare them, run the three trainings of the paper and a plain
-regression U-Net, score both on held-out subjects, translate one of those and the ICBM152 T1 average that nilearn ships,
-and write {REPORT}, which opens offline. Its last line says whether {SOURCE} to {TARGET} is good enough and what it
-took. Each step is an aldm command that is printed first and can be run by hand. Run
-again after an interruption, it goes on where it stopped."""
+NUM_VALIDATION, NUM_TEST = 2, 8
+STEPS = {"vqgan": 200, "ms-spade": 200, "diffusion": 680, "unet": 435}
+"""Steps of the trainings: two runs on one machine end with the same weights. The U-Net's take about as long as those of
+stages 2 and 3 together."""
+SECONDS_A_STEP = {"vqgan": 0.16, "ms-spade": 0.21, "diffusion": 0.29, "unet": 0.55}
+"""What a step takes on two CPU cores, in the mean."""
+START_MINUTES = 0.1
+"""What a training takes before its first step and after its last."""
+DESCRIPTION = f"""Simulate subjects in IXI's layout, prepare them, run the three trainings of the paper and a regression
+U-Net for all pairs, score both on held-out subjects, translate one of those and the ICBM152 T1 average that nilearn
+ships, and write {REPORT}, which opens offline. Its last line says whether {SOURCE} to {TARGET} is good enough and what
+it took. The trainings have fixed numbers of steps: two runs on one machine end with the same weights. Each step is an
+aldm command that is printed first and can be run by hand. Run again after an interruption, it goes on where it
+stopped."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Step:
         title: what it does.
         command: the words after `aldm`.
         output: the file or folder it makes.
-        budget_minutes: what it may take on two CPU cores.
+        budget_minutes: what it takes on two CPU cores, about.
         again: the flag that goes on with, or replaces, an output that an interrupted demo left.
     """
 
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precision": args.precision,
         "num_subjects": args.num_subjects,
         "seed": args.seed,
+        "max_steps": {stage: _max_steps(config, stage) for stage in STEPS},
     }
     out: Path = args.out
     steps = plan(out, settings, config, args.device)
@@ -85,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / STORE_FILE}"
     with default_server(uri):
         for number, step in enumerate(steps, start=1):
-            _run(step, f"[{number}/{len(steps)}]", out, record)
+            left = sum(each.budget_minutes for each in steps[number - 1 :])
+            _run(step, f"[{number}/{len(steps)}, about {left:.0f} min to go]", out, record)
     from pipelines.demo_report import write_demo_report
 
     verdict = write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
@@ -111,9 +119,11 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
         return [*map(str, words[:names]), *flags, *map(str, words[names:])]
 
     def train(stage: str, title: str, *words: object) -> Step:
-        minutes = MINUTES[stage]
-        command = job("train", stage, *words, "--run-dir", runs / stage, "--max-minutes", minutes, "--seed", seed)
+        number = settings["max_steps"][stage]
+        command = job("train", stage, *words, "--run-dir", runs / stage, "--max-steps", number, "--seed", seed)
+        command += _adversary(config, stage, number)
         command += ["--engine", "plain", "--group", out.name]  # without Ray: starting it four times costs a minute
+        minutes = START_MINUTES + number * SECONDS_A_STEP[stage] / 60
         return Step(title, command, runs / stage / "config.yaml", minutes, "--resume")
 
     def translate(title: str, volume: Path, name: str) -> Step:
@@ -124,7 +134,6 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
     data, store, latents, model, unet = (out / name for name in ("data", "store", "latents", "model", "unet"))
     phantom = ("phantom", data, "--layout", LAYOUT, "--num-subjects", settings["num_subjects"], "--seed", seed)
     stages = ("--ms-spade", runs / "ms-spade", "--diffusion", runs / "diffusion")
-    card = ("--samplers", "bridge:1", "bridge:2", "bridge:4") if config.diffusion.objective == "bridge" else ()
     scores = ("evaluate", "--model", model, "--store", store, "--split", "test", "--out", out / "scores")
     return [
         Step("simulate subjects", job(*phantom, "--spacing-mm", config.preprocess.spacing_mm[0]), data, 0.5),
@@ -147,17 +156,31 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
         Step(
             "export the translator", ["export", "--codec", "haar", *map(str, stages), "--out", str(model)], model, 0.05
         ),
-        train("unet", "yardstick: plain regression U-Net", "--store", store),
+        train("unet", "yardstick: regression U-Net for all pairs", "--store", store),
         Step("export the U-Net", ["export", "--baseline", str(runs / "unet"), "--out", str(unet)], unet, 0.05),
         Step(
             "score both on the held-out subjects",
-            [*map(str, scores), "--baseline", f"unet={unet}", *card, "--device", device, "--group", out.name],
+            [*map(str, scores), "--baseline", f"unet={unet}", "--device", device, "--group", out.name],
             out / "scores",
             1.0,
         ),
         translate("translate a held-out subject", data / held_out, "held_out"),
         translate("translate the ICBM152 T1 average", icbm152_file("t1"), "icbm152"),
     ]
+
+
+def _max_steps(config: Config, stage: str) -> int:
+    """Return a training's steps: the demo's, but no more than the configuration's."""
+    return min(STEPS[stage], training_of(config, stage).max_steps or STEPS[stage])
+
+
+def _adversary(config: Config, stage: str, steps: int) -> list[str]:
+    """Return the flag that lets a discriminator join at the same share of the steps as in the configuration."""
+    training = training_of(config, stage)
+    if training.adversarial_weight == 0 or not training.max_steps:
+        return []
+    start = training.adversarial_start_step * steps // training.max_steps
+    return ["--set", f"{training_name(stage)}.adversarial_start_step={start}"]
 
 
 def _expected_gib(config: Config) -> float:
@@ -223,7 +246,7 @@ def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
     if any(done["command"] == step.line for done in record["steps"]):
         print(f"{counter} {step.title}: done before")
         return
-    print(f"{counter} {step.title} (budget {step.budget_minutes:g} min)\n  $ {step.line}", flush=True)
+    print(f"{counter} {step.title} ({step.budget_minutes:.1f} min)\n  $ {step.line}", flush=True)
     job, *arguments = step.command
     if step.again is not None and step.output.exists():
         arguments.append(step.again)
@@ -253,7 +276,7 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 def _parser() -> JobParser:
     parser = job_parser("demo", DESCRIPTION)
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that the demo makes")
-    parser.add_argument("--num-subjects", type=int, default=30, metavar="N", help="simulated subjects")
+    parser.add_argument("--num-subjects", type=int, default=34, metavar="N", help="simulated subjects")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the data and of the trainings")
     parser.add_argument("--overwrite", action="store_true", help="delete the demo in --out and start anew")
     return parser

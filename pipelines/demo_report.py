@@ -15,7 +15,7 @@ from pipelines.demo import REPORT
 
 ROWS = {
     "aldm": "ALDM, all pairs in one model",
-    "unet": "plain regression U-Net, the same time budget",
+    "unet": "regression U-Net, all pairs in one model, about the same time",
     "training-mean": "training mean: the average target of the training subjects",
     "intensity-map": "intensity map: the mean target intensity for each of the source's",
     "histogram-matching": "histogram matching: the source with the target's mean histogram",
@@ -23,8 +23,8 @@ ROWS = {
     "reconstruction": "the codec alone",
 }
 SUMMARY = """Simulated subjects were written as NIfTI files and prepared. The stages of the Adaptive Latent Diffusion
-Model and a plain regression U-Net were trained on them and scored on held-out subjects. The subjects are made from the
-ICBM152 atlas: this shows that the path from data to result works, not how well a model does on patients."""
+Model and a regression U-Net for all pairs were trained on them and scored on held-out subjects. The subjects are made
+from the ICBM152 atlas: this shows that the path from data to result works, not how well a model does on patients."""
 MARGIN_DB = 3.0
 """What ALDM's PSNR has to be above that of the rows that need no model."""
 TRIVIAL = ("identity", "training-mean")

@@ -7,16 +7,19 @@ import re
 import numpy as np
 import pytest
 
+from aldm.config import training_of
 from aldm.errors import UserError
+from aldm.presets import small
 from pipelines import demo
 from pipelines.demo import main
 from pipelines.demo_report import cost_verdict, scores_verdict
+from pipelines.train import parse
 
 
 @pytest.mark.slow
 def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
-    arguments = ["--out", str(out), "--preset", "tiny", "--num-subjects", "8"]
+    arguments = ["--out", str(out), "--preset", "tiny", "--num-subjects", "11"]
     run = demo._run
 
     def stop_before_export(step, counter, *rest):
@@ -36,6 +39,7 @@ def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys,
     assert printed.count("done before") == len(before) > 0
     after = json.loads((out / "demo.json").read_text())["steps"]
     assert after[: len(before)] == before
+    assert "[12/12, about 0 min to go]" in printed
     page = (out / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/png;base64,") >= 3
@@ -88,12 +92,27 @@ def test_the_verdict_says_whether_the_margin_and_the_budget_hold():
     assert "NOT within" in cost_verdict([*steps, {"seconds": 0, "budget_s": 30, "peak_gb": 4.1}])
 
 
+def test_the_trainings_count_steps_and_no_minutes(tmp_path):
+    """So two runs on one machine end with the same weights; the adversary joins where it would, in proportion."""
+    config = small()
+    settings = {"preset": "small", "set": [], "precision": None, "num_subjects": 34, "seed": 0, "max_steps": demo.STEPS}
+    trainings = [step.command for step in demo.plan(tmp_path, settings, config, "cpu") if step.command[0] == "train"]
+    assert [command[1] for command in trainings] == list(demo.STEPS)
+    for command in trainings:
+        args, found = parse(command[1], command[2:])
+        training, usual = (training_of(each, command[1]) for each in (found, config))
+        assert (training.max_steps, training.max_minutes, args.max_minutes) == (demo.STEPS[command[1]], None, None)
+        if training.adversarial_weight > 0:
+            shares = [each.adversarial_start_step / each.max_steps for each in (training, usual)]
+            assert shares[0] == pytest.approx(shares[1], abs=0.01)
+
+
 def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):
     out = tmp_path / "demo"
-    settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 8, "seed": 0}
+    settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 11, "seed": 0}
     demo._open(out, settings, overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
-        main(["--out", str(out), "--preset", "tiny", "--num-subjects", "9"])
+        main(["--out", str(out), "--preset", "tiny", "--num-subjects", "12"])
 
 
 def test_a_dry_run_lists_every_command_and_writes_nothing(tmp_path, capsys):

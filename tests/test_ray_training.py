@@ -1,5 +1,6 @@
 """`aldm train` on Ray Train, as its user runs it: workers that share the batch, die, and go on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,16 @@ def test_the_job_trains_resumes_and_leaves_a_plain_run_folder(
 
 def workers_below(process: psutil.Process) -> list[psutil.Process]:
     """Return the Ray Train workers that a process has started."""
-    return [child for child in process.children(recursive=True) if "RayTrainWorker" in " ".join(command_of(child))]
+    found = [child for child in process.children(recursive=True) if "RayTrainWorker" in " ".join(command_of(child))]
+    forks = {child for one in found for child in children_of(one)}  # they have the title of their parent at first
+    return [child for child in found if child not in forks]
+
+
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process's children; none if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children()
+    return []
 
 
 def when(condition: Callable[[], bool], action: Callable[[], None], timeout_s: float = 300) -> threading.Thread:

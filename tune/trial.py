@@ -78,6 +78,7 @@ def _alone(folder: Path, point: Point) -> Iterator[None]:
 
 
 def _train_and_measure(sweep: Sweep, point: Point, folder: Path, device: str) -> Outcome:
+    from aldm.precision import usable_precision
     from aldm.run_folder import CONFIG_FILE, RunFolder, checkpoint_folder
     from aldm.training import PlainEngine, fit
     from pipelines.train import build_stage
@@ -85,7 +86,7 @@ def _train_and_measure(sweep: Sweep, point: Point, folder: Path, device: str) ->
     inputs = argparse.Namespace(latents=Path(sweep.latents), ms_spade=Path(sweep.ms_spade))
     stage, sources = build_stage(STAGE, sweep.config_of(point), inputs)
     training: TrainingConfig = stage.config.train_diffusion
-    engine = PlainEngine(device, stage.config.precision)
+    engine = PlainEngine(device, usable_precision(stage.config.precision, device))
     resume = (folder / CONFIG_FILE).is_file()
     with RunFolder.open(folder, stage=STAGE, config=stage.config, inputs=sources, resume=resume) as run:
         progress = _Progress(run, stage.score)

@@ -3,6 +3,7 @@
 _BRIDGE = "noise_kept = math.sqrt(max(to_std**2 - variance, 0.0)) / now_std if now_std > 0 else 0.0"
 
 _LEFT = "left = (1 - fraction) / max(1 - config.decay_start, 1e-9)"
+_READ = "content = self._stream.read(min(count, MAX_DIRECTORY + 1) if count >= 0 else MAX_DIRECTORY + 1)"
 _STEPS = "self.num_steps = max(min(fitting, self._planned), 1)"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -15,4 +16,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "_fitted: bool = False  ->  _fitted: bool = True",
     ): "Pace.plan, the only way to one, always gives it",
     ("aldm/pace.py", f"{_STEPS}  ->  {_STEPS[:-2]}2)"): "nothing is fitted before MEASURED_STEPS - 1 steps are done",
+    ("serve/uploads.py", "_BLOCK = 2**20  ->  _BLOCK = 2**21"): "a choice: how much is copied at a time",
+    (
+        "serve/uploads.py",
+        f"{_READ}  ->  {_READ.removesuffix('+ 1)')}- 1)",
+    ): "zipfile reads to the end only of a zip's last 64 KiB",
 }
