@@ -106,7 +106,7 @@ def resample(
     diagonal = np.abs(linear - np.diag(np.diag(linear))) @ np.array(shape) < 1e-3
     sampled = ndimage.affine_transform(
         data,
-        np.diag(linear) if diagonal.all() and np.diag(linear).min() > 0 else linear,
+        np.diag(linear) if diagonal.all() else linear,
         offset,
         output_shape=shape,
         output=data.dtype,
