@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scans import BAD, nifti_bytes, noise, oblique, with_header
+from scans import BAD, nifti_bytes, noise, oblique, rotation, with_header
 from scipy import ndimage
 
 from aldm.data.volume import (
     Volume,
+    connected_to_faces,
     crop_or_pad,
     load_nifti,
     read_source,
@@ -100,6 +101,7 @@ def test_the_written_header_keeps_grid_codes_and_units(tmp_path, kind, endiannes
         ((0.5, -3), 0.5, -3),
         ((2, 0), 2, 0),
         ((1, 3), 1, 3),
+        ((1, 1), 1, 1),
         ((1, 0), 1, 0),
         ((0, 7), 1, 0),  # by the standard, a slope of 0 says that there are none
         ((math.nan, math.nan), 1, 0),
@@ -171,6 +173,17 @@ def test_bad_input_is_refused_with_its_name_and_reason(tmp_path, name, suffix):
     with pytest.raises(UserError, match=reason) as caught:
         load_nifti(path)
     assert str(path) in str(caught.value)
+
+
+def test_nan_around_the_patient_is_as_dark_as_the_darkest(tmp_path: Path) -> None:
+    data = noise()
+    data[0, 2:4] = np.nan
+    wanted = np.where(np.isnan(data), np.nanmin(data), data)
+    (tmp_path / "nan.nii").write_bytes(nifti_bytes(data))
+    volume, _ = load_nifti(tmp_path / "nan.nii")
+    np.testing.assert_array_equal(volume.data, wanted)
+    assert volume.num_nan == np.isnan(data).sum()
+    assert Volume(wanted, np.eye(4)).num_nan == 0
 
 
 def test_damaged_compression_is_refused(tmp_path):
@@ -328,6 +341,25 @@ def test_a_grid_that_runs_the_other_way_samples_the_same_places(signs: tuple[flo
     wanted = resample(volume, target, shape, fill=-9).data
     got = np.flip(resample(volume, flipped, shape, fill=-9).data, np.flatnonzero(backwards))
     np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
+def test_a_turn_about_one_axis_keeps_world_coordinates() -> None:
+    volume = ramp(np.eye(4), (20, 20, 20))
+    for axis in range(3):
+        target = np.eye(4)
+        target[:3, :3] = rotation([0.3 * (axis == turned) for turned in range(3)])
+        target[:3, 3] = 10 - target[:3, :3] @ [4, 4, 4]
+        result = resample(volume, target, (9, 9, 9))
+        np.testing.assert_allclose(result.data, ramp(target, (9, 9, 9)).data, atol=1e-3)
+
+
+def test_what_touches_a_face_is_connected_to_it_and_nothing_else_is() -> None:
+    mask = np.zeros((6, 7, 8), bool)
+    mask[2:4, 3, 4] = True
+    assert not connected_to_faces(mask).any()
+    touching = np.zeros_like(mask)
+    touching[1:, 1, 1] = touching[1, 5, 6:] = True
+    np.testing.assert_array_equal(connected_to_faces(mask | touching), touching)
 
 
 def test_diagonal_and_general_affines_agree():

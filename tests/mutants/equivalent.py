@@ -13,6 +13,8 @@ _ROUNDS = "_SAMPLES, _MAX_ROUNDS = 1_000_000, 50"
 _CAST = "data = data.astype(np.float32, copy=False)"
 _UNSCALE = "return (x.astype(np.float32, copy=False) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)"
 
+_NORM = "x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)"
+
 _CHUNK = "chunk_rows = max(1, CHUNK_BYTES // (4 * codebook.shape[0]))"
 _SHARE = "share = self.ema_count / self.ema_count.sum().clamp_min(1e-12)"
 _USED = "used = (self.ema_count > 1e-6)[:, None]"
@@ -34,6 +36,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("aldm/data/foreground.py", f"{_ROUNDS}  ->  {_ROUNDS.replace('50', '51')}"): "it has settled long before",
     ("aldm/data/intensity.py", f"{_UNSCALE}  ->  {_UNSCALE.replace('False', 'True')}"): "a copy more",
     ("aldm/data/volume.py", f"{_CAST}  ->  {_CAST.replace('False', 'True')}"): "a copy more",
+    ("aldm/data/volume.py", f"{_NORM}  ->  {_NORM.replace('[:3, ', '[:4, ')}"): "the fourth row has 0 there",
     ("aldm/data/volume.py", f"{_TOUCHING}  ->  {_TOUCHING.replace('1', '2')}"): "no label names the last entry",
     ("aldm/models/quantizer.py", f"{_CHUNK}  ->  {_CHUNK.replace('max(1', 'max(2')}"): (
         "it sets memory alone, and only of millions of codes"
