@@ -23,8 +23,9 @@ Spacing = tuple[float, float, float]
 T = TypeVar("T")
 MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
-GONE = {"codec.codebook_update": "ema"}
-"""Keys of earlier configurations, and the one value that is left of each: with it they are still read."""
+GONE = {"codec.codebook_update": "ema", "regression_unet": None}
+"""Keys of earlier configurations, and the one value that is left of each: with it they are still read. None passes over
+any value: nothing that is left reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,21 @@ class UNetConfig:
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaarUNetConfig:
+    """The regression U-Net on Haar bands that stands beside every model."""
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Width at each level; the first works at half the volume's resolution, every step to the next halves it again."""
+    norm_groups: int = 8
+    """Groups of the group normalisation."""
+
+    def __post_init__(self) -> None:
+        positive(self, "channels", "norm_groups")
+
+
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")
@@ -223,8 +239,7 @@ class Config:
     codec: CodecConfig = field(default_factory=CodecConfig)
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
-    regression_unet: UNetConfig = field(default_factory=UNetConfig)
-    """The regression U-Net on Haar bands that stands beside every model (no attention, no time)."""
+    haar_unet: HaarUNetConfig = field(default_factory=HaarUNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train_vqgan: TrainingConfig = field(default_factory=TrainingConfig)
@@ -317,7 +332,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 def _gone(name: str, value: Any) -> bool:
     """Return whether a key is gone and may be passed over."""
-    if name in GONE and value != GONE[name]:
+    if GONE.get(name) is not None and value != GONE[name]:
         raise UserError(
             f"{name} is {value!r}, but only {GONE[name]!r} is left of it: leave the key out and train again"
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aldm.config import Config, DiffusionConfig
 from aldm.diffusion import PREDICTS_NOISE, NoiseSchedule
 from aldm.errors import UserError
-from aldm.models.haar_unet import BANDS, HaarUNet
+from aldm.models.haar_unet import HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.unet import UNet
 
@@ -37,20 +37,14 @@ def build_unet(config: Config, latent_channels: int) -> UNet:
 
 
 def build_regression_unet(config: Config) -> HaarUNet:
-    """Build the regression U-Net for the configuration's modalities: volumes in, volumes out.
-
-    Raises:
-        UserError: it is to have gates, which weigh latents that it does not see.
-    """
-    if config.regression_unet.skip_gates:
-        raise UserError("the regression U-Net sees no latents to weigh: give `regression_unet.skip_gates=false`")
-    unet = UNet(BANDS, BANDS, len(config.modalities), **asdict(config.regression_unet), with_time=False)
-    unet.activation_checkpointing = config.activation_checkpointing
-    return HaarUNet(unet)
+    """Build the regression U-Net for the configuration's modalities: volumes in, volumes out."""
+    module = HaarUNet(len(config.modalities), **asdict(config.haar_unet))
+    module.activation_checkpointing = config.activation_checkpointing
+    return module
 
 
 def check_regression_weights(weights: Mapping[str, Tensor], prefix: str, path: Path) -> None:
-    """Refuse a regression U-Net of earlier versions, whose convolutions ran on voxels instead of Haar bands.
+    """Refuse a regression U-Net of earlier versions, which embedded the target alone.
 
     Args:
         weights: parameters by name.
@@ -60,7 +54,7 @@ def check_regression_weights(weights: Mapping[str, Tensor], prefix: str, path: P
     Raises:
         UserError: they are of such a network.
     """
-    if f"{prefix}conv_in.weight" in weights:
+    if f"{prefix}target.weight" in weights:
         raise UserError(
             f"{path} holds a regression U-Net of an earlier version, which worked on voxels where this one works on "
             "Haar bands: train it again (aldm train unet) and export that"

@@ -13,6 +13,7 @@ from aldm.config import (
     CodecConfig,
     Config,
     DiffusionConfig,
+    HaarUNetConfig,
     MSSpadeConfig,
     PreprocessConfig,
     SamplingConfig,
@@ -43,7 +44,6 @@ def brats() -> Config:
         precision="bf16",
         preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=(192, 192, 144)),
         baselines=BaselinesConfig(slice_shape=(240, 240)),
-        regression_unet=_yardstick(),
         train_vqgan=gan,
         train_ms_spade=TrainingConfig(
             learning_rate=2e-5,
@@ -151,7 +151,6 @@ def small() -> Config:
             skip_gates=True,
             norm_groups=8,
         ),
-        regression_unet=_yardstick(),
         diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8, residual_std=()),
         sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
         train_vqgan=_cpu_training(
@@ -180,19 +179,6 @@ def small() -> Config:
         ),
         train_unet=_cpu_training(batch_size=2, learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, max_steps=3000),
         baselines=small_baselines(),
-    )
-
-
-def _yardstick() -> UNetConfig:
-    """The regression U-Net: the same in every preset but tiny, for it is the data that make it large or small."""
-    return UNetConfig(
-        channels=(32, 64, 128),
-        num_res_blocks=1,
-        attention_levels=(),
-        conditioning="scale-shift",
-        lean=True,
-        embed_source=True,
-        norm_groups=8,
     )
 
 
@@ -229,7 +215,7 @@ def tiny() -> Config:
             lean=False,
             skip_gates=False,
         ),
-        regression_unet=replace(base.regression_unet, channels=(8, 8), norm_groups=4),
+        haar_unet=HaarUNetConfig(channels=(8, 8), norm_groups=4),
         diffusion=DiffusionConfig(num_train_timesteps=50, objective="v"),
         sampling=SamplingConfig(num_inference_steps=3),
         train_vqgan=replace(

@@ -48,7 +48,7 @@ class Contest:
     model_hash: str
     champion: Registered | None
 
-    def to_beat_db(self, min_gain_db: float = 0.0) -> float:
+    def to_beat_db(self, min_gain_db: float) -> float:
         """Return the PSNR, dB, that the model has to be above."""
         return NO_CHAMPION_DB if self.champion_psnr_db is None else self.champion_psnr_db + min_gain_db
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from aldm.baselines.regression_unet import RegressionStage
-from aldm.config import Config
+from aldm.config import Config, HaarUNetConfig
 from aldm.denoising import build_ms_spade, build_unet
 from aldm.engine import PlainEngine
 from aldm.memory import release_freed_memory
@@ -44,7 +44,7 @@ def small_config(precision: str, activation_checkpointing: bool, side: int, crop
             base.ms_spade, in_channels=16, res_channels=(16, 32), spade_channels=(32, 16), hidden_channels=16
         ),
         unet=unet,
-        regression_unet=replace(unet, channels=(16, 16)),
+        haar_unet=HaarUNetConfig(channels=(16, 32)),
         train_vqgan=replace(base.train_vqgan, crop=(crop, crop, crop), adversarial_start_step=0, **quick),
         train_ms_spade=replace(base.train_ms_spade, adversarial_start_step=0, **quick),
         train_diffusion=replace(base.train_diffusion, **quick),

@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aldm.data.boxes import blend, centred_box, cover, head_box, region_of, share_outside
-from aldm.diffusion import NoiseWindow, draw_noise
 
 GRID = (40, 44, 48)
 
@@ -133,16 +131,3 @@ def test_a_head_that_fits_lies_in_the_middle():
     for shape in ((30, 34, 28), (28, 30, 26), (64, 64, 64)):
         assert head_box(mask, shape, (4.0, 4.0, 4.0)) == centred_box(mask, shape)
         assert share_outside(mask, np.eye(4), [centred_box(mask, shape)], shape) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------- noise
-
-
-def test_boxes_that_overlap_see_the_same_noise():
-    def noise(start, sides):
-        window = NoiseWindow(torch.Generator().manual_seed(3), (8, 9, 12), start)
-        return draw_noise(torch.zeros(1, 2, *sides), [window])[0]
-
-    whole = draw_noise(torch.zeros(1, 2, 8, 9, 12), [torch.Generator().manual_seed(3)])[0]
-    assert torch.equal(noise((0, 0, 0), (8, 9, 12)), whole)
-    assert torch.equal(noise((2, 1, 4), (6, 5, 8)), whole[:, 2:8, 1:6, 4:12])

@@ -1,8 +1,10 @@
 """Who is better: the rule by hand, and as it is read from the scores of an evaluation."""
 
+import argparse
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from pipelines.champion import (
     Contest,
     find_hash,
     is_current,
+    measured_champion,
     read_contest,
+    record_of,
     set_champion,
     split_name,
     swap_back,
@@ -150,6 +154,46 @@ def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
 )
 def test_a_name_has_the_champions_alias_unless_it_says_another(text: str, wanted: tuple[str, str]) -> None:
     assert split_name(text) == wanted
+
+
+def test_a_name_that_mlflow_does_not_take_is_refused() -> None:
+    for text in ("a/b", "translator@a/b"):
+        with pytest.raises(UserError, match="a/b"):
+            split_name(text)
+
+
+def test_the_record_names_the_champion() -> None:
+    assert record_of(CHAMPION) == {"name": "translator", "version": 3, "hash": "c" * 64}
+    assert record_of(None) is None
+
+
+def test_an_evaluation_measures_the_champion_beside_its_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is asked for, and there is one; it lies in a folder that goes with the block."""
+    folder = tmp_path / "champion"
+    held = {("translator", "champion"): CHAMPION}
+
+    @contextlib.contextmanager
+    def fetched(model: Registered, near: Path, _: str) -> Iterator[Path]:
+        assert (model, near) == (CHAMPION, tmp_path / "scores")
+        folder.mkdir()
+        yield folder
+        folder.rmdir()
+
+    monkeypatch.setattr("pipelines.champion.find_alias", lambda name, alias, _: held.get((name, alias)))
+    monkeypatch.setattr("pipelines.champion.fetched", fetched)
+    for asked, found, more in (
+        (None, None, []),
+        ("translator@best", None, []),
+        ("translator", CHAMPION, [f"{METHOD}={folder}"]),
+    ):
+        args = argparse.Namespace(champion=asked, out=tmp_path / "scores", baseline=["mean=mean"])
+        with measured_champion(args) as champion:
+            assert champion == found
+            assert args.baseline == ["mean=mean", *more]
+            assert folder.is_dir() is (found is not None)
+        assert not folder.exists()
 
 
 def test_the_alias_goes_to_the_winner_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

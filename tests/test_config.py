@@ -84,6 +84,7 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) ->
 def test_a_key_that_is_gone_is_passed_over_with_the_value_that_is_left() -> None:
     values = to_dict(small())
     values["codec"]["codebook_update"] = "ema"
+    values["regression_unet"] = {"channels": [16, 32, 64], "lean": False}  # whatever it was
     assert from_dict(Config, values) == small()
     values["codec"]["codebook_update"] = "gradient"
     with pytest.raises(UserError, match="codebook_update is 'gradient', but only 'ema' is left of it: leave the"):

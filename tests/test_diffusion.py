@@ -11,6 +11,7 @@ import torch
 from aldm.config import OBJECTIVES, SCHEDULES, DiffusionConfig
 from aldm.diffusion import (
     VARIANCE_PRESERVING,
+    NoiseWindow,
     draw_noise,
     make_schedule,
     noised,
@@ -153,6 +154,16 @@ def test_bridge_runs_from_target_to_start_with_its_noise_widest_in_the_middle():
         assert float(z_t.mean()) == pytest.approx(2 * tau - 1, abs=3e-3)
         assert float(z_t.std()) == pytest.approx(0.6 * math.sqrt(tau * (1 - tau)), rel=1e-2)
     assert training_target("bridge", schedule, target, torch.tensor([499]), noise) is target
+
+
+def test_boxes_that_overlap_see_the_same_noise() -> None:
+    def noise(start: tuple[int, int, int], sides: tuple[int, int, int]) -> torch.Tensor:
+        window = NoiseWindow(torch.Generator().manual_seed(3), (8, 9, 12), start)
+        return draw_noise(torch.zeros(1, 2, *sides), [window])[0]
+
+    whole = draw_noise(torch.zeros(1, 2, 8, 9, 12), [torch.Generator().manual_seed(3)])[0]
+    assert torch.equal(noise((0, 0, 0), (8, 9, 12)), whole)
+    assert torch.equal(noise((2, 1, 4), (6, 5, 8)), whole[:, 2:8, 1:6, 4:12])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -8,7 +8,15 @@ import pytest
 
 from aldm.config import PreprocessConfig
 from aldm.data.bias import BiasField, corrected, n4, shaded
-from aldm.data.foreground import constant_background, find_foreground, head_foreground
+from aldm.data.foreground import (
+    AIR_FRACTION,
+    MIN_SOLIDITY,
+    air_and_threshold,
+    constant_background,
+    find_foreground,
+    head_foreground,
+    mask_on_grid,
+)
 from aldm.data.intensity import clipped_share, intensity_range, rescale, unscale
 from aldm.data.phantom import simulate_subject
 from aldm.data.preprocess import PreprocessRecord, prepare_subject, prepare_volume
@@ -72,6 +80,7 @@ def test_the_foreground_rule_leaves_a_quarter_of_the_range_for_what_is_brighter(
     np.testing.assert_allclose(unscale(scaled, low, high), np.maximum(values, 10), atol=1e-2)
     assert clipped_share(values, low, high) == pytest.approx(10 / 10_001)
     assert clipped_share(values[:0], low, high) == 0
+    assert clipped_share(np.arange(5), 1, 3) == 0.4, "the ends of the range are in it"
 
 
 def test_the_paper_s_rule_takes_percentiles_of_the_model_s_box(brats):
@@ -155,6 +164,50 @@ def test_a_background_is_constant_surrounds_the_rest_and_fills_space(brats, head
     noise[15:25, 15:25, 15:25] = 30
     assert constant_background(noise) is None, "half of the air is 0, but not a mask"
     assert constant_background(np.zeros((5, 5, 5), np.float32)) is None
+
+
+def test_a_background_is_as_solid_as_its_voxels_have_neighbours() -> None:
+    """Counted one by one, with bright voxels strewn over the air or over every other plane of an axis."""
+    rng, shape, verdicts = np.random.default_rng(0), (5, 6, 7), []
+    for case in range(63):
+        data = rng.random(shape).astype(np.float32) + 1
+        if case < 3:
+            np.moveaxis(data, case, 0)[::2] = 0
+        else:
+            data[rng.random(shape) > 0.08] = 0
+        dark = data == 0
+        next_too = total = 0
+        for place in np.argwhere(dark):  # all are connected: a voxel has 26 neighbours
+            for axis in range(3):
+                after = place + np.eye(3, dtype=int)[axis]
+                if after[axis] < shape[axis]:
+                    total, next_too = total + 1, next_too + int(dark[tuple(after)])
+        verdicts.append(next_too >= MIN_SOLIDITY * total)
+        if case < 3:  # planes that touch a face
+            assert not verdicts[-1]
+        found = constant_background(data)
+        assert (found is not None) is verdicts[-1]
+        assert found is None or (found == dark).all()
+    assert 10 < sum(verdicts) < 50
+
+
+def test_air_and_threshold_of_a_few_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_dark = np.full((3, 3, 3), 100.0, np.float32)
+    one_dark[1, 1, 1] = 0
+    assert air_and_threshold(one_dark) == (0, pytest.approx(100 * AIR_FRACTION))
+    assert air_and_threshold(np.full((3, 3, 3), 5.0, np.float32)) == (5, 5)
+    many = np.random.default_rng(0).gamma(0.5, 100, (30, 30, 30)).astype(np.float32)
+    few = air_and_threshold(many[::3, ::3, ::3])
+    monkeypatch.setattr("aldm.data.foreground._SAMPLES", 1000)
+    assert air_and_threshold(many) == few, "of a large volume, as many voxels as are needed, along all axes alike"
+
+
+def test_half_of_a_voxel_of_the_grid_in_a_mask_is_enough() -> None:
+    mask, halfway, less = Volume(np.zeros((8, 8, 8), np.float32), np.eye(4)), np.eye(4), np.eye(4)
+    mask.data[2:6] = 1
+    halfway[0, 3], less[0, 3] = 0.5, 0.45
+    assert np.flatnonzero(mask_on_grid([mask], "brain", halfway, (7, 1, 1))).tolist() == [1, 2, 3, 4, 5]
+    assert np.flatnonzero(mask_on_grid([mask], "brain", less, (7, 1, 1))).tolist() == [2, 3, 4, 5]
 
 
 # -------------------------------------------------------------------------------------------------------------- lesions

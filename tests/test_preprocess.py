@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from aldm.config import PreprocessConfig
 from aldm.data.boxes import centred_box
 from aldm.data.foreground import brain_mask, find_foreground
-from aldm.data.intensity import unscale
+from aldm.data.intensity import PERCENTILES, unscale
 from aldm.data.preprocess import (
     model_grid,
     prepare_subject,
@@ -62,16 +63,15 @@ spacings = st.tuples(*[st.floats(0.7, 6.0)] * 3)
 
 
 @settings(max_examples=40, deadline=None)
-@given(turn=turns, spacing=spacings, target=spacings)
-def test_the_grid_is_ras_aligned_and_covers_the_field_of_view(turn, spacing, target):
+@given(turn=turns, spacing=spacings, target=spacings, shape=st.tuples(*[st.integers(1, 14)] * 3))
+def test_the_grid_is_ras_aligned_and_covers_the_field_of_view(turn, spacing, target, shape):
     turn = np.linalg.qr(np.eye(3) + np.array(turn).reshape(3, 3) / 2)[0]
     turn = turn * np.sign(np.diag(turn))
     affine = np.eye(4)
     affine[:3, :3] = turn @ np.diag(spacing)
-    shape = (9, 14, 11)
     grid, size = model_grid([Volume(np.zeros(shape, np.float32), affine)], replace(CONFIG, spacing_mm=target))
     np.testing.assert_allclose(grid[:3, :3], np.diag(target), atol=1e-12)
-    corners = np.array([[i, j, k] for i in (-0.5, 8.5) for j in (-0.5, 13.5) for k in (-0.5, 10.5)])
+    corners = np.array(list(product(*((-0.5, n - 0.5) for n in shape))))
     index = ((affine[:3, :3] @ corners.T + affine[:3, 3:]) - grid[:3, 3:]) / np.array(target)[:, None]
     assert (index >= -0.52).all()
     assert (index <= np.array(size)[:, None] - 0.48).all()
@@ -86,6 +86,19 @@ def test_a_grid_beyond_the_limit_is_refused_before_it_is_made():
     far = Volume(STRIPPED.data, np.diag([1e200, 1e200, 1e200, 1]))
     with pytest.raises(UserError, match="wanted at most 134,217,728: take a larger spacing, or cut the volume down"):
         model_grid([far], CONFIG)
+    count = STRIPPED.data.size
+    assert model_grid([STRIPPED], CONFIG, max_voxels=count)[1] == STRIPPED.data.shape
+    with pytest.raises(UserError, match=f"wanted at most {count - 1:,}"):
+        model_grid([STRIPPED], CONFIG, max_voxels=count - 1)
+
+
+def test_a_volume_that_takes_more_boxes_than_allowed_is_refused() -> None:
+    config = replace(CONFIG, spatial_shape=(20, 24, 20))
+    count = len(prepare_volume(STRIPPED, config)[0])
+    assert count > 1
+    assert len(prepare_volume(STRIPPED, config, max_boxes=count)[0]) == count
+    with pytest.raises(UserError, match=f"takes {count} boxes of .* the limit is {count - 1}: cut it down"):
+        prepare_volume(STRIPPED, config, max_boxes=count - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -153,6 +166,16 @@ def test_the_box_is_centred_on_the_mask(boxes, shape):
 
 
 # ------------------------------------------------------------------------------------------------- there and back again
+
+
+def test_what_becomes_minus_1_is_air_and_by_the_paper_a_percentile_of_the_box() -> None:
+    shape = (60, 64, 60)
+    volume = head(centred((4.0, 4, 4), shape), shape)
+    _, record = prepare_volume(volume, CONFIG)
+    assert record.low == find_foreground(volume).dark
+    _, record = prepare_volume(volume, replace(CONFIG, intensity="paper"))
+    box = crop_or_pad(volume, record.boxes[0], CONFIG.spatial_shape, 0).data
+    assert record.low == pytest.approx(np.percentile(box, PERCENTILES["paper"][0]))
 
 
 def test_restore_undoes_prepare_where_nothing_was_interpolated():
@@ -229,6 +252,18 @@ def test_segmentation_and_mask_follow_the_grid():
     assert prepared.seg.dtype == np.uint8
     np.testing.assert_array_equal(prepared.seg, labels)
     np.testing.assert_array_equal(prepared.mask, labels > 0)
+
+
+def test_a_subject_says_how_much_was_clipped_of_the_mask_and_of_what_is_labelled() -> None:
+    data, labels = STRIPPED.data.copy(), np.zeros_like(STRIPPED.data)
+    labels[28:32, 28:32, 20:22] = 4
+    data[28:30, 28:32, 20:22] = 1000  # half of it is too bright
+    prepared = prepare_subject({"t1": Volume(data, STRIPPED.affine)}, CONFIG, seg=Volume(labels, STRIPPED.affine))
+    record, clipped = prepared.records["t1"], prepared.clipped["t1"]
+    lost = (data < record.low) | (data > record.high)
+    assert clipped.seg == lost[labels > 0].mean() == 0.5
+    assert clipped.mask == lost[prepared.mask].mean()
+    assert prepare_subject({"t1": STRIPPED}, CONFIG).clipped["t1"].seg is None
 
 
 def test_rigid_registration_finds_a_known_motion():

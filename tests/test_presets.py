@@ -72,7 +72,7 @@ def test_latents_fit_every_grid(name: str) -> None:
     halvings = config.codec.haar_levels if config.codec.kind == "haar" else len(config.codec.channels) - 1
     for size in (*config.preprocess.spatial_shape, *(config.train_vqgan.crop or ())):
         assert size % 2**halvings == 0
-    for unet in (config.unet, config.regression_unet):
+    for unet in (config.unet, config.haar_unet):
         assert [width for width in unet.channels if width % unet.norm_groups] == []
 
 

@@ -15,12 +15,13 @@ from pipelines.registered import find_alias
 from pipelines.tracking_server import connect
 
 
-def shifted_model(folder: Path, shift: float) -> Path:
-    """A regression U-Net that repeats its source, all intensities moved by `shift`: 0 is nearer to any target."""
+def nearly_constant_model(folder: Path, intensity: float) -> Path:
+    """A regression U-Net that says about the same everywhere; inside the head 0 is nearer than -0.8."""
     folder.mkdir()
     fresh = load_checkpoint(save_untrained(folder / "fresh", kind="unet"))
     weights = {name: weight.clone() for name, weight in fresh.weights.items()}
-    weights["unet.unet.out.conv.bias"][0] = shift * 8**0.5  # the low-pass band
+    weights["unet.out.conv.weight"].normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
+    weights["unet.out.conv.bias"][0] = (intensity + 1) * 8**0.5  # the low-pass band, over background
     save_checkpoint(folder / "model", kind=fresh.kind, config=fresh.config, weights=weights, meta=fresh.meta)
     return folder / "model"
 
@@ -34,7 +35,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    return {name: shifted_model(tmp_path / name, value) for name, value in (("bad", -0.8), ("good", 0.0))}
+    return {name: nearly_constant_model(tmp_path / name, value) for name, value in (("bad", -0.8), ("good", 0.0))}
 
 
 def broken_model(folder: Path, model: Path) -> Path:

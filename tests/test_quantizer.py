@@ -80,6 +80,15 @@ def test_more_codes_than_vectors_start_apart() -> None:
     assert torch.unique(quantizer.codebook, dim=0).shape[0] == 64
 
 
+def test_copies_of_too_few_vectors_spread_by_a_hundredth_of_their_deviation() -> None:
+    quantizer = Quantizer(4000, 1)
+    quantizer._start_from(torch.tensor([[-1.0], [1.0]]))  # mean 0, deviation 1
+    spread = quantizer.codebook - quantizer.codebook.sign()
+    assert float(spread.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(spread.std()) == pytest.approx(0.01, rel=0.05)
+    assert quantizer.codebook.sign().sum() == 0
+
+
 def test_moving_averages_are_those_of_the_definition() -> None:
     quantizer = Quantizer(4, 2, decay=0.9).train()
     batches = [torch.randn(1, 2, 3, 3, 3) for _ in range(3)]

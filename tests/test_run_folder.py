@@ -111,7 +111,7 @@ def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
 def test_what_only_other_trainings_read_may_differ(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
     others = {name: replace(getattr(tiny(), name), learning_rate=0.5) for name in ("train_unet", "train_diffusion")}
-    other = replace(tiny(), regression_unet=small().regression_unet, **others)
+    other = replace(tiny(), haar_unet=small().haar_unet, **others)
     opened(tmp_path / "run", other, resume=True).close()
     with pytest.raises(UserError, match=r"configuration \(unet\.norm_groups was 4, now 8\)"):
         opened(tmp_path / "run", replace(other, unet=replace(other.unet, norm_groups=8)), resume=True)

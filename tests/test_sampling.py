@@ -125,8 +125,10 @@ def test_a_step_of_ddim_is_equation_12_with_the_noise_of_equation_16(eta):
     """Song et al. 2021, whose alpha is alphas_cumprod: written out in numpy for one step between any two levels."""
     now, to = SCHEDULE.level(700), SCHEDULE.level(310.5)
     z = torch.linspace(-3, 3, 61, dtype=torch.float64).view(1, 1, -1)
-    got = ddim(exact_x0, z, [now, to], torch.Generator().manual_seed(4), eta=eta)
-    noise = draw_noise(z, torch.Generator().manual_seed(4)).double().numpy()
+    drawn_from, unused = (torch.Generator().manual_seed(4) for _ in range(2))
+    got = ddim(exact_x0, z, [now, to], drawn_from, eta=eta)
+    assert torch.equal(drawn_from.get_state(), unused.get_state()) is (eta == 0), "without noise, none is drawn"
+    noise = draw_noise(z, unused).double().numpy()
     kept_now, kept_to = now.alpha**2, to.alpha**2
     std = eta * math.sqrt((1 - kept_to) / (1 - kept_now)) * math.sqrt(1 - kept_now / kept_to)
     x0 = exact_x0(z, now).numpy()
@@ -163,6 +165,16 @@ def test_karras_steps_follow_equation_5():
     assert [levels[0].t, levels[9].t] == pytest.approx([999, 0], abs=1e-6)
     assert levels[10].sigma == 0
     assert any(level.t != round(level.t) for level in levels)
+
+
+@pytest.mark.parametrize("to_clean", [True, False])
+def test_log_snr_steps_are_uniform_in_log_snr_from_the_last_step_to_the_first(to_clean: bool) -> None:
+    *levels, last = place_steps(SCHEDULE, 10, "log-snr", to_clean=to_clean)
+    assert (last.sigma == 0) is to_clean
+    levels += [] if to_clean else [last]
+    log_ratios = np.array([math.log(level.alpha / level.sigma) for level in levels])
+    np.testing.assert_allclose(log_ratios, np.linspace(log_ratios[0], log_ratios[-1], 10 + (not to_clean)), atol=1e-9)
+    assert [levels[0].t, levels[-1].t] == pytest.approx([999, 0], abs=1e-6)
 
 
 def bridge_oracle(z_start: float, bridge_noise: float):

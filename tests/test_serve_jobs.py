@@ -57,8 +57,8 @@ def reserve(store: JobStore, ticket: str | None = None, size: int = 1000) -> str
     return ticket
 
 
-def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
-    """Queue a job whose volume has `size` bytes."""
+def arrived(store: JobStore, size: int = 10, **fields: Any) -> Job:
+    """A job whose volume of `size` bytes lies in its folder, not yet queued."""
     values: dict[str, Any] = {
         "id": new_id(),
         "owner": "me",
@@ -75,10 +75,16 @@ def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
         "created": serve.jobs.time.time(),
     }
     job = Job(**values | fields)
-    ticket = reserve(store)
     folder = store.folder / job.id
     folder.mkdir()
     (folder / "volume.nii.gz").write_bytes(bytes(size))
+    return job
+
+
+def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
+    """Queue a job whose volume has `size` bytes."""
+    ticket = reserve(store)
+    job = arrived(store, size, **fields)
     store.submit(ticket, job)
     return job
 
@@ -114,6 +120,28 @@ def test_a_full_queue_is_busy_and_uploads_count(tmp_path: Path, clock: Clock) ->
         reserve(store)
     clock.now += 300 + CHECK_S + 1  # uploads that never came
     assert reserve(store)
+
+
+def test_an_upload_that_lost_its_place_is_taken_where_there_is_another(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path, max_queue=1))
+    ticket, first, second = reserve(store), arrived(store), arrived(store)
+    clock.now += 300 + CHECK_S + 1
+    assert store.counts()["uploading"] == 0
+    store.submit(ticket, first)
+    with pytest.raises(Problem, match="lost its place"):
+        store.submit(ticket, second)
+    assert [job.id for job in claim(store, "w", 9)] == [first.id]
+
+
+def test_progress_grows_to_1(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    job = add(store)
+    claim(store, "w", 1)
+    seen = []
+    for done in (0.0, 0.5, 0.3, 1.2):
+        assert store.beat("w", {job.id: done}) == []
+        seen.append(store.get(job.id, "me")["progress"])
+    assert seen == [0.0, 0.5, 0.5, 1.0]
 
 
 def test_a_silent_worker_s_jobs_go_to_another_before_all_others(tmp_path: Path, clock: Clock) -> None:
@@ -166,6 +194,39 @@ def test_cancelling(tmp_path: Path, clock: Clock) -> None:
     store.forget(running.id, "me")
     with pytest.raises(Problem, match="no such translation"):
         store.get(running.id, "me")
+
+
+def test_what_a_silent_worker_writes_for_a_cancelled_job_goes(tmp_path: Path, clock: Clock) -> None:
+    store = JobStore(settings_of(tmp_path))
+    job = add(store)
+    claim(store, "w", 1)
+    store.cancel(job.id, "me")
+    clock.now += LEASE_S + 1
+    assert store.get(job.id, "me")["state"] == "cancelled"
+    (store.folder / job.id / "result_t2.nii.gz").write_bytes(b"late")
+    store.finish("w", job.id)
+    assert [file.name for file in (store.folder / job.id).iterdir()] == ["job.json"]
+
+
+def test_what_became_of_jobs_is_counted(tmp_path: Path, clock: Clock) -> None:
+    """Only a result's seconds count; what leaves no result leaves no volume either."""
+    store = JobStore(settings_of(tmp_path, max_upload_mb=1))
+    made, failing, unwanted = add(store), add(store, size=10**5), add(store, size=10**5)
+    claim(store, "w", 1)
+    counts = store.counts()
+    assert (counts["queued"], counts["running"]) == (2, 1)
+    clock.now += 3
+    store.finish("w", made.id)
+    claim(store, "w", 1)
+    clock.now += 7
+    store.finish("w", failing.id, Problem(422, "bad").as_dict())
+    store.cancel(unwanted.id, "me")
+    counts = store.counts()
+    assert (counts["queued"], counts["running"]) == (0, 0)
+    assert counts["totals"] == {"accepted": 3, "done": 1, "failed": 1, "cancelled": 1}
+    assert counts["seconds"] == pytest.approx(3)
+    assert [edge for edge, count in counts["histogram"] if count] == [5]
+    assert counts["folder_bytes"] < 10**5
 
 
 def test_only_the_owner_sees_a_job(tmp_path: Path, clock: Clock) -> None:

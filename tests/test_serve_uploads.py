@@ -1,6 +1,7 @@
 """What is taken of an upload and what is refused, without a service around it."""
 
 import io
+import shutil
 import stat
 import struct
 import zipfile
@@ -33,6 +34,12 @@ def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
         for name, content in entries.items():
             archive.writestr(name, content)
     return stream.getvalue()
+
+
+def no_such_block(content: bytes) -> bytes:
+    """A zip whose first file, named x.dcm, begins with a kind of block that deflate does not have (RFC 1951, 3.2.3)."""
+    start = content.index(b"x.dcm") + len("x.dcm")
+    return content[:start] + b"\xff" + content[start + 1 :]
 
 
 def series(folder: Path) -> dict[str, bytes]:
@@ -99,13 +106,29 @@ def test_the_ending_says_what_it_is(name: str, status: int | None, tmp_path: Pat
         refuses(scan(), name, tmp_path / "x", status, "wanted a file named|gzip|compress|damaged|NIfTI")
 
 
-def test_the_files_of_a_zip_count_together(tmp_path: Path) -> None:
-    """Three files, each below what a volume may have and together above it: 8 bytes a voxel and a header each."""
+def test_an_upload_that_vanishes_while_it_is_read_is_missing(tmp_path: Path) -> None:
+    """Its job may be cleared meanwhile."""
+
+    class Vanishes(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if not (block := super().read(size)):
+                shutil.rmtree(tmp_path / "x")
+            return block
+
+    (tmp_path / "x").mkdir()
+    with pytest.raises(Problem, match="No such file") as caught:
+        accept(Vanishes(scan()), "t1.nii", tmp_path / "x", Settings(model="unused"))
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize(("more", "status", "words"), [(0, 422, "DICOM"), (1, 413, "more than the largest volume")])
+def test_the_files_of_a_zip_count_together(more: int, status: int, words: str, tmp_path: Path) -> None:
+    """Three files, each below what a volume may have: 8 bytes a voxel and a header each, not one more."""
     limit = 8 * 50_000 + 3 * 2**16
-    part = {f"{number}.dcm": np.random.default_rng(number).bytes(int(0.4 * limit)) for number in range(3)}
-    refuses(zipped(part), "x.zip", tmp_path / "x", 413, "unpacks to more than the largest volume", max_voxels=50_000)
-    two = dict(list(part.items())[:2])  # these are unpacked, and are no DICOM
-    refuses(zipped(two), "x.zip", tmp_path / "y", 422, "DICOM", max_voxels=60_000)
+    sizes = [int(0.4 * limit), int(0.4 * limit)]
+    sizes.append(limit + more - sum(sizes))
+    part = {f"{number}.dcm": np.random.default_rng(number).bytes(size) for number, size in enumerate(sizes)}
+    refuses(zipped(part), "x.zip", tmp_path / "x", status, words, max_voxels=50_000)
 
 
 def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
@@ -160,6 +183,11 @@ def test_what_grows_too_much_is_not_unpacked(size: int, status: int, words: str,
     refuses(zipped({"x.dcm": bytes(size)}, zipfile.ZIP_DEFLATED), "x.zip", tmp_path / "x", status, words)
 
 
+def test_a_large_file_that_does_not_grow_is_unpacked(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(2**22 + 1)
+    refuses(zipped({"x.dcm": noise}, zipfile.ZIP_DEFLATED), "x.zip", tmp_path / "x", 422, "DICOM")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -168,6 +196,7 @@ def test_what_grows_too_much_is_not_unpacked(size: int, status: int, words: str,
         (b"PK nothing", "not a zip file, or cut off"),
         (zipped({"x.dcm": b"x" * 1000})[:-40], "not a zip file, or cut off"),
         (zipped({"x.dcm": b"x" * 1000}).replace(b"x" * 1000, b"y" * 1000), "the zip is damaged"),
+        (no_such_block(zipped({"x.dcm": b"x" * 1000}, zipfile.ZIP_DEFLATED)), "the zip is damaged; make it again"),
     ],
 )
 def test_what_is_no_whole_zip_is_refused(content: bytes, words: str, tmp_path: Path) -> None:

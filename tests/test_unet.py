@@ -91,13 +91,6 @@ def test_without_the_embedding_of_the_pair_the_source_is_not_asked_for() -> None
     torch.testing.assert_close(model(x, t, target, None), model(x, t, target, source))
 
 
-def test_the_regression_unet_has_no_time() -> None:
-    model = network(with_time=False)
-    x, _, target, source = inputs()
-    assert model(x, None, target, source).shape == (2, 2, 8, 4, 12)
-    assert not any(name.startswith("time") for name, _ in model.named_parameters())
-
-
 def test_integer_and_float_times_are_the_same_times() -> None:
     model = network()
     x, t, target, source = inputs()

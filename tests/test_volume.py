@@ -94,16 +94,51 @@ def test_the_written_header_keeps_grid_codes_and_units(tmp_path, kind, endiannes
     assert after["intent_code"] == after["cal_max"] == 0
 
 
-def test_scale_factors_are_applied(tmp_path):
-    image = nibabel.Nifti1Image(np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
-    image.header.set_slope_inter(0.5, -3)
-    nibabel.save(image, tmp_path / "scaled.nii")
-    raw = bytearray((tmp_path / "scaled.nii").read_bytes())
-    raw[112:120] = np.array([0.5, -3], np.float32).tobytes()  # nibabel may choose its own factors
-    raw[352:] = np.arange(27, dtype=np.int16).reshape(3, 3, 3).tobytes(order="F")
-    (tmp_path / "scaled.nii").write_bytes(raw)
+@pytest.mark.parametrize(
+    ("factors", "slope", "intercept"),
+    [
+        ((0.5, -3), 0.5, -3),
+        ((2, 0), 2, 0),
+        ((1, 3), 1, 3),
+        ((1, 0), 1, 0),
+        ((0, 7), 1, 0),  # by the standard, a slope of 0 says that there are none
+        ((math.nan, math.nan), 1, 0),
+    ],
+)
+def test_scale_factors_are_applied(
+    tmp_path: Path, factors: tuple[float, float], slope: float, intercept: float
+) -> None:
+    data = np.arange(27, dtype=np.int16).reshape(3, 3, 3)
+
+    def scaled(header: nibabel.Nifti1Header) -> None:
+        header["scl_slope"], header["scl_inter"] = factors
+
+    (tmp_path / "scaled.nii").write_bytes(nifti_bytes(data, change=scaled))
     volume, _ = load_nifti(tmp_path / "scaled.nii")
-    np.testing.assert_array_equal(volume.data, np.arange(27).reshape(3, 3, 3) * 0.5 - 3)
+    np.testing.assert_array_equal(volume.data, data * slope + intercept)
+
+
+def test_scale_factors_of_integers_that_float32_cannot_hold_are_applied_before_they_are_rounded(tmp_path: Path) -> None:
+    def scaled(header: nibabel.Nifti1Header) -> None:
+        header["scl_slope"], header["scl_inter"] = 1, -(2**24)
+
+    data = np.arange(27, dtype=np.int32).reshape(3, 3, 3)
+    (tmp_path / "large.nii").write_bytes(nifti_bytes(data + np.int32(2**24), change=scaled))
+    np.testing.assert_array_equal(load_nifti(tmp_path / "large.nii")[0].data, data)
+
+
+def test_a_scan_of_16_bits_is_not_read_in_double_precision(tmp_path: Path) -> None:
+    """Most are, and it would take twice the memory: peak 10 bytes a voxel."""
+
+    def scaled(header: nibabel.Nifti1Header) -> None:
+        header["scl_slope"], header["scl_inter"] = 0.5, 1
+
+    data = np.random.default_rng(0).integers(0, 1000, (64, 64, 64)).astype(np.int16)
+    (tmp_path / "scan.nii").write_bytes(nifti_bytes(data, change=scaled))
+    tracemalloc.start()
+    load_nifti(tmp_path / "scan.nii")
+    assert tracemalloc.get_traced_memory()[1] < 13 * data.size
+    tracemalloc.stop()
 
 
 def test_a_trailing_singleton_axis_is_dropped_and_written_again(tmp_path):
@@ -263,6 +298,38 @@ def test_whole_voxel_shifts_and_the_identity_interpolate_nothing():
     np.testing.assert_array_equal(resample(volume, box.affine, (5, 6, 7), fill=-5).data, box.data)
 
 
+@pytest.mark.parametrize(
+    ("start", "step", "exact"),
+    [
+        ((3.0004, 1, 2), 1.0, True),
+        ((0.001, 1, 2), 1.0, False),
+        ((3, 1, 2), 1.0004, True),  # at the outer of two voxels so much off, at one beyond it too much
+        ((3, 1, 2), 1.0011, False),
+    ],
+)
+def test_less_than_a_thousandth_of_a_voxel_anywhere_on_the_grid_interpolates_nothing(
+    start: tuple[float, float, float], step: float, exact: bool
+) -> None:
+    volume, target = Volume(noise(), np.eye(4)), np.diag([step, step, step, 1.0])
+    target[:3, 3] = start
+    result = resample(volume, target, (2, 2, 2))
+    np.testing.assert_array_equal(result.affine, target)
+    nearest = tuple(slice(round(low), round(low) + 2) for low in start)
+    assert np.array_equal(result.data, volume.data[nearest]) is exact
+
+
+@pytest.mark.parametrize("signs", list(itertools.product((1.0, -1.0), repeat=3)))
+def test_a_grid_that_runs_the_other_way_samples_the_same_places(signs: tuple[float, float, float]) -> None:
+    volume, steps = Volume(noise((12, 13, 14)), np.eye(4)), np.array([0.7, 0.9, 0.5])
+    target, flipped = np.diag([*steps, 1.0]), np.diag([*steps * signs, 1.0])
+    shape, backwards = (15, 14, 16), np.array(signs) < 0
+    target[:3, 3] = 0.3, -0.2, 2.1
+    flipped[:3, 3] = target[:3, 3] + backwards * steps * (np.array(shape) - 1)
+    wanted = resample(volume, target, shape, fill=-9).data
+    got = np.flip(resample(volume, flipped, shape, fill=-9).data, np.flatnonzero(backwards))
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
 def test_diagonal_and_general_affines_agree():
     volume = Volume(noise((12, 13, 14)), np.diag([1.0, 1.5, 2.0, 1]))
     target = np.diag([0.7, 1.1, 1.3, 1])
@@ -283,6 +350,10 @@ def test_the_field_of_view_ends_half_a_voxel_beyond_the_outer_centres():
     expected = inside[:, None, None] & inside[None, :, None] & inside[None, None, :]
     np.testing.assert_array_equal(result == 3, expected)
     np.testing.assert_array_equal(result == -9, ~expected)
+    for place, wanted in ((-0.501, 3), (-0.502, -9), (3.501, 3), (3.502, -9)):  # a rounding takes nothing away
+        target = np.eye(4)
+        target[:3, 3] = place
+        assert resample(volume, target, (1, 1, 1), fill=-9).data == wanted
 
 
 def test_downsampling_takes_away_what_the_coarse_grid_cannot_carry():

@@ -25,7 +25,7 @@ class RegressionStage:
     every ordered pair of a subject's modalities being as likely; with `pair` there is one.
 
     Args:
-        config: regression_unet and train_unet.
+        config: haar_unet and train_unet.
         store: prepared volumes.
 
     Raises:

@@ -106,7 +106,7 @@ def resample(
     diagonal = np.abs(linear - np.diag(np.diag(linear))) @ np.array(shape) < 1e-3
     sampled = ndimage.affine_transform(
         data,
-        np.diag(linear) if diagonal.all() and np.diag(linear).min() > 0 else linear,
+        np.diag(linear) if diagonal.all() else linear,
         offset,
         output_shape=shape,
         output=data.dtype,
@@ -264,7 +264,6 @@ def save_nifti(
     assert data_on_source_grid.shape == source.shape, (data_on_source_grid.shape, source.shape)
     header = source.parsed_header()
     header.set_data_dtype(np.float32)
-    header["bitpix"] = 32
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
     header["intent_name"] = b""

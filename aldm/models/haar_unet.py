@@ -1,11 +1,21 @@
-"""The yardstick's network: a U-Net on the bands of a Haar transform. Volumes are B 1 X Y Z in [-1, 1], RAS+."""
+"""The yardstick's network: a residual U-Net on the bands of a Haar transform. Volumes are B 1 X Y Z in [-1, 1]."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aldm.models.blocks import HaarTransform, InverseHaarTransform, without_autocast
-from aldm.models.unet import UNet
+from aldm.models.blocks import (
+    HaarTransform,
+    InverseHaarTransform,
+    OutputBlock,
+    ResBlock,
+    conv3,
+    run_checkpointed,
+    without_autocast,
+    zero_,
+)
 
 BANDS = 8
 """Of one Haar transform in 3D: an eighth of the voxels each."""
@@ -13,36 +23,77 @@ BACKGROUND = -1.0
 
 
 class HaarUNet(nn.Module):
-    """Haar transform, U-Net, inverse transform; what comes out is added to the source.
+    """Haar transform, residual U-Net, inverse transform.
 
-    The transform loses nothing and costs next to nothing, and no convolution runs at full resolution. A network whose
-    last convolution is zero, as it starts, returns the source to the last bit. The (source, target) pair is embedded in
-    every residual block. A volume that is of the target's modality already is returned as it is.
-
-    Weights and inputs of the convolutions lie channels last, which spares CPUs and GPUs a copy of each.
+    The transform loses nothing and costs next to nothing, and no convolution runs at full resolution. What the network
+    says is added to an empty volume; as its last convolution is zero, it starts as one. The (source, target) pair is
+    embedded and modulates every block (Perez et al. 2018). A volume of the target's modality is returned as it is.
+    Weights and inputs of the convolutions lie channels last, which spares a copy of each.
 
     Args:
-        unet: without time, 8 channels in and out, its pair embedded.
+        num_modalities: M, the modalities that ids count through.
+        channels, norm_groups: see HaarUNetConfig.
+
+    Attributes:
+        activation_checkpointing: recompute activations in the backward pass.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int) -> None:
         super().__init__()
-        self.unet = unet
+        self.num_modalities = num_modalities
+        self.stride = 2 ** len(channels)
+        self.activation_checkpointing = False
+        embedding_channels = 2 * channels[0]
+
+        def block(before: int, after: int) -> ResBlock:
+            return ResBlock(before, after, norm_groups, embedding_channels, "scale-shift")
+
+        steps = list(pairwise(channels))
         self.haar, self.inverse = HaarTransform(), InverseHaarTransform()
-        nn.utils.convert_conv3d_weight_memory_format(self.unet, torch.channels_last_3d)
+        self.pair = nn.Embedding(num_modalities**2, embedding_channels)
+        self.mix = nn.Linear(embedding_channels, embedding_channels)
+        self.conv_in = conv3(BANDS, channels[0])
+        self.down = nn.ModuleList(block(width, width) for width in channels[:-1])
+        self.coarser = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in steps)
+        self.middle = nn.ModuleList(block(channels[-1], channels[-1]) for _ in range(2))
+        self.finer = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in reversed(steps))
+        self.up = nn.ModuleList(block(2 * width, width) for width in reversed(channels[:-1]))
+        self.out = OutputBlock(channels[0], BANDS, norm_groups)
+        zero_(self.out.conv)
+        nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
 
     def forward(self, volume: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Return the prediction (B, 1, X, Y, Z), fp32; odd sides get a layer of background, which is cropped off again.
+        """Return the prediction (B, 1, X, Y, Z), fp32.
+
+        Sides that the strides do not divide get background at their ends, which is cropped off again.
 
         Args:
             volume: (B, 1, X, Y, Z), the source.
             source, target: (B,) int64 modality ids.
         """
         sides = volume.shape[2:]
-        odd = [side % 2 for side in sides]
-        even = F.pad(volume, (0, odd[2], 0, odd[1], 0, odd[0]), value=BACKGROUND) if any(odd) else volume
-        bands = self.haar(even).contiguous(memory_format=torch.channels_last_3d)
-        change = self.unet(bands, None, target, source).float()
+        x, y, z = (-side % self.stride for side in sides)
+        whole = F.pad(volume, (0, z, 0, y, 0, x), value=BACKGROUND) if x or y or z else volume
+        change = self.bands(self.haar(whole), self.mix(self.pair(source * self.num_modalities + target)))
         with without_autocast(volume):
-            change = self.inverse(change)[:, :, : sides[0], : sides[1], : sides[2]]
-        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, volume + change)
+            change = self.inverse(change.float())[:, :, : sides[0], : sides[1], : sides[2]]
+        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, BACKGROUND + change)
+
+    def bands(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, 8, x, y, z) bands and (B, E) embeddings of the pair to the bands of the target over background."""
+
+        def run(block: nn.Module, h: Tensor) -> Tensor:
+            result: Tensor = run_checkpointed(self.activation_checkpointing, block, h, embedding)
+            return result
+
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+        skips = []
+        for level, block in enumerate(self.down):
+            skips.append(run(block, h))
+            h = self.coarser[level](skips[-1])
+        for block in self.middle:
+            h = run(block, h)
+        for level, block in enumerate(self.up):
+            h = run(block, torch.cat((self.finer[level](h), skips.pop()), dim=1))
+        result: Tensor = run_checkpointed(self.activation_checkpointing, self.out, h)
+        return result

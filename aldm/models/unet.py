@@ -1,4 +1,4 @@
-"""The denoiser (Table C), and without time the heart of the regression U-Net. Tensors are B C X Y Z of RAS+ volumes.
+"""The denoiser (Table C). Tensors are B C X Y Z of RAS+ volumes.
 
 The U-Net of Ho et al. 2020 as latent diffusion uses it (Rombach et al. 2022), in 3D, with a learned embedding of the
 target modality added to the embedding of the time.
@@ -45,7 +45,6 @@ class UNet(nn.Module):
         num_modalities: M, the modalities that ids count through.
         channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, skip_gates,
             norm_groups: see UNetConfig.
-        with_time: False builds the heart of the regression U-Net (haar_unet.py), which gets no time.
         noise_gain: add the first out_channels of the input times a learned gain per channel, time and target (and
             pair). To predict noise is to pass most of it through voxel by voxel, which the blocks learn slowly.
 
@@ -67,7 +66,6 @@ class UNet(nn.Module):
         embed_source: bool,
         skip_gates: bool,
         norm_groups: int,
-        with_time: bool = True,
         noise_gain: bool = False,
     ) -> None:
         super().__init__()
@@ -81,13 +79,11 @@ class UNet(nn.Module):
             block = ResBlock(before, after, norm_groups, embedding_channels, conditioning)
             return ConditionedBlock(block, Attention(after, head_channels, norm_groups) if attention else None)
 
-        self.time: nn.Sequential | None = None
-        if with_time:
-            self.time = nn.Sequential(
-                nn.Linear(channels[0], embedding_channels),
-                nn.SiLU(),
-                nn.Linear(embedding_channels, embedding_channels),
-            )
+        self.time = nn.Sequential(
+            nn.Linear(channels[0], embedding_channels),
+            nn.SiLU(),
+            nn.Linear(embedding_channels, embedding_channels),
+        )
         self.target = nn.Embedding(num_modalities, embedding_channels)
         self.pair = nn.Embedding(num_modalities**2, embedding_channels) if embed_source else None
         self.gates: nn.Parameter | None = None
@@ -134,25 +130,23 @@ class UNet(nn.Module):
         self.out = OutputBlock(channels[0], out_channels, norm_groups)
         zero_(self.out.conv)  # starts by predicting 0: the mean of what every objective asks for
 
-    def embed(self, t: Tensor | None, target: Tensor, source: Tensor | None) -> Tensor:
+    def embed(self, t: Tensor, target: Tensor, source: Tensor | None) -> Tensor:
         """Return the conditioning vector (B, 4 * channels[0]) of time, target and pair."""
         embedding = self.target(target)
         if self.pair is not None:
             assert source is not None, "embed_source needs the source's modality"
             embedding = embedding + self.pair(source * self.num_modalities + target)
-        if self.time is not None:
-            assert t is not None, "a U-Net with time needs t"
-            embedding = embedding + self.time(time_embedding(t, self.channels[0]).to(embedding.dtype))
+        embedding = embedding + self.time(time_embedding(t, self.channels[0]).to(embedding.dtype))
         return embedding if self.mix is None else self.mix(embedding)
 
-    def forward(self, x: Tensor, t: Tensor | None, target: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, target: Tensor, source: Tensor | None = None) -> Tensor:
         """Return the prediction (B, out_channels, X, Y, Z).
 
         Sides that the strides do not divide are padded with zeros at their ends and cropped back.
 
         Args:
             x: (B, in_channels, X, Y, Z), the noised latent and its conditions, concatenated.
-            t: (B,) times, integer or float; None where the U-Net has no time.
+            t: (B,) times, integer or float.
             target: (B,) int64 ids of the wanted modalities.
             source: (B,) int64 ids of the source modalities; only `embed_source` needs them.
         """

@@ -178,10 +178,12 @@ class Known:
         return self._noticed[key]
 
     def add(self, key: str, noticed: bool) -> None:
-        """Keep it, also if the next one is never reached."""
+        """Keep it, also if the next one is never reached, or this one is not written to its end."""
         self._noticed[key] = noticed
         self._path.parent.mkdir(exist_ok=True)
-        self._path.write_text(json.dumps(self._noticed))
+        whole = self._path.with_suffix(".part")
+        whole.write_text(json.dumps(self._noticed))
+        whole.replace(self._path)
 
 
 class Progress:
