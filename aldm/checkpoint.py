@@ -113,7 +113,8 @@ def read_checkpoint_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not has_file(path, name):
-            raise UserError(f"{path} is not a checkpoint folder: it holds no {name}")
+            lack = f"it holds no {name}" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path} is not a checkpoint folder: {lack}; aldm export writes translator folders")
     record = read_record(path / CONFIG, {}, WAY_OUT)
     version = record.get("format_version")
     if version != FORMAT_VERSION:

@@ -379,6 +379,8 @@ def _convert_float(value: Any, name: str) -> float:
 def override(config: Config, assignments: Sequence[str]) -> Config:
     """Apply `key.path=value` assignments; values are YAML (`[64, 64, 64]`, `true`, `1e-4`, `null`).
 
+    Keys of before are read as `from_dict` reads them.
+
     Raises:
         UserError: not an assignment, an unknown key or a bad value.
     """
@@ -390,12 +392,13 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         if not separator:
             raise UserError(f"assignment {assignment!r} is not of the form key.path=value")
         *parents, last = path.strip().split(".")
+        last = RENAMED_KEYS.get(last, last)
         node = values
         for parent in parents:
             node = node.get(parent, {}) if isinstance(node, dict) else {}
             if not isinstance(node, dict) or not node:
                 raise UserError(f"`{assignment}`: unknown key {path!r}; top-level keys are {', '.join(values)}")
-        if last not in node:
+        if last not in node and path.strip() not in GONE:
             raise UserError(f"`{assignment}`: unknown key {path!r}; known there are {', '.join(node)}")
         try:
             node[last] = yaml.safe_load(text)

@@ -141,7 +141,8 @@ def _check_file(target: Path, overwrite: bool) -> None:
 
 def _check_parent(target: Path) -> None:
     if not target.parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no folder {target.parent}; make it first")
+        way_out = "give another name" if target.parent.exists() else "make it first"
+        raise UserError(f"cannot write {target}: there is no folder {target.parent}; {way_out}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {target}: the folder {target.parent} is read-only for this user")
 

@@ -22,9 +22,14 @@ def check_pair(config: Config, kind: str, source: str, target: str) -> None:
     for name in (source, target):
         modality_index(name, config.modalities)
     if not pair_is_known(config, kind, source, target):
-        assert config.pair is not None
-        words = " and back" if kind in BOTH_WAYS else ""
         raise UserError(
-            f"this {kind} model translates {config.pair[0]} to {config.pair[1]}{words}, not {source} to {target}: give "
+            f"this {kind} model translates {pairs_in_words(config, kind)}, not {source} to {target}: give "
             "that pair, or a model trained for this one"
         )
+
+
+def pairs_in_words(config: Config, kind: str) -> str:
+    """Return what a model translates: its one pair, or the modalities of which it translates each into each."""
+    if config.pair is None:
+        return ", ".join(config.modalities)
+    return " to ".join(config.pair) + (" and back" if kind in BOTH_WAYS else "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, override
 from aldm.config_baselines import METHODS
 from aldm.errors import UserError
+from aldm.pairs import pairs_in_words
 from aldm.presets import load_preset
 from pipelines.arguments import JobParser, job_parser
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (temporary / CARD).write_text(model_card(model, digest, scores))
         if scores is not None:
             (temporary / SCORES_CARD).write_text(json.dumps(scores, indent=1) + "\n")
-    print(f"{args.out}: {model.kind} model for {', '.join(model.config.modalities)}, hash {digest[:12]}")
+    print(f"{args.out}: {model.kind} model for {pairs_in_words(model.config, model.kind)}, hash {digest[:12]}")
     if args.register is not None:
         _register(args)
     return 0

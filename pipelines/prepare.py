@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from aldm.config import Config, PreprocessConfig, Spacing
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             plan = plan_store(request, args.num_processes, workers)
             print(plan.summary())
-            print(f"every file is usable; {args.store} would be written with {config}")
+            settings = ", ".join(f"{key}={value}" for key, value in asdict(config).items())
+            print(f"every file is usable; {args.store} would be written with {settings}")
             print(f"memory: about {plan.memory_per_process_gib:.1f} GiB a process")
             if workers is not None:
                 print(workers.describe())
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser("prepare", DESCRIPTION)
-    parser.add_argument("source", help="folder of the data set; with --layout table a CSV file")
-    parser.add_argument("store", help="folder to write")
+    parser.add_argument("source", metavar="SOURCE", help="folder of the data set; with --layout table a CSV file")
+    parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument(
         "--layout",
         required=True,

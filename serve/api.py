@@ -22,7 +22,7 @@ from serve import files
 from serve.metrics import prometheus_text
 from serve.models import Model
 from serve.pages import add_pages, example_of
-from serve.problems import MEDIA_TYPE, Problem, busy
+from serve.problems import FIELDS, MEDIA_TYPE, Problem, busy
 from serve.records import DONE, FINISHED
 from serve.results import GZIP, add_results, attached
 from serve.schemas import REFUSALS, Default, Grid, Health, JobView, Limits, ModelCard, Models, Sampler
@@ -99,6 +99,7 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         format: Annotated[Literal["nii.gz", "dicom"], Form(description="of the results")] = "nii.gz",
     ) -> JobView:
         """Queue a translation. Its state is at the answer's Location."""
+        await _check_fields(request, FIELDS)
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": format, "series": series}
         view = await service.submit(request, volume, values, target)
@@ -123,6 +124,7 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         series: SeriesName = None,
     ) -> FileResponse:
         """Translate in one call that ends with the result, for scripts."""
+        await _check_fields(request, FIELDS - {"format"})
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI, "series": series}
         view = await service.submit(request, volume, values, [target])
@@ -161,6 +163,13 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         """Cancel a translation (the sampler stops at its next step); of a finished one, remove every file."""
         await service.remove(job_id, request.state.owner)
         return Response(status_code=204)
+
+
+async def _check_fields(request: Request, known: frozenset[str]) -> None:
+    """Refuse a field that would be passed over, such as a misspelt one."""
+    unknown = sorted(set(await request.form()) - known - {"volume"})
+    if unknown:
+        raise Problem(422, f"unknown field {unknown[0]!r}, wanted of volume, {', '.join(sorted(known))}")
 
 
 async def _events(service: Service, view: JobView, owner: str) -> AsyncIterator[str]:

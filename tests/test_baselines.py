@@ -286,6 +286,8 @@ def test_from_training_to_a_translation(method: str, store: VolumeStore, tmp_pat
     words += ["--source", "t1", "--target", "t2", "--engine", "plain", "--no-tracking"]
     assert main([str(word) for word in words]) == 0
     assert main(["export", "--baseline", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
+    way = "t1 to t2 and back" if method in BOTH_WAYS else "t1 to t2"
+    assert f"{method} model for {way}, hash" in capsys.readouterr().out
     record = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (record["kind"], record["config"]["pair"]) == (method, list(PAIR))
     words = ["evaluate", "--model", tmp_path / "model", "--store", store.path, "--out", tmp_path / "scores"]

@@ -114,6 +114,11 @@ def test_a_flag_that_is_not_finite_is_refused(value: float) -> None:
         ("train_unet.max_steps=null", replace(small(), train_unet=replace(small().train_unet, max_steps=None))),
         ("train_vqgan.crop=null", replace(small(), train_vqgan=replace(small().train_vqgan, crop=None))),
         ("modalities=[t1, t2]", replace(small(), modalities=("t1", "t2"))),
+        (
+            "train_vqgan.perceptual_weight=0.5",
+            replace(small(), train_vqgan=replace(small().train_vqgan, edge_weight=0.5)),
+        ),
+        ("codec.codebook_update=ema", small()),
     ],
 )
 def test_an_override_is_a_replace(assignment: str, expected: Config) -> None:
@@ -135,6 +140,7 @@ def test_overrides_are_checked_together_and_the_last_one_wins() -> None:
         ("codec.kind.x=haar", r"unknown key 'codec\.kind\.x'"),
         ("seed=[1", "is not YAML"),
         ("seed=many", r"seed is 'many' \(str\), wanted int"),
+        ("codec.codebook_update=gradient", "only 'ema' is left of it: leave the key out"),
         ("codec={kind: haar}", None),
     ],
 )

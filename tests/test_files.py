@@ -84,6 +84,15 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
     assert listing(tmp_path) == ["a.txt"]
 
 
+def test_a_parent_that_is_a_file_is_not_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with (
+        pytest.raises(UserError, match=r"there is no folder .*a; give another name"),
+        atomic_path(tmp_path / "a" / "b"),
+    ):
+        pytest.fail("the block ran")
+
+
 def test_a_folder_is_no_file_and_a_missing_parent_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"), atomic_path(tmp_path, overwrite=True):
         pytest.fail("the block ran")

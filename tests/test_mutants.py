@@ -76,7 +76,10 @@ def test_the_tables_are_of_the_code_as_it_is(tools: dict[str, ModuleType]) -> No
         found = tools["operators"].mutants_of(file, (ROOT / file).read_text())
         known |= {(file, mutant.change) for mutant in found}
     assert set(tools["equivalent"].EQUIVALENT) - known == set(), "of lines that are no longer there"
-    for file in tools["targets"].TARGETS | tools["targets"].NAMED_ONLY:
+    of_rows, every = {mutant.file for _, mutant in named}, tools["targets"].TARGETS | tools["targets"].NAMED_ONLY
+    assert of_rows - set(every) == set(), "never asked: in no table of targets.py"
+    assert set(tools["targets"].NAMED_ONLY) - of_rows == set(), "nothing to ask: no row of named.py"
+    for file in every:
         for test in tools["targets"].tests_of(file):
             assert (ROOT / test).is_file()
 

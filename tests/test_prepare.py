@@ -371,6 +371,9 @@ def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "3 subjects:" in printed
     assert "3 t1, 3 t2" in printed
+    assert (
+        "would be written with spacing_mm=(8.0, 8.0, 8.0), spatial_shape=(16, 24, 16), intensity=foreground" in printed
+    )
     assert "GiB a process" in printed
     assert list(tmp_path.iterdir()) == []
     bad = write_tree(tmp_path / "bad")

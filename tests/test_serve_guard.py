@@ -146,6 +146,16 @@ def test_a_form_of_another_kind_is_refused(
     assert service.at_rest
 
 
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/translations", "samples"), ("/v1/translate", "samples"), ("/v1/translate", "format")]
+)
+def test_a_field_that_would_be_passed_over_is_refused(started: Callable[..., Service], path: str, field: str) -> None:
+    service = started()
+    form = {"files": {"volume": ("t1.nii", scan())}, "data": {"target": "t2", field: "dicom"}}
+    assert f"unknown field '{field}', wanted of volume, " in detail(service.ask("POST", path, **form), 422)
+    assert service.at_rest
+
+
 def test_a_url_encoded_body_is_not_read(started: Callable[..., Service]) -> None:
     service, read = started(), []
 

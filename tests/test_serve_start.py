@@ -91,7 +91,7 @@ def test_a_registered_model_is_served_with_its_card(tmp_path, capsys, monkeypatc
 
 def test_a_model_that_is_none_is_refused(tmp_path, capsys):
     assert start(tmp_path / "missing", tmp_path / "work") == 2
-    assert "is not a checkpoint folder" in capsys.readouterr().err
+    assert "is not a checkpoint folder: there is no such folder; aldm export writes" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
 
 

@@ -52,6 +52,13 @@ NAMED: list[tuple[str, str, str, str]] = [
     ),
     ("flips", "aldm/data/dataset.py", 'latents.num_flips if split == "train" else 1', "latents.num_flips"),
     (
+        "rows and columns of DICOM",
+        "aldm/data/dicom_header.py",
+        "[row * spacing[1], column * spacing[0], step]",
+        "[row * spacing[0], column * spacing[1], step]",
+    ),
+    ("uneven slices", "aldm/data/dicom_header.py", "if np.abs(residual @ normal).max() > tolerance:", "if False:"),
+    (
         "gates",
         "aldm/models/ms_spade.py",
         "source * self.num_modalities + target",

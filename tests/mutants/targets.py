@@ -18,6 +18,7 @@ TARGETS = {
 """Changed all over: a file and its tests (tests/test_NAME.py)."""
 
 NAMED_ONLY = {
+    "aldm/denoising.py": ["stages"],
     "aldm/engine.py": ["training"],
     "aldm/training.py": ["training"],
     "aldm/data/dataset.py": ["dataset", "latents"],
