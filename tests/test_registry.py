@@ -22,7 +22,7 @@ from pipelines.tracking_server import connect
 ROOT = Path(__file__).resolve().parent.parent
 NOT_NEEDED = ("SimpleITK", "deepspeed", "diffusers", "matplotlib", "monai", "nilearn", "optuna", "pydicom", "ray")
 LOAD = """
-import base64, json, sys
+import base64, gzip, json, sys
 for name in sys.argv[2:]:
     sys.modules[name] = None  # to import it is an error
 import mlflow, pandas
@@ -32,7 +32,7 @@ results = []
 for name in ("aldm", "unet"):
     model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
     made = [base64.b64encode(content).decode() for content in model.predict(table)["volume"]]
-    example = len(model.predict(model.input_example)["volume"][0])
+    example = len(gzip.decompress(model.predict(model.input_example)["volume"][0]))
     signature = model.metadata.signature.to_dict()
     results.append({"made": made, "example": example, "signature": signature, "program": sys.modules["aldm"].__file__})
 print(json.dumps(results))
