@@ -138,9 +138,6 @@ class UNetConfig:
         choice("unet.conditioning", self.conditioning, ("add", "scale-shift"))
 
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-
-
 @dataclass(frozen=True, kw_only=True)
 class HaarUNetConfig:
     """The regression U-Net on Haar bands that stands beside every model."""
@@ -154,6 +151,7 @@ class HaarUNetConfig:
         positive(self, "channels", "norm_groups")
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from aldm.report import Code, Figures, Picture, Section, Table, Text, write_report
+from aldm.score_table import REFERENCES
 from pipelines.demo import REPORT
 
 ROWS = {
@@ -28,7 +29,7 @@ from the ICBM152 atlas: this shows that the path from data to result works, not 
 MARGIN_DB = 3.0
 """What ALDM's PSNR has to be above that of the rows that need no model."""
 TRIVIAL = ("identity", "training-mean")
-BESIDE = ("identity", "training-mean", "intensity-map", "histogram-matching", "unet")
+BESIDE = (*REFERENCES, "unet")
 """Rows that ALDM's PSNR is held against, where the scores have them: an older version's lack some."""
 BUDGET_GB = 4.0
 FOOTER = "Synthetic images, for research only; not a medical device."
