@@ -36,9 +36,10 @@ class PreprocessConfig:
     """Voxel size of the model's grid, mm."""
     spatial_shape: Shape = (192, 192, 144)
     """Voxels of the model's grid after crop / pad."""
-    intensity: str = "foreground"
-    """What becomes -1 and +1: foreground (percentiles of the patient's voxels, with room for lesions) or paper (0.5 and
-    99.5 percentile of the model's box, as in the supplement); values outside are clipped."""
+    intensity: str = "tissue"
+    """What becomes -1 and +1: tissue (air, and twice as far as the 95th percentile of the patient's voxels), foreground
+    (1.25 times as far as their 99.9th; models of before have it) or paper (0.5 and 99.5 percentile of the model's box,
+    as in the supplement); values outside are clipped."""
     bias_correction: str = "none"
     """Correction of the slow shading that a coil leaves, before the percentiles: none or n4."""
     register: str = "none"
@@ -51,7 +52,7 @@ class PreprocessConfig:
                 f"PreprocessConfig.spatial_shape is {self.spatial_shape}, {math.prod(self.spatial_shape):,} voxels, "
                 f"wanted at most {MAX_GRID_VOXELS:,}"
             )
-        choice("preprocess.intensity", self.intensity, ("foreground", "paper"))
+        choice("preprocess.intensity", self.intensity, ("tissue", "foreground", "paper"))
         choice("preprocess.bias_correction", self.bias_correction, ("none", "n4"))
         choice("preprocess.register", self.register, ("none", "rigid"))
 

@@ -52,7 +52,7 @@ def test_shares_are_told_and_more_than_a_hundredth_is_warned():
     ]
 
 
-@pytest.mark.parametrize(("rule", "warned"), [("foreground", False), ("paper", True)])
+@pytest.mark.parametrize(("rule", "warned"), [("tissue", False), ("foreground", False), ("paper", True)])
 def test_prepare_measures_it_warns_and_keeps_it(brats_tree, tmp_path, capsys, caplog, rule, warned):
     words = ["--spacing-mm", "8", "--spatial-shape", "16", "24", "16", "--layout", "brats", "--num-processes", "1"]
     with caplog.at_level(logging.WARNING):

@@ -71,7 +71,7 @@ def find_foreground(volume: Volume) -> Foreground:
 
 def darkened(volume: Volume, outside: np.ndarray) -> tuple[Volume, float]:
     """Return the volume with its background as dark as the darkest of the rest, and that value."""
-    dark = float(np.percentile(volume.data[~outside], PERCENTILES["foreground"][0]))
+    dark = float(np.percentile(volume.data[~outside], PERCENTILES["tissue"][0]))
     return Volume(np.where(outside, np.float32(dark), volume.data), volume.affine), dark
 
 

@@ -1,18 +1,20 @@
 """Intensities of a volume, scaled to what the models take and back.
 
-Two rules. `foreground`: air becomes -1 (of a skull-stripped volume, which has none, the 0.1st percentile of the brain)
-and the 99.9th percentile of the patient's own voxels 0.6. So a quarter of that range is left above for what is brighter
-still, such as a small lesion, and how much air is in view changes nothing. `paper`: the 0.5 and 99.5 percentiles of the
-model's box become -1 and 1, as the supplement and the authors' code have it. What lies outside is clipped in both.
+`tissue`: air becomes -1 (of a skull-stripped volume, which has none, the 0.1st percentile of the brain) and the 95th
+percentile of the patient's own voxels 0. So half of the range is left for what is brighter still, such as a lesion or a
+vessel; healthy tissue has the same intensities whether there is one or not, and however much air is in view.
+`foreground`: the 99.9th percentile of those voxels becomes 0.6; models made before `tissue` have it. `paper`: the 0.5
+and 99.5 percentiles of the model's box become -1 and 1, as the supplement and the authors' code have it. What lies
+outside is clipped by every rule.
 """
 
 import numpy as np
 
 from aldm.errors import UserError
 
-PERCENTILES = {"foreground": (0.1, 99.9), "paper": (0.5, 99.5)}
+PERCENTILES = {"tissue": (0.1, 95.0), "foreground": (0.1, 99.9), "paper": (0.5, 99.5)}
 """Rule -> lower and upper percentile."""
-HEADROOM = {"foreground": 1.25, "paper": 1.0}
+HEADROOM = {"tissue": 2.0, "foreground": 1.25, "paper": 1.0}
 """Rule -> the distance from the lower percentile to what becomes +1, in distances between the two percentiles."""
 MAX_CLIPPED = 0.01
 """Clipped share of a region from which it is warned."""
@@ -22,8 +24,8 @@ def intensity_range(values: np.ndarray, rule: str, air: float | None = None) -> 
     """Return the intensities that become -1 and +1.
 
     Args:
-        values: by the rule foreground those inside the mask, by paper those of the model's box; any shape.
-        rule: foreground or paper.
+        values: by the rule paper those of the model's box, else those inside the mask; any shape.
+        rule: tissue, foreground or paper.
         air: what becomes -1 where it is known, instead of the lower percentile.
 
     Raises:
@@ -33,9 +35,9 @@ def intensity_range(values: np.ndarray, rule: str, air: float | None = None) -> 
     low, high = (float(value) for value in np.percentile(values, (lower, upper)))
     low = low if air is None else air
     if not low < high:
-        where = "foreground" if rule == "foreground" else "model's box"
+        where = "model's box" if rule == "paper" else "foreground"
         raise UserError(
-            f"the {lower} and {upper} percentiles of the {where} are both {low:g}: almost every voxel has "
+            f"the {lower:g} and {upper:g} percentiles of the {where} are both {low:g}: almost every voxel has "
             "this value, so there is no contrast to rescale"
         )
     return low, low + HEADROOM[rule] * (high - low)
