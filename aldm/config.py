@@ -103,11 +103,16 @@ class MSSpadeConfig:
     """Kernel of the first and the last convolution."""
     source_skip: bool = False
     """Add the source latent through a learned gate per (source, target, channel); not in Table B."""
+    intensity_map: bool = False
+    """Start from the best function of the source's intensity for each pair, fitted on the training subjects; for the
+    lossless codec (haar), not with source_skip. Not in Table B."""
 
     def __post_init__(self) -> None:
         positive(self, "in_channels", "res_channels", "spade_channels", "hidden_channels", "kernel_size")
         if self.kernel_size % 2 == 0:
             raise UserError(f"ms_spade.kernel_size is {self.kernel_size}, wanted an odd number")
+        if self.intensity_map and self.source_skip:
+            raise UserError("ms_spade.intensity_map and ms_spade.source_skip are two starts: set one of them to false")
 
 
 @dataclass(frozen=True, kw_only=True)

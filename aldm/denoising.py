@@ -20,8 +20,18 @@ from aldm.models.unet import UNet
 
 
 def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
-    """Build MS-SPADE for the configuration's modalities."""
-    module = MSSpade(latent_channels, len(config.modalities), **asdict(config.ms_spade))
+    """Build MS-SPADE for the configuration's modalities.
+
+    Raises:
+        UserError: an intensity map is asked for, and the codec is not the lossless one.
+    """
+    if config.ms_spade.intensity_map and config.codec.kind != "haar":
+        raise UserError(
+            f"ms_spade.intensity_map needs latents of the codec haar, which loses nothing, and codec.kind is "
+            f"{config.codec.kind}: say `ms_spade.intensity_map=false`"
+        )
+    levels = config.codec.haar_levels
+    module = MSSpade(latent_channels, len(config.modalities), **asdict(config.ms_spade), haar_levels=levels)
     module.activation_checkpointing = config.activation_checkpointing
     return module
 
@@ -77,8 +87,8 @@ def denoise(
     The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction, unless the
     configuration has residual_std: then see `_from_target_like`. For x0, bridge
     and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
-    near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns instead how much of
-    itself, of z_target_like and of z_source to take: at first itself alone, where source = target the source alone.
+    near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns how much of itself,
+    of z_target_like and of z_source to take: at first as without gates, where source = target the source alone.
     For epsilon and v it learns how much of the noise in its input to pass through: at first none.
 
     Args:

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from aldm.data.store import VolumeStore
+from aldm.models.intensity_map import BINS
 from aldm.progress import progress
 
 logger = logging.getLogger(__name__)
-
-BINS = 256
-"""Of equal width over [-1, 1]."""
 
 
 @dataclass(frozen=True, eq=False)

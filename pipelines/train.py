@@ -160,6 +160,7 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
     from aldm.baselines.regression_unet import RegressionStage
     from aldm.data.store import VolumeStore
     from aldm.denoising import PREDICTS_NOISE
+    from aldm.intensity_map_fit import fit_intensity_map
     from aldm.latents import LatentStore
     from aldm.randomness import derived_seed
     from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage, measured_residual_std
@@ -177,7 +178,10 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
         inputs["store_fingerprint"] = latents.data["fingerprint"]
         if stage == "ms-spade":
-            return MSSpadeStage(config, latents), inputs
+            built = MSSpadeStage(config, latents)
+            if built.ms_spade.intensity_map is not None:
+                fit_intensity_map(built.ms_spade.intensity_map, latents, built.config.modalities)
+            return built, inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
         diffusion = config.diffusion
         if diffusion.objective in PREDICTS_NOISE and diffusion.residual_std == ():

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aldm.models.blocks import conv3, instance_norm_fp32, run_checkpointed
+from aldm.models.blocks import conv3, instance_norm_fp32, run_checkpointed, zero_
+from aldm.models.intensity_map import IntensityMap
 
 
 class SwitchedConv(nn.Module):
@@ -91,6 +92,9 @@ class MSSpade(nn.Module):
         source_skip: return `skip * z_source + net * network(z_source)` with a learned gate of each kind per (source,
             target, channel). It starts as the identity where source = target, which is the exact answer there. Not in
             Table B.
+        intensity_map: return `map(z_source) + network(z_source)` with the best function of intensity for each pair
+            (fit_intensity_map); the network starts at 0 and has no say where source = target. Not in Table B.
+        haar_levels: of the codec; an intensity map needs it.
 
     Attributes:
         activation_checkpointing: recompute activations in the backward pass.
@@ -106,6 +110,8 @@ class MSSpade(nn.Module):
         hidden_channels: int,
         kernel_size: int,
         source_skip: bool = False,
+        intensity_map: bool = False,
+        haar_levels: int = 0,
     ) -> None:
         super().__init__()
         self.num_modalities = num_modalities
@@ -125,6 +131,10 @@ class MSSpade(nn.Module):
         if source_skip:
             same = torch.eye(num_modalities)[:, :, None, None].expand(-1, -1, 1, latent_channels)
             self.gates = nn.Parameter(torch.cat((0.5 + 0.5 * same, 1 - same), dim=2))  # M M 2 C
+        self.intensity_map: IntensityMap | None = None
+        if intensity_map:
+            self.intensity_map = IntensityMap(latent_channels, num_modalities, haar_levels)
+            zero_(self.conv_out)
 
     def forward(self, z_source: Tensor, target: Tensor, source: Tensor | None = None) -> Tensor:
         """Return z_target_like, shaped like z_source (B, C, X, Y, Z).
@@ -132,7 +142,7 @@ class MSSpade(nn.Module):
         Args:
             z_source: standardised latent of the source volume.
             target: (B,) int64 ids of the wanted modalities.
-            source: (B,) int64 ids of z_source's modalities; only `source_skip` needs them.
+            source: (B,) int64 ids of z_source's modalities; `source_skip` and `intensity_map` need them.
         """
         h = run_checkpointed(self.activation_checkpointing, self._stem, z_source)
         for block in self.res_blocks:
@@ -140,6 +150,9 @@ class MSSpade(nn.Module):
         for block in self.spade_blocks:
             h = run_checkpointed(self.activation_checkpointing, block, h, target)
         h = self.conv_out(h)
+        if self.intensity_map is not None:
+            assert source is not None, "intensity_map needs the source's modality"
+            return self.intensity_map(z_source, target, source) + h * (source != target).view(-1, 1, 1, 1, 1)
         if self.gates is None:
             return h
         assert source is not None, "source_skip needs the source's modality"

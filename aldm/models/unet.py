@@ -89,7 +89,7 @@ class UNet(nn.Module):
         self.gates: nn.Parameter | None = None
         if skip_gates:  # M M 3 C: of the network, of the source, of the target-like latent beside the 1 of `denoise`
             same = torch.eye(num_modalities)[:, :, None, None].expand(-1, -1, 1, out_channels)
-            self.gates = nn.Parameter(torch.cat((1 - same, same, -torch.ones_like(same)), dim=2))
+            self.gates = nn.Parameter(torch.cat((1 - same, same, -same), dim=2))
         self.noise_gain: nn.Linear | None = None
         if noise_gain:
             self.noise_gain = nn.Linear(embedding_channels, out_channels)

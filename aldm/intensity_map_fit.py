@@ -1,0 +1,51 @@
+"""The tables of an intensity map, in closed form from the training subjects of a store of latents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from aldm.data.modalities import modality_index
+from aldm.latents import LatentStore
+from aldm.models.intensity_map import AIR, BINS, IntensityMap
+from aldm.progress import progress
+from aldm.references import bins_of, conditional_mean
+
+
+def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequence[str]) -> None:
+    """Fill the tables: of all functions that are constant in each bin, the one with the least squared error per pair.
+
+    Over all voxels of the training subjects that are not air. One subject at a time is in memory. A pair that no
+    training subject has both modalities of keeps the identity.
+
+    Args:
+        into: built for these modalities, and for the codec of the latents.
+        latents: of a lossless codec.
+        modalities: those of the model; ids count through them.
+    """
+    into.mean.copy_(torch.from_numpy(latents.mean))
+    into.std.copy_(torch.from_numpy(latents.std))
+    number = len(modalities)
+    counts, sums = np.zeros((number, number, BINS)), np.zeros((number, number, BINS))
+    for subject in progress(latents.subjects("train"), description="intensity maps", unit="subject"):
+        own = [name for name in modalities if name in subject.modalities]
+        volumes = {modality_index(n, tuple(modalities)): _volume(into, latents, subject.subject_id, n) for n in own}
+        for source, x in volumes.items():
+            tissue = x >= AIR
+            bins = bins_of(x[tissue])
+            own_counts = np.bincount(bins, minlength=BINS)
+            for target, y in volumes.items():
+                counts[source, target] += own_counts
+                sums[source, target] += np.bincount(bins, y[tissue], minlength=BINS)
+    for source in range(number):
+        for target in range(number):
+            if source != target and counts[source, target].any():
+                table = conditional_mean(counts[source, target], sums[source, target])
+                into.tables[source, target] = torch.from_numpy(table)
+
+
+def _volume(into: IntensityMap, latents: LatentStore, subject_id: str, modality: str) -> np.ndarray:
+    """Return the volume of a latent, flat, in [-1, 1]."""
+    z = torch.from_numpy(latents.latent(subject_id, modality))[None]
+    volume: np.ndarray = into.inverse(z * into.std.view(1, -1, 1, 1, 1) + into.mean.view(1, -1, 1, 1, 1)).numpy()
+    return volume.ravel()
