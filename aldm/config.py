@@ -106,6 +106,9 @@ class MSSpadeConfig:
     intensity_map: bool = False
     """Start from the best function of the source's intensity for each pair, fitted on the training subjects; for the
     lossless codec (haar), not with source_skip. Not in Table B."""
+    voxel_norm: bool = False
+    """Normalise each voxel over its channels instead of each channel over the latent: what else is in view, such as
+    air or the border of a box, then has no say. Not in the paper."""
 
     def __post_init__(self) -> None:
         positive(self, "in_channels", "res_channels", "spade_channels", "hidden_channels", "kernel_size")
@@ -138,6 +141,9 @@ class UNetConfig:
     for epsilon and v per time step, pair and channel how much of the noisy input enters it. Not in the paper."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
+    voxel_norm: bool = False
+    """Normalise each voxel over its channels instead of groups of channels over the latent: what else is in view, such
+    as air or the border of a box, then has no say. Not in the paper."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "num_res_blocks", "head_channels", "norm_groups")

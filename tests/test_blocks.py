@@ -13,8 +13,9 @@ from aldm.models.blocks import (
     InverseHaarTransform,
     ResBlock,
     Upsample,
-    group_norm,
+    VoxelNorm,
     instance_norm_fp32,
+    make_norm,
     norm_fp32,
     run_blocks,
 )
@@ -108,13 +109,29 @@ def test_a_res_block_starts_as_its_shortcut() -> None:
 
 
 def test_group_norm_takes_the_groups_that_fit() -> None:
-    assert group_norm(32, 48).num_groups == 16
-    assert group_norm(8, 4).num_groups == 4
+    for groups, channels, taken in ((32, 48, 16), (8, 4, 4)):
+        norm = make_norm(groups, channels)
+        assert isinstance(norm, nn.GroupNorm)
+        assert norm.num_groups == taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_voxel_norm_divides_by_the_root_mean_square_of_a_voxel_s_channels(dtype: torch.dtype) -> None:
+    norm = make_norm(0, 6)
+    assert isinstance(norm, VoxelNorm)
+    nn.init.normal_(norm.weight)
+    x = (3 * torch.randn(2, 6, 3, 4, 5)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = norm_fp32(norm, x)
+    assert got.dtype == dtype
+    wanted = x.float() / x.float().square().mean(dim=1, keepdim=True).sqrt() * norm.weight.view(1, 6, 1, 1, 1)
+    torch.testing.assert_close(got, wanted.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
+    torch.testing.assert_close(norm_fp32(norm, x[:, :, 1:, 2:]), got[:, :, 1:, 2:])  # what else is in view is nothing
 
 
 def test_norms_of_bf16_have_fp32_statistics() -> None:
     x = (torch.randn(2, 8, 6, 6, 6) + 3.0).bfloat16()
-    norm = group_norm(4, 8)
+    norm = make_norm(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         grouped, single = norm_fp32(norm, x), instance_norm_fp32(x)
     assert grouped.dtype == single.dtype == torch.bfloat16

@@ -51,7 +51,10 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"codec": {"channels": [8, -8]}}, r"CodecConfig\.channels is \(8, -8\), wanted a finite value above 0"),
         ({"preprocess": {"spatial_shape": [8, 8]}}, r"preprocess\.spatial_shape is \[8, 8\], wanted 3 values, got 2"),
         ({"preprocess": {"spatial_shape": [10**5] * 3}}, r"1,000,000,000,000,000 voxels, wanted at most 2,147,483,647"),
-        ({"preprocess": {"intensity": "whole"}}, "preprocess.intensity is 'whole', wanted one of: foreground, paper"),
+        (
+            {"preprocess": {"intensity": "whole"}},
+            "preprocess.intensity is 'whole', wanted one of: tissue, foreground, paper",
+        ),
         ({"preprocess": {"bias_correction": "n3"}}, "preprocess.bias_correction is 'n3', wanted one of: none, n4"),
         ({"seed": 1.5}, r"seed is 1\.5 \(float\), wanted int"),
         ({"seed": True}, r"seed is True \(bool\), wanted int"),

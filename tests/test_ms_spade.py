@@ -132,3 +132,12 @@ def test_gates_are_those_of_source_and_target_in_this_order() -> None:
     z, source, target = torch.randn(4, 2, 3, 3, 3), torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 1, 2])
     wanted = torch.tensor([1.0, 10.0, 21.0, 22.0]).view(-1, 1, 1, 1, 1) * z
     torch.testing.assert_close(model(z, target, source), wanted)
+
+
+def test_with_voxel_norms_a_box_of_a_latent_is_answered_as_in_the_whole() -> None:
+    z, target = torch.randn(1, 2, 40, 6, 6), torch.tensor([1])
+    z[:, :, 36:] += 4
+    for voxel_norm in (True, False):
+        model = MSSpade(2, M, 4, (6,), (6,), hidden_channels=3, kernel_size=3, voxel_norm=voxel_norm)
+        whole, box = model(z, target), model(z[:, :, :28], target)
+        assert torch.allclose(whole[:, :, :8], box[:, :, :8]) is voxel_norm

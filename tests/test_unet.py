@@ -174,3 +174,17 @@ def test_the_noise_gain_starts_without_a_say_and_passes_the_noisy_input_by_time_
     gains = gained.mean(dim=(2, 3, 4))
     torch.testing.assert_close(gained, gains[:, :, None, None, None].expand_as(gained), rtol=1e-3, atol=1e-3)
     assert len(gains.unique()) == 4  # two channels at two times
+
+
+def test_with_voxel_norms_a_box_of_a_latent_is_answered_as_in_the_whole() -> None:
+    """Away from the box's border, by more than the network sees; with group norms what else is in view has a say."""
+    values = asdict(replace(SMALL, channels=(8, 12), attention_levels=(), lean=True))
+    x, t, target, source = torch.randn(1, 6, 48, 8, 8), torch.ones(1), torch.tensor([1]), torch.tensor([0])
+    x[:, :, 40:] += 4
+    for voxel_norm, same in ((True, True), (False, False)):
+        model = UNet(6, 2, 3, **values | {"voxel_norm": voxel_norm})
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                module.reset_parameters()
+        whole, box = model(x, t, target, source), model(x[:, :, :32], t, target, source)
+        assert torch.allclose(whole[:, :, :8], box[:, :, :8], atol=1e-5) is same

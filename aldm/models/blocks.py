@@ -14,8 +14,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
-    """Return a group norm of at most `num_groups` groups: the largest number that divides both it and `channels`."""
+class VoxelNorm(nn.Module):
+    """Each voxel's features over their root mean square, times a learned gain per channel.
+
+    Pixel normalisation (Karras et al. 2018, section 4.2) with the gain of Zhang and Sennrich 2019. Unlike a group
+    norm's, its result at a voxel does not depend on what else is in view: air, a neck, or the border of a box.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, X, Y, Z) to the same shape and type."""
+        return voxel_norm_fp32(x, self.weight)
+
+
+Norm = nn.GroupNorm | VoxelNorm
+
+
+def make_norm(num_groups: int, channels: int) -> Norm:
+    """Return a group norm of at most `num_groups` groups: the largest number that divides both it and `channels`.
+
+    0 groups make a VoxelNorm.
+    """
+    if num_groups == 0:
+        return VoxelNorm(channels)
     return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
 
 
@@ -25,11 +49,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def norm_fp32(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Apply a group norm with fp32 statistics; the result has x's dtype, whatever autocast says.
+def norm_fp32(norm: Norm, x: Tensor) -> Tensor:
+    """Apply a norm with fp32 statistics; the result has x's dtype, whatever autocast says.
 
-    The CPU kernel reads bf16 and sums in fp32, so casting first would only cost two passes over memory.
+    The CPU kernel of the group norm reads bf16 and sums in fp32, so casting first would only cost two passes over
+    memory.
     """
+    if isinstance(norm, VoxelNorm):
+        normed: Tensor = norm(x)
+        return normed
     with without_autocast(x):
         if x.device.type == "cpu" or x.dtype == torch.float32:
             return norm(x)
@@ -42,6 +70,13 @@ def instance_norm_fp32(x: Tensor, eps: float = 1e-5) -> Tensor:
         if x.device.type == "cpu" or x.dtype == torch.float32:
             return F.group_norm(x, x.shape[1], eps=eps)
         return F.group_norm(x.float(), x.shape[1], eps=eps).to(x.dtype)
+
+
+def voxel_norm_fp32(x: Tensor, weight: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+    """Divide the channels of each voxel by their root mean square, in fp32; the result has x's dtype."""
+    with without_autocast(x):
+        last = x.float().permute(0, 2, 3, 4, 1)
+        return F.rms_norm(last, last.shape[-1:], weight, eps).permute(0, 4, 1, 2, 3).to(x.dtype)
 
 
 def run_checkpointed(enabled: bool, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -97,7 +132,7 @@ class ResBlock(nn.Module):
 
     Args:
         in_channels, out_channels: widths.
-        norm_groups: groups of the group norms.
+        norm_groups: groups of the group norms; 0 for norms over each voxel's channels.
         embedding_channels: length of the conditioning vector; 0 for none.
         conditioning: "add" adds the projected embedding after the first convolution (Ho et al. 2020), "scale-shift"
             modulates the second norm's output with it (Dhariwal & Nichol 2021, adaptive group norm).
@@ -113,7 +148,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = conditioning == "scale-shift"
-        self.norm1 = group_norm(norm_groups, in_channels)
+        self.norm1 = make_norm(norm_groups, in_channels)
         self.conv1 = conv3(in_channels, out_channels)
         self.embedding: nn.Linear | None = None
         if embedding_channels:
@@ -121,7 +156,7 @@ class ResBlock(nn.Module):
             if self.scale_shift:  # starts unmodulated
                 nn.init.zeros_(self.embedding.weight)
                 nn.init.zeros_(self.embedding.bias)
-        self.norm2 = group_norm(norm_groups, out_channels)
+        self.norm2 = make_norm(norm_groups, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
         zero_(self.conv2)  # starts as its shortcut: a deep stack of them trains from the first step
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -199,7 +234,7 @@ class OutputBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(norm_groups, in_channels)
+        self.norm = make_norm(norm_groups, in_channels)
         self.conv = conv3(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,13 +248,13 @@ class Attention(nn.Module):
     Args:
         channels: width.
         head_channels: channels of one head; a width that it does not divide uses the largest common divisor.
-        norm_groups: groups of the group norm.
+        norm_groups: groups of the group norm; 0 for a norm over each voxel's channels.
     """
 
     def __init__(self, channels: int, head_channels: int, norm_groups: int) -> None:
         super().__init__()
         self.num_heads = channels // math.gcd(channels, head_channels)
-        self.norm = group_norm(norm_groups, channels)
+        self.norm = make_norm(norm_groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.errors import UserError
-from aldm.models.blocks import conv3, group_norm, norm_fp32
+from aldm.models.blocks import conv3, make_norm, norm_fp32
 
 
 class PatchDiscriminator(nn.Module):
@@ -28,11 +28,11 @@ class PatchDiscriminator(nn.Module):
         for layer in range(num_layers):
             width = channels * min(2**layer, 8)
             self.convs.append(nn.Conv3d(before, width, kernel_size=4, stride=2, padding=1))
-            self.norms.append(nn.Identity() if layer == 0 else group_norm(8, width))
+            self.norms.append(nn.Identity() if layer == 0 else make_norm(8, width))
             before = width
         width = channels * min(2**num_layers, 8)
         self.convs.append(conv3(before, width))  # 3^3 keeps the size, so that small latents are not used up
-        self.norms.append(group_norm(8, width))
+        self.norms.append(make_norm(8, width))
         self.conv_out = conv3(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ SPADE (Park et al. 2019, eq. 1) modulates normalised features with maps computed
 features modulate themselves, and one set of modulation weights per target modality is switched by the target's id.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aldm.models.blocks import conv3, instance_norm_fp32, run_checkpointed, zero_
+from aldm.models.blocks import conv3, instance_norm_fp32, run_checkpointed, voxel_norm_fp32, zero_
 from aldm.models.intensity_map import IntensityMap
 
 
@@ -34,45 +35,59 @@ class SwitchedConv(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+Norm = Callable[[Tensor], Tensor]
+
+
 class Spade(nn.Module):
     """normalised * (1 + gamma) + beta, with gamma and beta computed from the features by the target's weights."""
 
-    def __init__(self, num_modalities: int, channels: int, hidden_channels: int) -> None:
+    def __init__(
+        self, num_modalities: int, channels: int, hidden_channels: int, norm: Norm = instance_norm_fp32
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.shared = SwitchedConv(num_modalities, channels, hidden_channels)
         self.gamma_beta = SwitchedConv(num_modalities, hidden_channels, 2 * channels)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Map (B, channels, X, Y, Z) and target ids (B,) to the same shape."""
         gamma, beta = self.gamma_beta(F.relu(self.shared(x, target)), target).chunk(2, dim=1)
-        return torch.addcmul(beta, instance_norm_fp32(x).to(gamma.dtype), 1 + gamma)
+        return torch.addcmul(beta, self.norm(x).to(gamma.dtype), 1 + gamma)
 
 
 class InstanceResBlock(nn.Module):
     """Conv 3^3, ReLU, instance norm, twice, plus the input (1^3 convolution where widths differ)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm = instance_norm_fp32) -> None:
         super().__init__()
+        self.norm = norm
         self.conv1 = conv3(in_channels, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, X, Y, Z) to (B, out_channels, X, Y, Z)."""
-        h = instance_norm_fp32(F.relu(self.conv1(x)))
-        h = instance_norm_fp32(F.relu(self.conv2(h)))
+        h = self.norm(F.relu(self.conv1(x)))
+        h = self.norm(F.relu(self.conv2(h)))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
 class SpadeResBlock(nn.Module):
     """Conv 3^3, ReLU, MS-SPADE, twice, plus the input (1^3 convolution where widths differ)."""
 
-    def __init__(self, num_modalities: int, in_channels: int, out_channels: int, hidden_channels: int) -> None:
+    def __init__(
+        self,
+        num_modalities: int,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        norm: Norm = instance_norm_fp32,
+    ) -> None:
         super().__init__()
         self.conv1 = conv3(in_channels, out_channels)
-        self.spade1 = Spade(num_modalities, out_channels, hidden_channels)
+        self.spade1 = Spade(num_modalities, out_channels, hidden_channels, norm)
         self.conv2 = conv3(out_channels, out_channels)
-        self.spade2 = Spade(num_modalities, out_channels, hidden_channels)
+        self.spade2 = Spade(num_modalities, out_channels, hidden_channels, norm)
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -94,6 +109,7 @@ class MSSpade(nn.Module):
             Table B.
         intensity_map: return `map(z_source) + network(z_source)` with the best function of intensity for each pair
             (fit_intensity_map); the network starts at 0 and has no say where source = target. Not in Table B.
+        voxel_norm: normalise over each voxel's channels instead of over the latent, see MSSpadeConfig.
         haar_levels: of the codec; an intensity map needs it.
 
     Attributes:
@@ -111,19 +127,21 @@ class MSSpade(nn.Module):
         kernel_size: int,
         source_skip: bool = False,
         intensity_map: bool = False,
+        voxel_norm: bool = False,
         haar_levels: int = 0,
     ) -> None:
         super().__init__()
         self.num_modalities = num_modalities
         self.activation_checkpointing = False
         padding = kernel_size // 2
+        self.norm: Norm = voxel_norm_fp32 if voxel_norm else instance_norm_fp32
         self.conv_in = nn.Conv3d(latent_channels, in_channels, kernel_size, padding=padding)
         self.res_blocks = nn.ModuleList(
-            InstanceResBlock(before, after) for before, after in pairwise((in_channels, *res_channels))
+            InstanceResBlock(before, after, self.norm) for before, after in pairwise((in_channels, *res_channels))
         )
         before_spade = (in_channels, *res_channels)[-1]
         self.spade_blocks = nn.ModuleList(
-            SpadeResBlock(num_modalities, before, after, hidden_channels)
+            SpadeResBlock(num_modalities, before, after, hidden_channels, self.norm)
             for before, after in pairwise((before_spade, *spade_channels))
         )
         self.conv_out = nn.Conv3d(spade_channels[-1], latent_channels, kernel_size, padding=padding)
@@ -161,4 +179,4 @@ class MSSpade(nn.Module):
         return skip * z_source + net * h
 
     def _stem(self, z: Tensor) -> Tensor:
-        return F.relu(instance_norm_fp32(self.conv_in(z)))
+        return F.relu(self.norm(self.conv_in(z)))

@@ -77,13 +77,18 @@ def passes_of(block: nn.Module) -> list[Pass]:
     """Return the passes that make up a block of a codec; of two, the second one adds the first one's input."""
     if isinstance(block, ResBlock):
         assert block.embedding is None, "codecs have no conditioned blocks"
-        second = Pass(block.conv2, norm=block.norm2, adds_residual=True, shortcut=block.shortcut)
-        return [Pass(block.conv1, norm=block.norm1), second]
+        second = Pass(block.conv2, norm=_group_norm(block.norm2), adds_residual=True, shortcut=block.shortcut)
+        return [Pass(block.conv1, norm=_group_norm(block.norm1)), second]
     if isinstance(block, OutputBlock):
-        return [Pass(block.conv, norm=block.norm)]
+        return [Pass(block.conv, norm=_group_norm(block.norm))]
     if isinstance(block, Upsample):
         return [Pass(block.conv, upsample=True)]
     return [Pass(block.conv if isinstance(block, Downsample) else block)]
+
+
+def _group_norm(norm: nn.Module) -> nn.GroupNorm:
+    assert isinstance(norm, nn.GroupNorm), "codecs have group norms"
+    return norm
 
 
 def window(step: Pass, start: int, stop: int, length: int) -> Window:

@@ -44,7 +44,7 @@ class UNet(nn.Module):
         in_channels, out_channels: channels of the concatenated inputs and of the prediction.
         num_modalities: M, the modalities that ids count through.
         channels, num_res_blocks, attention_levels, head_channels, conditioning, lean, embed_source, skip_gates,
-            norm_groups: see UNetConfig.
+            norm_groups, voxel_norm: see UNetConfig.
         noise_gain: add the first out_channels of the input times a learned gain per channel, time and target (and
             pair). To predict noise is to pass most of it through voxel by voxel, which the blocks learn slowly.
 
@@ -66,9 +66,11 @@ class UNet(nn.Module):
         embed_source: bool,
         skip_gates: bool,
         norm_groups: int,
+        voxel_norm: bool = False,
         noise_gain: bool = False,
     ) -> None:
         super().__init__()
+        norm_groups = 0 if voxel_norm else norm_groups
         self.channels = tuple(channels)
         self.num_modalities = num_modalities
         self.lean = lean
@@ -129,6 +131,7 @@ class UNet(nn.Module):
                 self.upsample.append(nn.ConvTranspose3d(before, before, 2, stride=2) if lean else Upsample(before))
         self.out = OutputBlock(channels[0], out_channels, norm_groups)
         zero_(self.out.conv)  # starts by predicting 0: the mean of what every objective asks for
+        nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
 
     def embed(self, t: Tensor, target: Tensor, source: Tensor | None) -> Tensor:
         """Return the conditioning vector (B, 4 * channels[0]) of time, target and pair."""
@@ -156,7 +159,7 @@ class UNet(nn.Module):
         if any(padding):
             x = F.pad(x, (0, padding[2], 0, padding[1], 0, padding[0]))
         embedding = self.embed(t, target, source)
-        h = self.conv_in(x)
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
         skips = [h]
         for level, stages in enumerate(_levels(self.down)):
             if level:
