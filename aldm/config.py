@@ -139,6 +139,9 @@ class UNetConfig:
     skip_gates: bool = False
     """Learn per pair and channel how much of the network, the source and the target-like latent enters the prediction;
     for epsilon and v per time step, pair and channel how much of the noisy input enters it. Not in the paper."""
+    all_targets: bool = False
+    """Predict all modalities from a source in one evaluation, so that a step learns from all that the subject has; the
+    objective regression only. Not in the paper."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
     voxel_norm: bool = False
@@ -264,6 +267,9 @@ class Config:
             raise UserError(f"seed is {self.seed}, wanted 0 or more")
         if self.modalities != sort_modalities(self.modalities):
             raise UserError(f"modalities are {self.modalities}, wanted distinct and in the vocabulary's order")
+        if self.unet.all_targets and self.diffusion.objective != "regression":
+            objective = self.diffusion.objective
+            raise UserError(f"unet.all_targets needs diffusion.objective regression, not {objective}: set it to false")
         if self.pair is not None:
             if self.pair[0] == self.pair[1]:
                 raise UserError(f"pair is {self.pair[0]} to {self.pair[1]}, wanted two different modalities")

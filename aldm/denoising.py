@@ -5,7 +5,7 @@ Latents are B C x y z standardised per channel, modality ids (B,) int64.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,11 +37,16 @@ def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
 
 
 def build_unet(config: Config, latent_channels: int) -> UNet:
-    """Build the denoiser; see `denoise` for its inputs."""
-    noise = config.diffusion.objective in PREDICTS_NOISE
-    values = asdict(replace(config.unet, skip_gates=config.unet.skip_gates and not noise))
+    """Build the denoiser; see `denoise`, and for all targets together `refine_all`, for its inputs."""
+    noise, number = config.diffusion.objective in PREDICTS_NOISE, len(config.modalities)
+    values = asdict(config.unet)
+    together = values.pop("all_targets")
+    values["skip_gates"] = config.unet.skip_gates and not noise and not together
     values["noise_gain"] = config.unet.skip_gates and noise
-    module = UNet(3 * latent_channels, latent_channels, len(config.modalities), **values)
+    if together:
+        module = UNet((1 + number) * latent_channels, number * latent_channels, number, **values)
+    else:
+        module = UNet(3 * latent_channels, latent_channels, number, **values)
     module.activation_checkpointing = config.activation_checkpointing
     return module
 
@@ -110,6 +115,31 @@ def denoise(
     if config.residual_std is None:
         return network(z_t)
     return _from_target_like(network, config, schedule, z_t, t, z_target_like)
+
+
+def refine_all(unet: nn.Module, z_source: Tensor, z_target_like: Tensor, source: Tensor) -> Tensor:
+    """Return z_target of all modalities, (B, M C, x, y, z), that of the source being z_target_like as it is.
+
+    The network sees cat[z_source, z_target_like] and is told the source alone; its output is the difference to
+    z_target_like, which is added.
+
+    Args:
+        unet: aldm.models.unet.UNet with (1 + M) C input and M C output channels.
+        z_source: (B, C, x, y, z).
+        z_target_like: (B, M C, x, y, z), modality by modality.
+        source: (B,) int64 modality ids.
+    """
+    channels = z_source.shape[1]
+    number = z_target_like.shape[1] // channels
+    t = torch.zeros(len(source), device=z_source.device)
+    change = unet(torch.cat([z_source, z_target_like], dim=1), t, source, source)
+    other = torch.arange(number, device=source.device) != source[:, None]
+    return z_target_like + change * other.repeat_interleave(channels, dim=1)[:, :, None, None, None]
+
+
+def of_target(z: Tensor, target: Tensor, channels: int) -> Tensor:
+    """Return the (B, C, x, y, z) of each sample's target out of (B, M C, x, y, z); target (B,) int64."""
+    return z.unflatten(1, (-1, channels))[torch.arange(len(z), device=z.device), target]
 
 
 def _from_target_like(

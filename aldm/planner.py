@@ -20,7 +20,7 @@ from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, TrainingConfig, training_of
 from aldm.config_baselines import METHODS
 from aldm.data.modalities import MODALITIES
-from aldm.denoising import build_ms_spade, build_unet, denoise
+from aldm.denoising import build_ms_spade, build_unet, denoise, refine_all
 from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
@@ -228,6 +228,10 @@ def stage_and_batch(
     if name == "ms-spade":
         stage = MSSpadeStage(config, data)
         return stage, None, batch, whole
+    if config.unet.all_targets:
+        number = len(config.modalities)
+        batch |= {"z_targets": torch.zeros(size, number * codec.latent_channels, *sides)}
+        batch |= {"wanted": torch.ones(size, number)}
     ms_spade = build_ms_spade(config, codec.latent_channels)
     return DiffusionStage(config, data, ms_spade, ""), ms_spade, batch, whole
 
@@ -247,13 +251,18 @@ def _plan_inference(config: Config) -> MemoryPlan:
             code = predictor.encode(x)
             flops_of["encode"] = trace.flops
             ids = torch.zeros(1, dtype=torch.long)
+            together = config.unet.all_targets
             with predictor.autocast():
-                z_target_like = predictor.ms_spade(code, ids, ids).float()
+                number = len(config.modalities) if together else 1
+                z_target_like = torch.cat([predictor.ms_spade(code, ids, ids).float() for _ in range(number)], dim=1)
             flops_of["ms-spade"] = trace.flops - sum(flops_of.values())
             z, x0, previous_x0 = (torch.empty_like(code) for _ in range(3))  # what a sampler of second order holds
             with predictor.autocast():
-                t = torch.zeros(1)
-                denoise(predictor.unet, config.diffusion, predictor.schedule, z, t, code, z_target_like, ids, ids)
+                if together:
+                    refine_all(predictor.unet, code, z_target_like, ids)
+                else:
+                    t, given = torch.zeros(1), (config.diffusion, predictor.schedule)
+                    denoise(predictor.unet, *given, z, t, code, z_target_like, ids, ids)
             flops_of["unet"] = trace.flops - sum(flops_of.values())
             del x0, previous_x0
             predictor.decode(z)

@@ -15,7 +15,7 @@ from aldm.baselines.methods import method_network, translate
 from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise
+from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, of_target, refine_all
 from aldm.diffusion import NoiseWindow, make_schedule
 from aldm.errors import UserError
 from aldm.latents import check_statistics, standardise, unstandardise
@@ -148,6 +148,33 @@ class LatentDiffusion(Predictor):
     ) -> Tensor:
         """Return one sample of the target, decoded."""
         source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
+        if self.config.unet.all_targets:
+            z = of_target(self.predict_all(code, source_ids), target_ids, self.codec.latent_channels)
+            if on_step is not None:
+                on_step(1, 1)
+        else:
+            z = self._sample(code, source_ids, target_ids, sampling, generators, on_step)
+        if self.limit is None:
+            return self.decode(z)
+        return torch.cat([self.decode(one[None]) for one in z])  # slab by slab is one volume at a time
+
+    def predict_all(self, code: Tensor, source: Tensor) -> Tensor:
+        """Return the latents of all modalities, (B, M C, x, y, z), for sources (B,) int64."""
+        targets = [torch.full_like(source, modality) for modality in range(len(self.config.modalities))]
+        with self.autocast():
+            z_target_like = torch.cat([self.ms_spade(code, target, source).float() for target in targets], dim=1)
+            return refine_all(self.unet, code, z_target_like, source).float()
+
+    def _sample(
+        self,
+        code: Tensor,
+        source_ids: Tensor,
+        target_ids: Tensor,
+        sampling: SamplingConfig,
+        generators: Sequence[torch.Generator | NoiseWindow],
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Return one sample of the target's latent."""
         with self.autocast():
             z_target_like = self.ms_spade(code, target_ids, source_ids).float()
 
@@ -157,7 +184,7 @@ class LatentDiffusion(Predictor):
                 diffusion = self.config.diffusion
                 return denoise(self.unet, diffusion, self.schedule, z, t, code, z_target_like, *ids).float()
 
-        z = sample(
+        return sample(
             predict,
             config=self.config.diffusion,
             schedule=self.schedule,
@@ -168,9 +195,6 @@ class LatentDiffusion(Predictor):
             eta=sampling.eta,
             on_step=on_step,
         )
-        if self.limit is None:
-            return self.decode(z)
-        return torch.cat([self.decode(one[None]) for one in z])  # slab by slab is one volume at a time
 
     def needed_bytes(self) -> int:
         """Return the larger of what the codec needs slab by slab and what the latent networks need on whole latents."""
@@ -181,6 +205,9 @@ class LatentDiffusion(Predictor):
             # the sampler holds up to five latents beside the network's own: source, target-like, z, x0 and the last x0
             latents = [torch.zeros(1, self.codec.latent_channels, *sides) for _ in range(5)]
             ids = torch.zeros(1, dtype=torch.long)
+            if self.config.unet.all_targets:
+                self.predict_all(latents[0], ids)
+                return
             with self.autocast():
                 z = self.ms_spade(latents[0], ids, ids)
                 t, diffusion = torch.zeros(1), self.config.diffusion

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.config import Config
-from aldm.data.dataset import LatentPairs, VolumeSamples, checked_crop
+from aldm.data.dataset import LatentPairs, LatentTargets, Samples, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_ms_spade, build_unet, denoise, loss_weights
+from aldm.denoising import build_ms_spade, build_unet, denoise, loss_weights, of_target, refine_all
 from aldm.diffusion import make_schedule, training_loss_inputs
 from aldm.errors import UserError
 from aldm.latents import LatentStore, data_record
@@ -335,6 +335,7 @@ class DiffusionStage:
         self._schedule = make_schedule(config.diffusion)
         self._target_like: dict[tuple[str, int, int, int], Tensor] = {}
         self._target_like_bytes = 0
+        self._together = self.config.unet.all_targets
         self.unet = build_unet(self.config, latents.latent_channels)
         self.players = [Player("unet", self.unet, self._training, self._loss)]
 
@@ -345,13 +346,18 @@ class DiffusionStage:
         self._std = torch.from_numpy(self._latents.std).to(engine.device)
         self._weights = image_space_weights(self._std) if self._training.image_space_loss else None
 
-    def samples(self, split: str) -> LatentPairs:
-        """Pairs of latents."""
-        fraction = self._training.same_modality_fraction
-        return LatentPairs(self._latents, split, self.config.modalities, fraction, self.config.pair)
+    def samples(self, split: str) -> Samples:
+        """Pairs of latents; where all targets are predicted together, all of a subject's in training."""
+        names, pair = self.config.modalities, self.config.pair
+        if self._together and split == "train":
+            return LatentTargets(self._latents, split, names, pair)
+        return LatentPairs(self._latents, split, names, self._training.same_modality_fraction, pair)
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
-        z_target_like = self._z_target_like(batch)
+        if self._together:
+            z = refine_all(model, batch["z_source"], self._all_target_like(batch), batch["source"])
+            return weighted_mse(z, batch["z_targets"], self._weights_of(batch["wanted"])), {}
+        z_target_like = self._z_target_like(batch, batch["target"])
         drawn = [
             training_loss_inputs(
                 self.config.diffusion,
@@ -367,20 +373,31 @@ class DiffusionStage:
         weights = loss_weights(self.config.diffusion, self._schedule, t, z_t, self._weights)
         return weighted_mse(prediction, wanted, weights), {}
 
+    def _weights_of(self, wanted: Tensor) -> Tensor:
+        """Return the weights, (B, M C), of all modalities' channels, mean 1 over those that are wanted (B, M)."""
+        channels = self._latents.latent_channels
+        own = torch.ones(channels, device=wanted.device) if self._weights is None else self._weights
+        return (wanted / wanted.mean()).repeat_interleave(channels, dim=1) * own.repeat(wanted.shape[1])
+
     def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         ids = batch["target"], batch["source"]
         return denoise(unet, self.config.diffusion, self._schedule, z_t, t, batch["z_source"], z_target_like, *ids)
 
+    def _all_target_like(self, batch: Batch) -> Tensor:
+        """MS-SPADE's outputs for all modalities, (B, M C, x, y, z)."""
+        targets = range(len(self.config.modalities))
+        return torch.cat([self._z_target_like(batch, torch.full_like(batch["source"], m)) for m in targets], dim=1)
+
     @torch.no_grad()
-    def _z_target_like(self, batch: Batch) -> Tensor:
+    def _z_target_like(self, batch: Batch, target: Tensor) -> Tensor:
         """MS-SPADE's output for each sample, computed one by one so that it does not depend on the batch around it."""
         found = []
-        sources, targets = batch["source"].tolist(), batch["target"].tolist()
+        sources, targets = batch["source"].tolist(), target.tolist()
         for i, key in enumerate(zip(batch["subject_id"], sources, targets, batch["flip"].tolist(), strict=True)):
             z = self._target_like.get(key)
             if z is None:
                 one = slice(i, i + 1)
-                z = self._ms_spade(batch["z_source"][one], batch["target"][one], batch["source"][one]).half().cpu()
+                z = self._ms_spade(batch["z_source"][one], target[one], batch["source"][one]).half().cpu()
                 if self._target_like_bytes + z.nbytes <= TARGET_LIKE_CACHE_BYTES:
                     self._target_like[key] = z
                     self._target_like_bytes += z.nbytes
@@ -389,10 +406,21 @@ class DiffusionStage:
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """The sampled latent's distance from the target's, by the sampler and steps of the configuration."""
-        z_target_like = self._z_target_like(batch)
+        z_target_like = self._z_target_like(batch, batch["target"])
+        if self._together:
+            everything = refine_all(modules["unet"], batch["z_source"], self._all_target_like(batch), batch["source"])
+            z = of_target(everything, batch["target"], self._latents.latent_channels)
+        else:
+            z = self._sampled(modules["unet"], batch, z_target_like, info)
+        info.shared["panel"] = panel(source=batch["z_source"], prediction=z, target=batch["z_target"])
+        values = latent_values(self._latents, self._std, z, batch["z_target"])
+        before = latent_values(self._latents, self._std, z_target_like, batch["z_target"])
+        return values | {f"ms_spade_{name}": value for name, value in before.items()}
+
+    def _sampled(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, info: StepInfo) -> Tensor:
         sampling = self.config.sampling
-        z = sample(
-            lambda z_t, t: self._predict(modules["unet"], batch, z_target_like, z_t, t),
+        return sample(
+            lambda z_t, t: self._predict(unet, batch, z_target_like, z_t, t),
             config=self.config.diffusion,
             schedule=self._schedule,
             sampler=sampling.sampler,
@@ -401,10 +429,6 @@ class DiffusionStage:
             generator=info.generators[0],
             eta=sampling.eta,
         )
-        info.shared["panel"] = panel(source=batch["z_source"], prediction=z, target=batch["z_target"])
-        values = latent_values(self._latents, self._std, z, batch["z_target"])
-        before = latent_values(self._latents, self._std, z_target_like, batch["z_target"])
-        return values | {f"ms_spade_{name}": value for name, value in before.items()}
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """The U-Net alone."""

@@ -154,6 +154,55 @@ class LatentPairs:
         }
 
 
+class LatentTargets:
+    """A source latent and those of all other modalities of the subject: one source per subject and epoch.
+
+    A sample is {z_source: (C, x, y, z), z_targets: (M C, x, y, z) standardised, modality by modality, 0 where there is
+    none, wanted: (M,) 1 for each modality that the subject has, but the source, else 0, source: id, subject_id, flip}.
+
+    Args:
+        latents, split, modalities: see LatentPairs.
+        pair: (source, target), where only these are to be seen; None draws the source from all that a subject has.
+
+    Raises:
+        UserError: no subject of the training split has both ends of the pair.
+    """
+
+    def __init__(
+        self, latents: "LatentStore", split: str, modalities: tuple[str, ...], pair: Pair | None = None
+    ) -> None:
+        self._latents = latents
+        self._modalities = modalities
+        self._pair = pair
+        subjects = _with_modalities(latents, split, modalities, pair)
+        self._subjects = [(subject_id, own) for subject_id, own in subjects if len(own) > 1]
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """Return a subject's latents, a random one of them the source."""
+        subject_id, own = self._subjects[index]
+        source = self._pair[0] if self._pair else own[int(torch.randint(len(own), (), generator=generator))]
+        flip = int(torch.randint(self._latents.num_flips, (), generator=generator))
+        z_source = torch.from_numpy(self._latents.latent(subject_id, source, flip))
+        targets = self._pair[1:] if self._pair else [name for name in own if name != source]
+        z_targets = torch.zeros(len(self._modalities), *z_source.shape)
+        wanted = torch.zeros(len(self._modalities))
+        for target in targets:
+            place = modality_index(target, self._modalities)
+            z_targets[place] = torch.from_numpy(self._latents.latent(subject_id, target, flip))
+            wanted[place] = 1
+        return {
+            "z_source": z_source,
+            "z_targets": z_targets.flatten(0, 1),
+            "wanted": wanted,
+            "source": modality_index(source, self._modalities),
+            "subject_id": subject_id,
+            "flip": flip,
+        }
+
+
 class VolumePairs:
     """Pairs of different volumes of one subject: one pair per subject and epoch, every ordered pair being as likely.
 
