@@ -119,7 +119,7 @@ def brats_haar() -> Config:
 
 
 def small() -> Config:
-    """Trains in minutes on a CPU: the lossless Haar codec, the bridge objective, one network evaluation a volume."""
+    """Trains in minutes on a CPU: the lossless Haar codec, one network evaluation a volume for all targets."""
     return Config(
         preset="small",
         precision="bf16",
@@ -134,25 +134,28 @@ def small() -> Config:
             norm_groups=8,
         ),
         ms_spade=MSSpadeConfig(
-            in_channels=32,
-            res_channels=(32,),
-            spade_channels=(32, 32),
-            hidden_channels=16,
+            in_channels=16,
+            res_channels=(16,),
+            spade_channels=(16,),
+            hidden_channels=8,
             kernel_size=3,
-            source_skip=True,
+            intensity_map=True,
+            voxel_norm=True,
         ),
         unet=UNetConfig(
-            channels=(32, 64, 96),
+            channels=(24, 64, 96),
             num_res_blocks=1,
             attention_levels=(),
             conditioning="scale-shift",
             lean=True,
             embed_source=True,
             skip_gates=True,
+            all_targets=True,
             norm_groups=8,
+            voxel_norm=True,
         ),
-        diffusion=DiffusionConfig(objective="bridge", bridge_start_fraction=0.8, residual_std=()),
-        sampling=SamplingConfig(sampler="bridge", num_inference_steps=1),
+        diffusion=DiffusionConfig(objective="regression", residual_std=()),
+        sampling=SamplingConfig(sampler="one-step", num_inference_steps=1),
         train_vqgan=_cpu_training(
             batch_size=2,
             crop=(32, 32, 32),
@@ -165,17 +168,22 @@ def small() -> Config:
             discriminator_layers=2,
         ),
         train_ms_spade=_cpu_training(
+            batch_size=2,
             learning_rate=2e-3,
-            max_steps=1000,
-            adversarial_weight=0.001,
-            adversarial_start_step=800,
+            max_steps=300,
             discriminator_channels=16,
             discriminator_layers=2,
-            same_modality_fraction=0.1,
+            same_modality_fraction=0.0,
             image_space_loss=True,
         ),
         train_diffusion=_cpu_training(
-            learning_rate=2e-3, max_steps=3000, same_modality_fraction=0.1, image_space_loss=True
+            batch_size=2,
+            learning_rate=2e-3,
+            betas=(0.9, 0.99),
+            warmup_steps=50,
+            max_steps=3000,
+            same_modality_fraction=0.0,
+            image_space_loss=True,
         ),
         train_unet=_cpu_training(batch_size=2, learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, max_steps=3000),
         baselines=small_baselines(),
@@ -185,6 +193,7 @@ def small() -> Config:
 def tiny() -> Config:
     """Runs every line of every stage in seconds, for tests; its results mean nothing."""
     base = small()
+    pairs = _cpu_training(learning_rate=2e-3, same_modality_fraction=0.1)
     quick: dict[str, Any] = {
         "max_steps": 4,
         "validate_every": 2,
@@ -204,7 +213,8 @@ def tiny() -> Config:
             res_channels=(8, 8),
             spade_channels=(8, 8),
             hidden_channels=4,
-            source_skip=False,
+            intensity_map=False,
+            voxel_norm=False,
         ),
         unet=replace(
             base.unet,
@@ -214,6 +224,8 @@ def tiny() -> Config:
             norm_groups=4,
             lean=False,
             skip_gates=False,
+            all_targets=False,
+            voxel_norm=False,
         ),
         haar_unet=HaarUNetConfig(channels=(8, 8), norm_groups=4),
         diffusion=DiffusionConfig(num_train_timesteps=50, objective="v"),
@@ -222,14 +234,14 @@ def tiny() -> Config:
             base.train_vqgan, crop=(16, 16, 16), adversarial_start_step=2, discriminator_channels=4, **quick
         ),
         train_ms_spade=replace(
-            base.train_ms_spade,
+            pairs,
+            adversarial_weight=0.001,
             adversarial_start_step=2,
             discriminator_channels=4,
             discriminator_layers=1,
-            image_space_loss=False,
             **quick,
         ),
-        train_diffusion=replace(base.train_diffusion, image_space_loss=False, **quick),
+        train_diffusion=replace(pairs, **quick),
         train_unet=replace(base.train_unet, **quick),
         baselines=tiny_baselines(base.baselines, quick),
     )

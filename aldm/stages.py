@@ -357,7 +357,7 @@ class DiffusionStage:
         if self._together:
             z = refine_all(model, batch["z_source"], self._all_target_like(batch), batch["source"])
             return weighted_mse(z, batch["z_targets"], self._weights_of(batch["wanted"])), {}
-        z_target_like = self._z_target_like(batch, batch["target"])
+        z_target_like = self._z_target_like(batch, batch["target"].tolist())
         drawn = [
             training_loss_inputs(
                 self.config.diffusion,
@@ -385,19 +385,20 @@ class DiffusionStage:
 
     def _all_target_like(self, batch: Batch) -> Tensor:
         """MS-SPADE's outputs for all modalities, (B, M C, x, y, z)."""
-        targets = range(len(self.config.modalities))
-        return torch.cat([self._z_target_like(batch, torch.full_like(batch["source"], m)) for m in targets], dim=1)
+        size, number = len(batch["source"]), len(self.config.modalities)
+        return torch.cat([self._z_target_like(batch, [target] * size) for target in range(number)], dim=1)
 
     @torch.no_grad()
-    def _z_target_like(self, batch: Batch, target: Tensor) -> Tensor:
+    def _z_target_like(self, batch: Batch, targets: list[int]) -> Tensor:
         """MS-SPADE's output for each sample, computed one by one so that it does not depend on the batch around it."""
         found = []
-        sources, targets = batch["source"].tolist(), target.tolist()
+        sources = batch["source"].tolist()
         for i, key in enumerate(zip(batch["subject_id"], sources, targets, batch["flip"].tolist(), strict=True)):
             z = self._target_like.get(key)
             if z is None:
                 one = slice(i, i + 1)
-                z = self._ms_spade(batch["z_source"][one], target[one], batch["source"][one]).half().cpu()
+                target = torch.full_like(batch["source"][one], targets[i])
+                z = self._ms_spade(batch["z_source"][one], target, batch["source"][one]).half().cpu()
                 if self._target_like_bytes + z.nbytes <= TARGET_LIKE_CACHE_BYTES:
                     self._target_like[key] = z
                     self._target_like_bytes += z.nbytes
@@ -406,7 +407,7 @@ class DiffusionStage:
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """The sampled latent's distance from the target's, by the sampler and steps of the configuration."""
-        z_target_like = self._z_target_like(batch, batch["target"])
+        z_target_like = self._z_target_like(batch, batch["target"].tolist())
         if self._together:
             everything = refine_all(modules["unet"], batch["z_source"], self._all_target_like(batch), batch["source"])
             z = of_target(everything, batch["target"], self._latents.latent_channels)

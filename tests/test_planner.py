@@ -106,7 +106,7 @@ def test_states_are_counted_as_adam_and_the_average_hold_them():
 
 def test_description_says_what_is_needed():
     text = plan(replace(small(), activation_checkpointing=True), "diffusion").describe()
-    assert text.startswith("diffusion, a step of 1 of 56 x 72 x 56 voxels, bf16, activations recomputed:")
+    assert text.startswith("diffusion, a step of 2 of 56 x 72 x 56 voxels, bf16, activations recomputed:")
     assert "expected peak memory 0." in text
     assert "optimizer states" in text
     assert "one volume of 16 x 24 x 16" in plan(tiny(), "inference").describe()
