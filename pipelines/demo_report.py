@@ -26,9 +26,8 @@ ROWS = {
 SUMMARY = """Simulated subjects were written as NIfTI files and prepared. The stages of the Adaptive Latent Diffusion
 Model and a regression U-Net for all pairs were trained on them and scored on held-out subjects. The subjects are made
 from the ICBM152 atlas: this shows that the path from data to result works, not how well a model does on patients."""
-MARGIN_DB = 3.0
-"""What ALDM's PSNR has to be above that of the rows that need no model."""
-TRIVIAL = ("identity", "training-mean")
+MARGINS_DB = {"identity": 3.0, "training-mean": 3.0, "intensity-map": 3.0, "unet": 1.0}
+"""What ALDM's PSNR has to be above each: the rows that need no network, and the plain network of equal time."""
 BESIDE = (*REFERENCES, "unet")
 """Rows that ALDM's PSNR is held against, where the scores have them: an older version's lack some."""
 BUDGET_GB = 4.0
@@ -69,7 +68,7 @@ def write_demo_report(out: Path, steps: Sequence[Mapping[str, Any]], *, source: 
 
 
 def scores_verdict(pair: Mapping[str, Sequence[float]], region: str, source: str, target: str) -> str:
-    """Say how far ALDM is above the other rows and whether the margin holds.
+    """Say how far ALDM is above the other rows and whether the margins hold.
 
     Args:
         pair: method -> PSNR (dB) and further scores, of this pair.
@@ -81,10 +80,14 @@ def scores_verdict(pair: Mapping[str, Sequence[float]], region: str, source: str
         for method in BESIDE
         if method in psnr
     ]
-    holds = all(psnr["aldm"] - psnr[method] >= MARGIN_DB for method in TRIVIAL)
+    short = [
+        f"{method.replace('-', ' ')} ({margin:g} dB)"
+        for method, margin in MARGINS_DB.items()
+        if method in psnr and psnr["aldm"] - psnr[method] < margin
+    ]
     return (
         f"{source.upper()} to {target.upper()} inside the {region}: ALDM {psnr['aldm']:.2f} dB, {', '.join(others)}. "
-        f"The margin of {MARGIN_DB:g} dB over identity and training mean {'holds' if holds else 'does NOT hold'}."
+        + (f"The margin does NOT hold over {', '.join(short)}." if short else "All margins hold.")
     )
 
 
