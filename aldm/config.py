@@ -23,6 +23,8 @@ Spacing = tuple[float, float, float]
 T = TypeVar("T")
 MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
+MAX_CODES = 2**20
+"""Codes of the largest quantiser without a codebook."""
 GONE = {"codec.codebook_update": "ema", "regression_unet": None}
 """Keys of earlier configurations, and the one value that is left of each: with it they are still read. None passes over
 any value: nothing that is left reads it."""
@@ -67,12 +69,17 @@ class CodecConfig:
     """Width at each level; every step between two levels halves the grid."""
     num_res_blocks: int = 2
     """Residual blocks per level of the encoder (the decoder has one more)."""
+    quantizer: str = "codebook"
+    """What makes the latent of vqgan and haar-vqgan discrete: codebook (learnt vectors) or fsq (each channel is rounded
+    to a fixed grid)."""
+    fsq_levels: tuple[int, ...] = (8, 8, 8, 8)
+    """fsq: values that each latent channel can take; a number for each channel, and embedding_dim is not read."""
     embedding_dim: int = 3
-    """Latent channels and dimension of a code."""
+    """codebook: latent channels and dimension of a code."""
     codebook_size: int = 8192
-    """Number of codes, K."""
+    """codebook: number of codes, K."""
     codebook_decay: float = 0.99
-    """Decay of the moving averages that the codes are."""
+    """Decay of the moving averages: the codes of a codebook, and how often each code is used."""
     commitment_weight: float = 0.25
     """beta, the weight of the commitment term."""
     haar_levels: int = 1
@@ -83,8 +90,21 @@ class CodecConfig:
     def __post_init__(self) -> None:
         choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))
         positive(self, "channels", "num_res_blocks", "embedding_dim", "codebook_size", "haar_levels", "norm_groups")
+        positive(self, "fsq_levels")
         within(self, 0, 1, "codebook_decay")
         within(self, 0, math.inf, "commitment_weight")
+        choice("codec.quantizer", self.quantizer, ("codebook", "fsq"))
+        within(self, 2, MAX_CODES, "fsq_levels")
+        if math.prod(self.fsq_levels) > MAX_CODES:
+            raise UserError(
+                f"codec.fsq_levels is {self.fsq_levels}, {math.prod(self.fsq_levels):,} codes, wanted at most "
+                f"{MAX_CODES:,}: how often each is used is counted"
+            )
+
+    @property
+    def code_dim(self) -> int:
+        """Channels of a quantised latent."""
+        return len(self.fsq_levels) if self.quantizer == "fsq" else self.embedding_dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from aldm.config import Config
 from aldm.denoising import build_ms_spade, build_unet
 from aldm.models.codecs import build_codec
+from aldm.models.quantizer import Codebook
 from aldm.trace import Trace
 
 
@@ -55,7 +56,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
         return ParameterCounts(
             encoder=count(codec.encoder),
             decoder=count(codec.decoder),
-            codebook=0 if codec.quantizer is None else codec.quantizer.codebook.numel(),
+            codebook=codec.quantizer.codebook.numel() if isinstance(codec.quantizer, Codebook) else 0,
             ms_spade=count(build_ms_spade(config, channels)),
             ms_spade_one_target=count(build_ms_spade(one, channels)),
             unet=count(build_unet(config, channels)),

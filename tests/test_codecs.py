@@ -12,6 +12,7 @@ from aldm.models.blocks import ResBlock
 from aldm.models.codecs import MAX_TENSOR_ELEMENTS, Codec, build_codec
 from aldm.models.ms_spade import MSSpade
 from aldm.models.passes import largest_tensor, plan
+from aldm.models.quantizer import Codebook, FiniteScalars
 from aldm.presets import brats, ixi, tiny
 
 KINDS = ["vqgan", "haar-vqgan", "haar"]
@@ -57,9 +58,10 @@ def test_the_papers_decoder_is_too_large_for_one_kernel() -> None:
     assert largest_tensor(plan(codec.decoder, 3, (48, 48, 36))) > MAX_TENSOR_ELEMENTS
 
 
+@pytest.mark.parametrize("quantizer", ["codebook", "fsq"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_interface(kind: str) -> None:
-    codec = small_codec(kind).eval()
+def test_the_interface(kind: str, quantizer: str) -> None:
+    codec = small_codec(kind, quantizer=quantizer).eval()
     x = torch.rand(2, 1, 16, 24, 12) * 2 - 1
     out = codec(x)
     d = codec.downsampling
@@ -94,9 +96,10 @@ def test_each_haar_level_of_haar_vqgan_replaces_a_halving(levels: int) -> None:
         small_codec("haar-vqgan", channels=(4, 8, 12), haar_levels=3)
 
 
+@pytest.mark.parametrize("quantizer", ["codebook", "fsq"])
 @pytest.mark.parametrize("kind", ["vqgan", "haar-vqgan"])
-def test_everything_learns_from_one_step(kind: str) -> None:
-    codec = small_codec(kind).train()
+def test_everything_learns_from_one_step(kind: str, quantizer: str) -> None:
+    codec = small_codec(kind, quantizer=quantizer).train()
     for module in codec.modules():
         if isinstance(module, ResBlock):  # starts as its shortcut, with no gradient before its last convolution
             nn.init.normal_(module.conv2.weight)
@@ -118,9 +121,21 @@ def test_sides_that_do_not_divide_are_refused(kind: str, sides: tuple[int, int, 
 def test_the_configuration_reaches_the_codebook() -> None:
     config = CodecConfig(channels=(4, 4), codebook_size=7, embedding_dim=5, commitment_weight=0.5, norm_groups=2)
     quantizer = build_codec(config).quantizer
-    assert quantizer is not None
+    assert isinstance(quantizer, Codebook)
     assert quantizer.codebook.shape == (7, 5)
     assert (quantizer.decay, quantizer.commitment_weight) == (0.99, 0.5)
+
+
+def test_finite_scalars_take_the_place_of_the_codebook() -> None:
+    config = CodecConfig(channels=(4, 4), quantizer="fsq", fsq_levels=(3, 4), codebook_decay=0.9, norm_groups=2)
+    codec = build_codec(config).eval()
+    assert isinstance(codec.quantizer, FiniteScalars)
+    assert (codec.quantizer.levels, codec.quantizer.decay, codec.latent_channels) == ((3, 4), 0.9, 2)
+    z = codec.encode(100 * torch.randn(1, 1, 8, 8, 8))
+    assert z.abs().max() <= 1  # what is stored lies in the space of the codes
+    z_q = codec.quantize(z).z_q
+    assert ((z_q - z).abs() <= torch.tensor([1 / 2, 1 / 3]).view(2, 1, 1, 1) + 1e-6).all()
+    torch.testing.assert_close(codec.decode(z), codec.decode_codes(z_q))
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "haar-vqgan"])

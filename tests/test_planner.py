@@ -70,6 +70,14 @@ def test_parameters_are_those_of_table_a():
     assert counts.codebook == 8192 * 3
 
 
+def test_finite_scalars_have_no_codebook():
+    """The stages are planned all the same: the quantiser reads no values of the fake tensors."""
+    config = with_modalities(replace(tiny(), codec=replace(tiny().codec, quantizer="fsq")))
+    assert parameter_counts(config).codebook == 0
+    assert plan(config, "vqgan").peak_bytes > 0
+    assert plan(config, "inference").flops_of["decode"] > 0
+
+
 def test_layers_add_up_to_the_networks(translation):
     config = brats()
     layers, counts = layer_table(config), parameter_counts(config)

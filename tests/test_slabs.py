@@ -17,6 +17,7 @@ from aldm.models import slabs
 from aldm.models.blocks import conv3
 from aldm.models.codecs import Codec, build_codec
 from aldm.models.passes import merge_moments, plan, rows_within, window
+from aldm.models.quantizer import Codebook
 from aldm.models.slabs import Store, decode_bounded, encode_bounded, floor_bytes
 from aldm.presets import tiny
 
@@ -33,7 +34,7 @@ def _seed() -> None:
 def no_margins(monkeypatch: pytest.MonkeyPatch) -> None:
     """At test size the constant parts of the limit would hold every tensor."""
     monkeypatch.setattr(slabs, "MARGIN_BYTES", 0)
-    monkeypatch.setattr(slabs, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(Codebook, "search_bytes", lambda self, rows: 0)
     monkeypatch.setattr(slabs, "UNFOLD_BELOW", 0)
 
 
@@ -52,13 +53,16 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def codec_of(kind: str) -> Codec:
-    codec = build_codec(replace(tiny().codec, kind=kind, channels=(8, 12, 16), haar_levels=1))
+    """One of KINDS, or fsq: haar-vqgan with that quantiser."""
+    config = replace(tiny().codec, channels=(8, 12, 16), haar_levels=1)
+    other = {"kind": "haar-vqgan", "quantizer": "fsq"} if kind == "fsq" else {"kind": kind}
+    codec = build_codec(replace(config, **other))
     for parameter in codec.parameters():  # no layer starts as nothing or as one, so that a wrong order shows
         torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.5 / parameter[0].numel() ** 0.5)
     return codec
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "fsq"])
 @pytest.mark.parametrize("factor", [1.0, 1.5, 3.0, 100.0])
 @pytest.mark.usefixtures("no_margins")
 def test_bounded_equals_whole(kind: str, factor: float, tmp_path: Path, files: list[bool]) -> None:
@@ -84,7 +88,7 @@ def test_bounded_takes_a_batch(tmp_path: Path) -> None:
         assert (encode_bounded(codec, x, limit, tmp_path) - codec.encode(x)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "fsq"])
 def test_a_limit_below_the_floor_is_refused_with_the_floor(kind: str) -> None:
     codec = codec_of(kind)
     floor = floor_bytes(codec, SHAPE)

@@ -71,6 +71,26 @@ def test_the_codebook_moves_from_the_first_step(brats_store: VolumeStore) -> Non
         assert not torch.equal(before, stage.codec.quantizer.codebook)
 
 
+def test_finite_scalars_train_without_a_commitment(brats_store: VolumeStore) -> None:
+    """Encoder, decoder and the counts of the codes go into the checkpoint, and another codec takes them."""
+    config = replace(tiny(), codec=replace(tiny().codec, quantizer="fsq", fsq_levels=(5, 4)))
+    stage = connected(VQGANStage(config, brats_store))
+    batch = batch_of(stage)
+    loss, values = stage.players[0].loss(stage.codec, batch, step(0, stage, batch, playing=False))
+    assert loss == values["reconstruction_loss"]
+    assert values["commitment_loss"] == 0
+    codes_used = values["codebook_usage"] * 20
+    assert 1 <= values["perplexity"] <= codes_used <= 20
+    exported = stage.export({"codec": stage.codec.state_dict()})
+    other = build_codec(exported.config.codec)
+    load_weights(other, exported.weights, "here")
+    assert other.quantizer is not None
+    assert other.quantizer.usage() == values["codebook_usage"]
+    torch.testing.assert_close(
+        other.eval()(batch["volume"]).reconstruction, stage.codec(batch["volume"]).reconstruction
+    )
+
+
 def test_the_vqgan_loss_is_the_sum_of_its_terms(brats_store: VolumeStore) -> None:
     stage = connected(VQGANStage(tiny(), brats_store))
     batch = batch_of(stage)

@@ -416,9 +416,11 @@ def test_the_haar_codec_loses_nothing_even_in_bf16(tmp_path):
     np.testing.assert_allclose(model.reconstruct(x), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("codec", ["vqgan", "haar-vqgan", "haar"])
-def test_a_memory_limit_does_not_change_the_result(codec, tmp_path):
-    config = replace(tiny(), codec=replace(tiny().codec, kind=codec))
+@pytest.mark.parametrize(
+    ("codec", "quantizer"), [("vqgan", "codebook"), ("haar-vqgan", "codebook"), ("haar-vqgan", "fsq"), ("haar", "fsq")]
+)
+def test_a_memory_limit_does_not_change_the_result(codec, quantizer, tmp_path):
+    config = replace(tiny(), codec=replace(tiny().codec, kind=codec, quantizer=quantizer))
     folder = save_untrained(tmp_path / "model", config=config)
     x = np.random.default_rng(0).uniform(-1, 1, config.preprocess.spatial_shape).astype(np.float32)
     whole, bounded = Translator.load(folder), Translator.load(folder, max_memory_gb=3.0, scratch_dir=tmp_path)

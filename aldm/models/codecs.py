@@ -2,7 +2,8 @@
 
 `vqgan` is the 3D VQGAN of Table A (Esser et al. 2021 without attention and with one middle block: what its 237 M
 parameters leave); `haar-vqgan` is the same between orthonormal Haar transforms, so that no convolution runs at full
-resolution; `haar` is the transform alone: lossless, isometric, nothing to train.
+resolution; `haar` is the transform alone: lossless, isometric, nothing to train. The first two quantise their latent,
+with a codebook or channel by channel.
 """
 
 from itertools import pairwise
@@ -24,14 +25,14 @@ from aldm.models.blocks import (
     run_blocks,
 )
 from aldm.models.passes import largest_tensor, plan, run_in_slabs
-from aldm.models.quantizer import Quantized, Quantizer
+from aldm.models.quantizer import Codebook, FiniteScalars, Quantized, Quantizer
 
 MAX_TENSOR_ELEMENTS = 2**31 - 1
 """Kernels index with 32 bits: layers whose tensors are larger run in slabs."""
 
 
 class CodecOutput(NamedTuple):
-    """What a training step of stage 1 sees; see Quantized for the commitment and the codebook's numbers."""
+    """What a training step of stage 1 sees; see Quantized for the commitment and the codes' numbers."""
 
     reconstruction: Tensor
     z: Tensor
@@ -41,7 +42,7 @@ class CodecOutput(NamedTuple):
 
 
 class Codec(nn.Module):
-    """Encoder blocks, an optional codebook, decoder blocks.
+    """Encoder blocks, an optional quantiser, decoder blocks.
 
     Attributes:
         latent_channels: channels of the latent.
@@ -86,17 +87,21 @@ class Codec(nn.Module):
             UserError: the downsampling d does not divide a side of x.
         """
         check_sides(x.shape[2:], self.downsampling)
-        return self._run(self.encoder, x)
+        return self.bound(self._run(self.encoder, x))
+
+    def bound(self, z: Tensor) -> Tensor:
+        """Return what the encoder's blocks give in the range of the codes; without a quantiser as it is."""
+        return z if self.quantizer is None else self.quantizer.bound(z)
 
     def quantize(self, z: Tensor) -> Quantized:
-        """Return the nearest codes with their losses; without a codebook z itself and zero losses."""
+        """Return the nearest codes with their losses; without a quantiser z itself and zero losses."""
         if self.quantizer is not None:
             return self.quantizer(z)
         zero = torch.zeros((), device=z.device)
         return Quantized(z, zero, zero + torch.nan, zero + torch.nan, None)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the volume of a latent, which is quantised first where there is a codebook."""
+        """Return the volume of a latent, which is quantised first where there is a quantiser."""
         return self.decode_codes(z if self.quantizer is None else self.quantizer.lookup(z))
 
     def decode_codes(self, z_q: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class Codec(nn.Module):
         return self._run(self.decoder, z_q)
 
     def forward(self, x: Tensor) -> CodecOutput:
-        """Encode, quantise (the codebook learns in training mode) and decode."""
+        """Encode, quantise (a codebook learns in training mode) and decode."""
         z = self.encode(x)
         quantized = self.quantize(z)
         reconstruction = self.decode_codes(quantized.z_q)
@@ -160,16 +165,18 @@ def build_codec(config: CodecConfig) -> Codec:
     return Codec(
         nn.Sequential(*(HaarTransform() for _ in range(haar_levels)), *encoder),
         nn.Sequential(*decoder, *(InverseHaarTransform() for _ in range(haar_levels))),
-        Quantizer(
-            config.codebook_size,
-            config.embedding_dim,
-            config.codebook_decay,
-            config.commitment_weight,
-        ),
-        latent_channels=config.embedding_dim,
+        build_quantizer(config),
+        latent_channels=config.code_dim,
         downsampling=2 ** (len(config.channels) - 1),
         last_layer=output.conv,
     )
+
+
+def build_quantizer(config: CodecConfig) -> Quantizer:
+    """Build the quantiser that the configuration names."""
+    if config.quantizer == "fsq":
+        return FiniteScalars(config.fsq_levels, config.codebook_decay)
+    return Codebook(config.codebook_size, config.embedding_dim, config.codebook_decay, config.commitment_weight)
 
 
 def _encoder_blocks(in_channels: int, channels: tuple[int, ...], config: CodecConfig) -> list[nn.Module]:
@@ -180,12 +187,12 @@ def _encoder_blocks(in_channels: int, channels: tuple[int, ...], config: CodecCo
             blocks.append(Downsample(before))
         blocks += _res_blocks(before, width, config.num_res_blocks, config.norm_groups)
     blocks += _res_blocks(channels[-1], channels[-1], 1, config.norm_groups)
-    return [*blocks, OutputBlock(channels[-1], config.embedding_dim, config.norm_groups)]
+    return [*blocks, OutputBlock(channels[-1], config.code_dim, config.norm_groups)]
 
 
 def _decoder_blocks(out_channels: int, channels: tuple[int, ...], config: CodecConfig) -> list[nn.Module]:
     """The encoder's mirror image with one residual block more per level."""
-    blocks: list[nn.Module] = [conv3(config.embedding_dim, channels[-1])]
+    blocks: list[nn.Module] = [conv3(config.code_dim, channels[-1])]
     blocks += _res_blocks(channels[-1], channels[-1], 1, config.norm_groups)
     for level, (before, width) in enumerate(pairwise((channels[-1], *reversed(channels)))):
         if level:

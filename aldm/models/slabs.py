@@ -16,7 +16,6 @@ from aldm.errors import UserError
 from aldm.memory import release_freed_memory
 from aldm.models.codecs import Codec, check_sides
 from aldm.models.passes import Pieces, PlannedPass, Sides, merge_moments, moments_of, plan, rows_within, run_pass
-from aldm.models.quantizer import CHUNK_BYTES
 
 FLOAT_BYTES = 4
 MARGIN_BYTES = 48 * 2**20
@@ -143,14 +142,14 @@ def encode_bounded(codec: Codec, x: Tensor, max_bytes: int, scratch_dir: Path | 
     """
     check_sides(x.shape[2:], codec.downsampling)
     _check_limit(codec, codec.encoder, x, max_bytes)
-    return _run_bounded(codec.encoder, x, max_bytes, scratch_dir)
+    return codec.bound(_run_bounded(codec.encoder, x, max_bytes, scratch_dir))
 
 
 @torch.no_grad()
 def decode_bounded(codec: Codec, z: Tensor, max_bytes: int, scratch_dir: Path | None = None) -> Tensor:
     """Return codec.decode(z), to rounding, within a limit of memory: see encode_bounded.
 
-    z is (B, latent_channels, x, y, z) and is quantised first where the codec has a codebook.
+    z is (B, latent_channels, x, y, z) and is quantised first where the codec has a quantiser.
     """
     _check_limit(codec, codec.decoder, z, max_bytes)
     if codec.quantizer is not None:
@@ -164,8 +163,7 @@ def _floor(codec: Codec, blocks: nn.Sequential, batch: int, channels: int, sides
     working = max(slab_bytes(each, batch, each.step.granularity) for each in passes)
     if blocks is codec.decoder and codec.quantizer is not None:
         voxels = batch * sides[0] * sides[1] * sides[2]
-        distances = min(CHUNK_BYTES, FLOAT_BYTES * voxels * codec.quantizer.codebook_size)
-        working = max(working, distances + 4 * FLOAT_BYTES * voxels * (channels + 2))
+        working = max(working, codec.quantizer.search_bytes(voxels) + 4 * FLOAT_BYTES * voxels * (channels + 2))
     return MARGIN_BYTES + working + _output_bytes(passes[-1], batch)
 
 

@@ -28,7 +28,7 @@ NAMED: list[tuple[str, str, str, str]] = [
     ),
     ("sign of the hinge", "aldm/losses.py", "F.relu(1 + fake_logits", "F.relu(1 - fake_logits"),
     ("straight-through", "aldm/models/quantizer.py", "z_q = z + (z_q - z).detach()", "z_q = z + (z_q - z)"),
-    ("first averages", "aldm/models/quantizer.py", "torch.where(first, 0.0, self.decay)", "self.decay"),
+    ("first averages", "aldm/models/quantizer.py", "torch.where(self.step == 0, 0.0, self.decay)", "self.decay"),
     (
         "codes by error",
         "aldm/models/quantizer.py",
