@@ -159,9 +159,6 @@ class UNetConfig:
     skip_gates: bool = False
     """Learn per pair and channel how much of the network, the source and the target-like latent enters the prediction;
     for epsilon and v per time step, pair and channel how much of the noisy input enters it. Not in the paper."""
-    all_targets: bool = False
-    """Predict all modalities from a source in one evaluation, so that a step learns from all that the subject has; the
-    objective regression only. Not in the paper."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
     voxel_norm: bool = False
@@ -212,6 +209,9 @@ class DiffusionConfig:
     """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
     bridge_start_fraction: float = 0.5
     """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
+    all_targets: bool = False
+    """Predict all modalities from a source in one evaluation, so that a step learns from all that the subject has; the
+    objective regression only. Not in the paper."""
     residual_std: tuple[float, ...] | None = None
     """How far target and target-like latent are apart (RMS per channel, standardised); epsilon and v then start from
     what that implies (method.md section 5). [] measures it when the training begins; null leaves it out, as the paper
@@ -225,6 +225,10 @@ class DiffusionConfig:
         within(self, 0, math.inf, "bridge_noise")
         if self.residual_std:
             positive(self, "residual_std")
+        if self.all_targets and self.objective != "regression":
+            raise UserError(
+                f"diffusion.all_targets needs the objective regression, not {self.objective}: set it to false"
+            )
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "
@@ -287,9 +291,6 @@ class Config:
             raise UserError(f"seed is {self.seed}, wanted 0 or more")
         if self.modalities != sort_modalities(self.modalities):
             raise UserError(f"modalities are {self.modalities}, wanted distinct and in the vocabulary's order")
-        if self.unet.all_targets and self.diffusion.objective != "regression":
-            objective = self.diffusion.objective
-            raise UserError(f"unet.all_targets needs diffusion.objective regression, not {objective}: set it to false")
         if self.pair is not None:
             if self.pair[0] == self.pair[1]:
                 raise UserError(f"pair is {self.pair[0]} to {self.pair[1]}, wanted two different modalities")

@@ -21,8 +21,7 @@ from aldm.translate import Translator
 
 TOGETHER = replace(
     tiny(),
-    unet=replace(tiny().unet, all_targets=True),
-    diffusion=DiffusionConfig(objective="regression"),
+    diffusion=DiffusionConfig(objective="regression", all_targets=True),
     sampling=replace(tiny().sampling, sampler="one-step", num_inference_steps=1),
 )
 
@@ -122,5 +121,5 @@ def test_a_translator_gives_what_the_training_validates(latents: LatentStore, tm
 
 
 def test_it_is_for_regression_alone() -> None:
-    with pytest.raises(UserError, match="all_targets needs"):
-        replace(TOGETHER, diffusion=DiffusionConfig(objective="epsilon"), sampling=tiny().sampling)
+    with pytest.raises(UserError, match="all_targets needs the objective regression, not epsilon"):
+        DiffusionConfig(objective="epsilon", all_targets=True)

@@ -136,6 +136,9 @@ class ResBlock(nn.Module):
         embedding_channels: length of the conditioning vector; 0 for none.
         conditioning: "add" adds the projected embedding after the first convolution (Ho et al. 2020), "scale-shift"
             modulates the second norm's output with it (Dhariwal & Nichol 2021, adaptive group norm).
+        starts_as_shortcut: start with a second convolution and modulation of 0, so that a deep stack trains from the
+            first step. A shallow network whose last convolution starts at 0 as well learns nothing at first, and then
+            slowly (docs/experiments.md).
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class ResBlock(nn.Module):
         norm_groups: int,
         embedding_channels: int = 0,
         conditioning: str = "add",
+        starts_as_shortcut: bool = True,
     ) -> None:
         super().__init__()
         self.scale_shift = conditioning == "scale-shift"
@@ -153,12 +157,12 @@ class ResBlock(nn.Module):
         self.embedding: nn.Linear | None = None
         if embedding_channels:
             self.embedding = nn.Linear(embedding_channels, out_channels * (2 if self.scale_shift else 1))
-            if self.scale_shift:  # starts unmodulated
-                nn.init.zeros_(self.embedding.weight)
-                nn.init.zeros_(self.embedding.bias)
+            if self.scale_shift and starts_as_shortcut:
+                zero_(self.embedding)
         self.norm2 = make_norm(norm_groups, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
-        zero_(self.conv2)  # starts as its shortcut: a deep stack of them trains from the first step
+        if starts_as_shortcut:
+            zero_(self.conv2)
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:

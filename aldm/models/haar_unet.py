@@ -46,7 +46,7 @@ class HaarUNet(nn.Module):
         embedding_channels = 2 * channels[0]
 
         def block(before: int, after: int) -> ResBlock:
-            return ResBlock(before, after, norm_groups, embedding_channels, "scale-shift")
+            return ResBlock(before, after, norm_groups, embedding_channels, "scale-shift", starts_as_shortcut=False)
 
         steps = list(pairwise(channels))
         self.haar, self.inverse = HaarTransform(), InverseHaarTransform()

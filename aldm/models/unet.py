@@ -78,7 +78,7 @@ class UNet(nn.Module):
         embedding_channels = 4 * channels[0]
 
         def stage(before: int, after: int, attention: bool) -> ConditionedBlock:
-            block = ResBlock(before, after, norm_groups, embedding_channels, conditioning)
+            block = ResBlock(before, after, norm_groups, embedding_channels, conditioning, starts_as_shortcut=not lean)
             return ConditionedBlock(block, Attention(after, head_channels, norm_groups) if attention else None)
 
         self.time = nn.Sequential(
