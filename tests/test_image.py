@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from image import DOCKERFILE, ROOT, Replay, assignments, chain, context_files, environment, ignored, read_dockerfile
+from service import free_port
 
 import aldm
 from aldm.cli import JOBS
@@ -281,5 +282,5 @@ engine.backward(engine(torch.ones(1, 4)).square().sum())
 engine.step()
 print("moved" if any(not torch.equal(a, b) for a, b in zip(before, net.parameters())) else "stood still")
 """
-    ranks = "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511"
+    ranks = f"RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}"
     assert pod(f"{ranks} python -c {shlex.quote(code)}").split()[-1] == "moved"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import run
 from pyarrow.fs import FileSelector, FileSystem
 from ray_runs import losses
 
@@ -71,9 +72,6 @@ def test_a_training_goes_on_from_a_bucket(
     ray_cluster: None, haar_latents: Path, server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In two parts on Ray it is the curve of one process; what is left on this machine has no secret."""
-
-    def run(*words: object) -> int:
-        return cli.main([str(word) for word in words])
 
     folder = tmp_path / "run"
     words = ("train", "ms-spade", "--latents", haar_latents, *TINY, *STEADY)

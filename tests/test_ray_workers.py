@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import content, refused, run
 from untrained import save_untrained
 
 from aldm import cli
@@ -56,19 +57,6 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("models") / "model")
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert run(*words) == cli.EXIT_USER_ERROR
-    return capsys.readouterr().err
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def prepare(source: Path, store: Path, *flags: object) -> tuple[object, ...]:

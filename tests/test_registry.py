@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jobs
 import nibabel
 import pytest
 from untrained import save_untrained
 
-from aldm import cli
 from aldm.checkpoint import load_checkpoint, save_checkpoint
 from aldm.data.phantom import simulate_subject
 from aldm.errors import UserError
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object) -> int:
-    return cli.main([*map(str, words), "--device", "cpu", "--log-level", "warning"])
+    return jobs.run(*words, "--device", "cpu", "--log-level", "warning")
 
 
 def unet_run(model: Path, run_dir: Path) -> Path:
