@@ -61,7 +61,7 @@ def build_app(args: Settings) -> "Application":
 
     worker = serve.deployment(Worker).options(
         name="model",
-        **_copies(args),
+        **copies(args),
         max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if args.use_gpu else 0},
         graceful_shutdown_timeout_s=LONGEST_JOB_S,
@@ -80,7 +80,7 @@ def build_app(args: Settings) -> "Application":
     return api.bind(worker.bind(str(model.folder), settings))
 
 
-def _copies(args: Settings) -> dict[str, Any]:
+def copies(args: Settings) -> dict[str, Any]:
     """Return the options that say how many copies of the model there are.
 
     Workers fetch their jobs, so no request of theirs waits that Ray Serve could count: its own measure would never add

@@ -44,7 +44,11 @@ class _Ticket:
 
 
 class JobStore:
-    """The queue and all jobs; made for one thread."""
+    """The queue and all jobs; made for one thread.
+
+    Attributes:
+        lock: the open file that keeps other services out of the work folder.
+    """
 
     def __init__(self, settings: Settings, *, as_configured: bool = False) -> None:
         """Read what is in the work folder and take its lock.
@@ -56,7 +60,7 @@ class JobStore:
         Raises:
             UserError: the folder cannot be used, or another service uses it.
         """
-        self._lock = work_folder.locked(settings.folder)
+        self.lock = work_folder.locked(settings.folder)
         setup = work_folder.read_setup(settings.folder)
         self._model: dict[str, str] | None = setup.get("model")
         self.settings = _settings_of(setup, settings) if as_configured else settings

@@ -140,11 +140,15 @@ def check_no_proxy() -> None:
 
 
 class Guard:
-    """ASGI middleware around the whole application: host, token, size and room are checked before a body is read."""
+    """ASGI middleware around the whole application: host, token, size and room are checked before a body is read.
+
+    Attributes:
+        arriving: bytes of the bodies that are being read, as they were announced.
+    """
 
     def __init__(self, app: Any, *, settings: Settings, tokens: Mapping[str, str], store: StoreHandle) -> None:
         self.app, self.settings, self.tokens, self.store = app, settings, tokens, store
-        self._arriving = 0
+        self.arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or say why not."""
@@ -174,10 +178,10 @@ class Guard:
         if size is None:
             raise Problem(411, "the length of the request is not said: send Content-Length, not chunks")
         _check_form(headers)
-        if self._arriving and self._arriving + size > limit:
+        if self.arriving and self.arriving + size > limit:
             raise busy("other large volumes are arriving", 2)
         ticket = scope["state"]["ticket"] = secrets.token_hex(8)
-        self._arriving += size
+        self.arriving += size
         body = Body(receive, size, self.settings.max_upload_seconds, at_end=lambda: self._arrived(size))
         try:
             await self.store.acall("reserve", ticket, size)
@@ -187,7 +191,7 @@ class Guard:
             self.store.tell("release", ticket)
 
     def _arrived(self, size: int) -> None:
-        self._arriving -= size
+        self.arriving -= size
 
     def _owner(self, scope: Scope, headers: dict[str, str]) -> str:
         """Return who asks: a token's name and part of its hash, so that a new token of an old name is somebody else."""

@@ -62,7 +62,7 @@ class Service:
                 limit = self.settings.max_grid_voxels
                 await anyio.to_thread.run_sync(check_grid, folder, self.model.config.preprocess, limit)
             source, source_from = self._source(values["source"], name, words)
-            self._check_pairs(source, targets)
+            self.check_pairs(source, targets)
             if values["format"] == files.DICOM and not files.is_series(folder):
                 raise Problem(422, "format dicom makes a derived series, wanted a zip of a DICOM series as volume")
             job = Job(
@@ -114,7 +114,7 @@ class Service:
             )
         return sampling
 
-    def _check_pairs(self, source: str, targets: list[str]) -> None:
+    def check_pairs(self, source: str, targets: list[str]) -> None:
         """Refuse a translation that the model was not trained for; raises Problem 422."""
         try:
             for target in targets:

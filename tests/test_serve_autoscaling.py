@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from aldm.errors import UserError
-from serve.app import _copies
+from serve.app import copies
 from serve.autoscaling import WANTED, copies_for_jobs
 from serve.settings import Settings
 
@@ -42,13 +42,13 @@ def test_the_newest_report_counts_within_the_bounds(given: Any, wanted: int) -> 
 
 
 def test_a_fixed_number_of_copies_is_not_scaled() -> None:
-    assert _copies(Settings(num_replicas=3)) == {"num_replicas": 3}
+    assert copies(Settings(num_replicas=3)) == {"num_replicas": 3}
 
 
 def test_ray_serve_takes_the_policy() -> None:
     from ray.serve.config import AutoscalingConfig
 
-    options = _copies(Settings(num_replicas=1, max_replicas=5))
+    options = copies(Settings(num_replicas=1, max_replicas=5))
     config = AutoscalingConfig(**options["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas) == (1, 5)
     assert config.policy.get_policy()(context([(1, 2)])) == (2, {})

@@ -60,7 +60,8 @@ class Service:
         self.settings = Settings(model=str(model), work_dir=str(work), **usual | limits)
         self.store = JobStore(self.settings)
         near: Any = Near(self.store)
-        self.app = build_api(self.settings, find_model(str(model), work), tokens, near)
+        self.model = find_model(str(model), work)
+        self.app = build_api(self.settings, self.model, tokens, near)
 
     async def send(self, method: str, path: str, **request: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
@@ -73,9 +74,7 @@ class Service:
     @property
     def at_rest(self) -> bool:
         """Whether nothing is left of any upload."""
-        return (
-            self.store.counts()["uploading"] == 0 and self.app._arriving == 0 and not any(self.store.folder.iterdir())
-        )
+        return self.store.counts()["uploading"] == 0 and self.app.arriving == 0 and not any(self.store.folder.iterdir())
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_a_form_of_the_right_kind_is_taken(started: Callable[..., Service]) -> N
     source = service.ask("GET", job["links"]["source"])
     assert source.status_code == 200
     assert source.headers["content-disposition"] == 'attachment; filename="source-t1.nii.gz"'
-    assert service.app._arriving == 0
+    assert service.app.arriving == 0
     (service.store.folder / job["id"] / "volume.nii.gz").unlink()  # expires between check and read
     assert "expired" in detail(service.ask("GET", job["links"]["source"]), 404)
     assert service.ask("DELETE", job["links"]["self"]).status_code == 204
@@ -118,7 +117,7 @@ def test_files_that_expire_while_they_are_asked_for(started: Callable[..., Servi
     service = started()
     form = {"files": {"volume": ("t1.nii", scan())}, "data": {"target": "t2"}}
     job = service.ask("POST", "/v1/translations", **form).json()
-    (mine,) = service.store.claim("w", 1, "1", service.store._jobs[job["id"]].model["hash"])
+    (mine,) = service.store.claim("w", 1, "1", service.model.hash)
     service.store.finish("w", mine.id)
     for kind in ("result", "preview.png", "provenance"):
         answer = service.ask("GET", f"{job['links']['self']}/{kind}?target=t2")
@@ -257,7 +256,7 @@ def test_bodies_that_arrive_together_are_together_as_large_as_one_may_be(started
 
         length = {"Content-Length": str(len(file))}
         first = asyncio.create_task(service.send("POST", "/v1/translations", content=slowly(), headers=FORM | length))
-        while not service.app._arriving:
+        while not service.app.arriving:
             await asyncio.sleep(0.01)
         second = await service.send("POST", "/v1/translations", content=file, headers=FORM)
         small = {"files": {"volume": ("t1.nii", scan())}, "data": {"target": "t2"}}
@@ -270,7 +269,7 @@ def test_bodies_that_arrive_together_are_together_as_large_as_one_may_be(started
     assert second.headers["retry-after"] == "2"
     assert small.status_code == 202  # there is room for it
     detail(first, 422)  # it was read to its end, and names no target
-    assert service.app._arriving == 0
+    assert service.app.arriving == 0
     assert service.store.counts()["uploading"] == 0
 
 

@@ -91,7 +91,7 @@ def add(store: JobStore, size: int = 10, **fields: Any) -> Job:
 
 def restarted(store: JobStore) -> JobStore:
     """What a new process finds after the old one was killed: the kernel gives its lock back."""
-    store._lock.close()
+    store.lock.close()
     return JobStore(store.settings)
 
 
@@ -373,7 +373,7 @@ def test_another_model_may_serve_once_a_copy_of_it_asks_for_work(tmp_path: Path,
 def test_a_restarted_store_knows_the_last_limits(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(settings_of(tmp_path))
     store.configure(settings_of(tmp_path, max_queue=7).model_dump(), {"name": "m", "hash": "h"})
-    store._lock.close()
+    store.lock.close()
     first = settings_of(tmp_path)  # what Ray starts it again with
     assert JobStore(first, as_configured=True).settings.max_queue == 7
 
@@ -430,7 +430,7 @@ def test_another_s_folder_is_left_alone(tmp_path: Path) -> None:
     store = JobStore(settings_of(project))
     assert stat.S_IMODE(project.stat().st_mode) == 0o755
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
-    store._lock.close()
+    store.lock.close()
     JobStore(settings_of(tmp_path / "new"))
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
@@ -553,7 +553,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
-            self.store._lock.close()
+            self.store.lock.close()
             serve.jobs.time = self.real
             self.place.cleanup()
 

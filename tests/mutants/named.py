@@ -82,7 +82,7 @@ NAMED: list[tuple[str, str, str, str]] = [
     ("any address", "serve/security.py", "if not _is_loopback(client):", "if False:"),
     ("eight digits", "serve/security.py", "compare_digest(digest, known)", "compare_digest(digest[:8], known[:8])"),
     ("Content-Length", "serve/security.py", "if int(length) > limit:", "if False:"),
-    ("bodies that arrive", "serve/security.py", "if self._arriving and self._arriving + size > limit:", "if False:"),
+    ("bodies that arrive", "serve/security.py", "if self.arriving and self.arriving + size > limit:", "if False:"),
     (
         "voxels of a NIfTI",
         "serve/uploads.py",
