@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Translate volumes over HTTP: a page at /, the interface's own documentation at /docs. Ctrl-C or SIGTERM
-lets running translations finish; what is queued is made after the next start with the same --work-dir."""
+lets running translations finish, and the exit code is 0; what is queued is made after the next start with the same
+--work-dir."""
 NAME = "aldm"
 _OWN_FLAGS = ("use_gpu", "precision")  # --device and --precision say so
 
@@ -76,8 +77,9 @@ def _serve(args: argparse.Namespace, settings: Settings) -> int:
             while True:
                 time.sleep(3600)
         except KeyboardInterrupt:
-            if store is not None:
-                _drain(store, args.drain_seconds)
+            if store is None:
+                raise  # it has not served
+            _drain(store, args.drain_seconds)
         finally:
             serve.shutdown()
             if store is not None:

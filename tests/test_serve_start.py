@@ -1,11 +1,15 @@
 """What `aldm serve` refuses before it starts anything, its tokens, and what it guesses of a file."""
 
+import contextlib
 import hashlib
+import signal
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from service import free_port
 from untrained import save_untrained
 
 from aldm.cli import main
@@ -26,9 +30,10 @@ def start(model: Path | str, work: Path, *flags: object) -> int:
 
 
 def test_a_dry_run_says_what_would_be_served(model, tmp_path, capsys):
-    assert start(model, tmp_path / "work", "--port", 21877, "--max-queue", 3) == 0
+    port = free_port()
+    assert start(model, tmp_path / "work", "--port", port, "--max-queue", 3) == 0
     said = capsys.readouterr().out
-    assert "would listen on 127.0.0.1:21877 and answer clients on this machine" in said
+    assert f"would listen on 127.0.0.1:{port} and answer clients on this machine" in said
     assert str(tmp_path / "work") in said
     assert "memory of a copy" in said
 
@@ -69,7 +74,7 @@ def test_a_proxy_in_front_needs_tokens(model, tmp_path, capsys, monkeypatch):
     assert start(model, tmp_path / "work") == 2
     assert "puts a proxy in front of the service" in capsys.readouterr().err
     new_token(tmp_path / "tokens", "someone")
-    assert start(model, tmp_path / "work", "--port", 21876, "--token-file", tmp_path / "tokens") == 0
+    assert start(model, tmp_path / "work", "--port", free_port(), "--token-file", tmp_path / "tokens") == 0
 
 
 def test_a_registered_model_is_served_with_its_card(tmp_path, capsys, monkeypatch):
@@ -84,9 +89,9 @@ def test_a_registered_model_is_served_with_its_card(tmp_path, capsys, monkeypatc
     assert (found.name, found.hash, found.card) == ("models:/brats@champion", wanted.hash, wanted.card)
     assert found.folder.is_relative_to(tmp_path / "work" / "models")
     assert stat.S_IMODE((tmp_path / "work").stat().st_mode) == 0o700
-    assert start("models:/brats@champion", tmp_path / "work", "--port", 21875) == 0
+    assert start("models:/brats@champion", tmp_path / "work", "--port", free_port()) == 0
     assert "model: models:/brats@champion: aldm, preset tiny" in capsys.readouterr().out
-    assert start("models:/brats@nobody", tmp_path / "work", "--port", 21875) == 2
+    assert start("models:/brats@nobody", tmp_path / "work", "--port", free_port()) == 2
 
 
 def test_a_model_that_is_none_is_refused(tmp_path, capsys):
@@ -104,9 +109,40 @@ def test_a_port_or_folder_in_use_is_refused(model, tmp_path, capsys):
         assert f"--port {port}: cannot listen there" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
     with locked(tmp_path / "work"):
-        assert start(model, tmp_path / "work", "--port", 21878) == 2
+        assert start(model, tmp_path / "work", "--port", free_port()) == 2
         assert "in use by another service" in capsys.readouterr().err
-    assert start(model, tmp_path / "work", "--port", 21878) == 0
+    assert start(model, tmp_path / "work", "--port", free_port()) == 0
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "started", "code"),
+    [
+        (signal.SIGINT, True, 0),
+        (signal.SIGTERM, True, 0),
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
+    ],
+)
+def test_a_service_that_has_started_ends_in_order_and_one_that_has_not_was_stopped(
+    model, tmp_path, monkeypatch, signal_number, started, code
+):
+    """With everything that runs on Ray left out."""
+    from ray import serve as ray_serve
+
+    def stop(*_: object) -> None:
+        signal.raise_signal(signal_number)
+
+    for name in ("start", "shutdown"):
+        monkeypatch.setattr(ray_serve, name, lambda **_: None)
+    monkeypatch.setattr(ray_serve, "run", lambda *_, **__: None if started else stop())
+    monkeypatch.setattr("pipelines.ray_session.ray_session", contextlib.nullcontext)
+    monkeypatch.setattr("pipelines.ray_session.check_workers", lambda *_, **__: None)
+    monkeypatch.setattr("serve.app.build_app", lambda settings: None)
+    monkeypatch.setattr("serve.store.start_store", lambda settings: SimpleNamespace(call=lambda method: 0))
+    monkeypatch.setattr("serve.store.end_store", lambda: None)
+    monkeypatch.setattr("serve.main.time.sleep", stop)
+    words = ["serve", "--model", str(model), "--work-dir", str(tmp_path / "work"), "--port", str(free_port())]
+    assert main(words) == code
 
 
 def test_tokens_are_kept_as_hashes(tmp_path, capsys):
