@@ -169,3 +169,25 @@ def test_a_change_is_noticed_where_a_test_fails_on_it_and_nothing_is_written(tmp
     )
     assert last in [f"[PosixPath('half.py'), PosixPath('test_half.py')] {tests} []" for tests in orders]
     assert (tmp_path / "half.py").read_text() == MODULE
+
+
+def test_a_second_run_in_a_checkout_is_refused(tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests" / "mutants")!r})
+from run import alone
+
+build = Path("build")
+with alone(build):
+    try:
+        with alone(build):
+            raise AssertionError("two at once")
+    except SystemExit as error:
+        print(error)
+with alone(build):  # the next one
+    pass
+"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("another make mutants runs in this checkout")

@@ -11,6 +11,7 @@ lines, so that only those are asked. What was found is kept in build/mutants.jso
 
 import argparse
 import ast
+import fcntl
 import hashlib
 import importlib
 import json
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +66,7 @@ def main() -> int:
 
 def in_a_copy() -> int:
     """Copy what git knows of the project and run there, so that nobody's edits get in between."""
-    with tempfile.TemporaryDirectory(prefix="aldm-mutants-") as folder:
+    with alone(ROOT / "build"), tempfile.TemporaryDirectory(prefix="aldm-mutants-") as folder:
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
             if name and (ROOT / name).is_file():
@@ -80,6 +82,19 @@ def in_a_copy() -> int:
             return process.wait()
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def alone(build: Path) -> Iterator[None]:
+    """Keep a second run out, which would write what it has found over what this one has."""
+    build.mkdir(exist_ok=True)
+    with (build / "mutants.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            words = "another make mutants runs in this checkout: wait for it, or use another checkout"
+            raise SystemExit(words) from None
+        yield
 
 
 def chosen(file: str, per_file: int) -> list[tuple[str, Mutant]]:
