@@ -16,7 +16,7 @@ from aldm.baselines.regression_unet import RegressionStage
 from aldm.checkpoint import load_weights
 from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
-from aldm.data.store import VolumeStore
+from aldm.data.store import SPLITS, VolumeStore
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, loss_weights
 from aldm.diffusion import make_schedule, noised, to_x0, training_target
 from aldm.errors import UserError
@@ -452,6 +452,12 @@ def test_the_regression_loss_is_four_times_the_squared_error_and_the_absolute_on
     errors = -1 - batch["target_volume"]  # a network that is new says that nothing is there
     assert torch.allclose(loss, 4 * errors.square().mean() + errors.abs().mean())
     assert torch.allclose(values["mse"], errors.square().mean())
+
+
+def test_a_regression_that_trains_on_crops_is_judged_on_whole_volumes(brats_store: VolumeStore) -> None:
+    stage = RegressionStage(replace(tiny(), train_unet=replace(tiny().train_unet, crop=(8, 8, 8))), brats_store)
+    sides = [stage.samples(split).sample(0, torch.Generator())["target_volume"].shape[1:] for split in SPLITS[:2]]
+    assert sides == [(8, 8, 8), brats_store.preprocess.spatial_shape]
 
 
 @pytest.mark.parametrize("name", ["codec", "ms-spade", "diffusion", "unet"])

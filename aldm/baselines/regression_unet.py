@@ -47,12 +47,12 @@ class RegressionStage:
         """Nothing is frozen here."""
 
     def samples(self, split: str) -> VolumePairs:
-        """Pairs of volumes, cropped and flipped."""
+        """Pairs of volumes, cropped and flipped; whole ones where they are validated, as the other methods' are."""
         return VolumePairs(
             self._store,
             split,
             self.config.modalities,
-            self._training.crop,
+            self._training.crop if split == "train" else None,
             self._training.flip_probability,
             self.config.pair,
         )
