@@ -81,6 +81,8 @@ def test_a_file_goes_up_and_its_translation_is_seen_and_fetched(
     expect(page.locator("#progress-text")).to_contain_text("Translating", timeout=PATIENCE_MS)
     expect(page.locator("#status")).to_contain_text("The volume is a t1, by its name")
     expect(page.locator("#status")).to_contain_text("Done in", timeout=PATIENCE_MS)
+    covered = re.compile("in [0-9]+ boxes of the model's size; nothing of the foreground lies outside")
+    expect(page.locator("#status")).to_contain_text(covered)
     assert is_drawn(picture(page, "#source-view"))
     assert is_drawn(picture(page, "#result-view"))
     expect(page.locator("#result-caption")).to_have_text("t2: synthetic, research use only")
