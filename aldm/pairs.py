@@ -2,7 +2,7 @@
 
 from aldm.config import Config
 from aldm.config_baselines import BOTH_WAYS
-from aldm.data.modalities import modality_index
+from aldm.data.modalities import check_modality
 from aldm.errors import UserError
 
 
@@ -19,8 +19,8 @@ def check_pair(config: Config, kind: str, source: str, target: str) -> None:
     Raises:
         UserError: an unknown modality, or another pair than the model's.
     """
-    for name in (source, target):
-        modality_index(name, config.modalities)
+    check_modality("source", source, config.modalities)
+    check_modality("target", target, config.modalities)
     if not pair_is_known(config, kind, source, target):
         raise UserError(
             f"this {kind} model translates {pairs_in_words(config, kind)}, not {source} to {target}: give "

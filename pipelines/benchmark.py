@@ -167,10 +167,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _check_pair(store: "VolumeStore", source: str, target: str) -> None:
-    from aldm.data.modalities import modality_index
+    from aldm.data.modalities import check_modality
 
-    for name in (source, target):
-        modality_index(name, store.modalities)
+    check_modality("source", source, store.modalities)
+    check_modality("target", target, store.modalities)
     if source == target:
         raise UserError(f"--source and --target are both {source}, wanted two different modalities")
     for split in ("train", "test"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aldm.cli import with_flags
 from aldm.config import SAMPLERS
-from aldm.data.modalities import MODALITIES, modality_index
+from aldm.data.modalities import MODALITIES, check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
@@ -99,7 +99,7 @@ def _check_modalities(args: argparse.Namespace, maker: "Maker") -> None:
     """Refuse modalities and pairs that no input could be translated with."""
     targets = maker.modalities if args.target == ALL else (args.target,)
     for name in targets:
-        modality_index(name, maker.modalities)
+        check_modality("target", name, maker.modalities)
     if args.source != AUTO:
         for name in [name for name in targets if maker.translates(args.source, name)] or targets:
             maker.check_pair(args.source, name)

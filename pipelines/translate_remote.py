@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
 from aldm.data.dicom_files import SUFFIXES
-from aldm.data.modalities import modality_index
+from aldm.data.modalities import check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
 from aldm.progress import progress
@@ -96,8 +96,8 @@ class RemoteService:
 
     def check_pair(self, source: str, target: str) -> None:
         """Refuse a modality that the model does not know."""
-        for name in (source, target):
-            modality_index(name, self.modalities)
+        check_modality("source", source, self.modalities)
+        check_modality("target", target, self.modalities)
 
     def load(self) -> None:
         """The service has loaded its model already."""

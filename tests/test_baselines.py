@@ -299,6 +299,8 @@ def test_from_training_to_a_translation(method: str, store: VolumeStore, tmp_pat
     words = ["evaluate", "--model", tmp_path / "model", "--store", store.path, "--out", tmp_path / "other"]
     assert main([str(word) for word in (*words, "--source", "pd", "--target", "t1")]) == 2
     assert f"this {method} model translates t1 to t2" in capsys.readouterr().err
+    assert main([str(word) for word in (*words, "--source", "t9", "--target", "t1")]) == 2
+    assert "aldm evaluate: --source is 't9', wanted one of: t1, t2, pd" in capsys.readouterr().err
 
 
 def test_a_method_can_be_served(store: VolumeStore, tmp_path: Path) -> None:

@@ -390,8 +390,8 @@ def refused(code: int, capsys: pytest.CaptureFixture[str], words: str, folder: P
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
-    "unknown modality": ({"source": "t3"}, (), "modality 't3' is not one that this model knows"),
-    "modality of another model": ({"target": "flair"}, (), "'flair' is not one that this model knows: t1, t2, pd"),
+    "unknown modality": ({"source": "t3"}, (), "--source is 't3', wanted one of: t1, t2, pd"),
+    "modality of another model": ({"target": "flair"}, (), "--target is 'flair', wanted one of: t1, t2, pd"),
     "neither name nor header says the source": (
         {"source": "auto"},
         (),

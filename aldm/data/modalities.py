@@ -20,6 +20,21 @@ def sort_modalities(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in MODALITIES if name in wanted)
 
 
+def check_modality(name: str, value: str, modalities: Iterable[str]) -> None:
+    """Refuse a parameter that has to be a modality.
+
+    Args:
+        name: of the parameter, such as source.
+        value: what it was given.
+        modalities: what it may be.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if value not in modalities:
+        raise UserError(f"`{name}` is {value!r}, wanted one of: {', '.join(modalities)}")
+
+
 def modality_index(name: str, modalities: tuple[str, ...]) -> int:
     """Return the integer id of a modality in a model that knows `modalities` (its position there).
 
