@@ -17,6 +17,7 @@ from scipy import stats
 
 from aldm.files import atomic_path
 from aldm.significance import holm_texts, signed_rank_p
+from aldm.words import counted
 
 REFERENCES = ("identity", "training-mean", "intensity-map", "histogram-matching")
 """Methods that need no network; every evaluation of a store has the same rows of them."""
@@ -252,8 +253,8 @@ def comparisons(rows: Sequence[ScoreRow], region: str) -> str:
     found = [compare(own, one, other, region) for i, one in enumerate(keys) for other in keys[i + 1 :]]
     known = sorted((c for c in found if c is not None), key=lambda c: -c.difference_db)
     best = max(keys, key=lambda key: summarize(r for r in own if r.key == key).mean[0], default=None)
-    texts, number = holm_texts({c: c.p_value for c in known if best in (c.better, c.than)})
-    lines = [f"| better | than | by PSNR (dB) | 95 % interval | subjects | | p (Holm, {number} comparisons) |"]
+    texts, heading = holm_texts({c: c.p_value for c in known if best in (c.better, c.than)})
+    lines = [f"| better | than | by PSNR (dB) | 95 % interval | subjects | | {heading} |"]
     lines.append("|---|---|---|---|---|---|---|")
     for item in known:
         interval = f"{item.low_db:+.2f} to {item.high_db:+.2f}" if math.isfinite(item.low_db) else "one subject: none"
@@ -285,9 +286,10 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
     subjects = {row.subject_id for row in rows}
     parts = [
         f"# {title}",
-        f"{len(subjects)} subjects. Mean ± standard deviation (n - 1) over subjects, in each region's first table over "
-        "all its volumes. PSNR (dB) and SSIM: higher is better; NMSE: lower is better. Images in [0, 1], range 1; SSIM "
-        "in 3D, Gaussian window of 11 voxels, sigma 1.5; a region's SSIM is the mean of the map over it. `volume` is "
+        f"{counted(len(subjects), 'subject')}. Mean ± standard deviation (n - 1) over subjects, in each region's first "
+        "table over all its volumes. PSNR (dB) and SSIM: higher is better; NMSE: lower is better. Images in [0, 1], "
+        "range 1; SSIM in 3D, Gaussian window of 11 voxels, sigma 1.5; a region's SSIM is the mean of the map over it. "
+        "`volume` is "
         "the model's whole box. Synthetic images, for research use only.",
     ]
     for region in dict.fromkeys(row.region for row in rows):

@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+from aldm.words import counted
+
 K = TypeVar("K")
 
 MIN_SUBJECTS = 6
@@ -41,8 +43,8 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def holm_texts(p_values: Mapping[K, float]) -> tuple[dict[K, str], int]:
-    """Return a table's cell for every comparison, and how many were tested and corrected for.
+def holm_texts(p_values: Mapping[K, float]) -> tuple[dict[K, str], str]:
+    """Return a table's cell for every comparison, and the heading, which says for how many they are corrected.
 
     Args:
         p_values: of `signed_rank_p`; NaN was not tested.
@@ -51,7 +53,7 @@ def holm_texts(p_values: Mapping[K, float]) -> tuple[dict[K, str], int]:
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     never = f"cannot be significant (fewer than {MIN_SUBJECTS} subjects)"
     texts = {key: _text(adjusted[key]) if key in adjusted else never for key in p_values}
-    return texts, len(tested)
+    return texts, f"p (Holm, {counted(len(tested), 'comparison')})" if tested else "p"
 
 
 def _text(p: float) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
 from aldm.files import atomic_path
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.benchmark_plan import BENCHMARKED, LOG, RECORD, Contest, Entry, check_methods, plan_entry
 from pipelines.ray_workers import add_worker_arguments, open_workers
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     entries = [plan_entry(method, seed, contest, config) for seed in range(args.seeds) for method in args.methods]
     hours = len(entries) * args.budget / 60
-    print(f"{len(entries)} trainings of {args.budget:g} minutes: about {hours:.1f} h one after another")
+    print(f"{counted(len(entries), 'training')} of {args.budget:g} min: about {hours:.1f} h one after another")
     if args.dry_run:
         _check_folder(contest)
         print("\n".join(line for entry in entries for line in entry.describe()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from aldm.words import counted
 from pipelines.benchmark_plan import MODEL, RECORD, SCORES, Contest, Entry
 
 if TYPE_CHECKING:
@@ -61,9 +62,8 @@ def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeSt
     source, target = contest.pair
     title = f"# {source} to {target}, {contest.minutes:g} minutes of training each"
     seeds = len({entry.seed for entry in entries})
-    lead = (
-        f"{len(store.subjects('train'))} training subjects, {seeds} seed(s), configuration {' '.join(contest.flags)}."
-    )
+    subjects = counted(len(store.subjects("train")), "training subject")
+    lead = f"{subjects}, {counted(seeds, 'seed')}, configuration {' '.join(contest.flags)}."
     if "resvit" in costs:
         weights = "from random weights" if contest.vit_weights is None else f"from {contest.vit_weights.name}"
         lead += f" The transformer of resvit began {weights}."
@@ -110,11 +110,11 @@ def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[st
     }
     summaries = {method: [interval(list(of.values())) for of in scores] for method, scores in subjects.items()}
     ranked = sorted(summaries, key=lambda name: -summaries[name][0][0])
-    p_values, number = _against_best({method: subjects[method][0] for method in ranked})
+    p_values, heading = _against_best({method: subjects[method][0] for method in ranked})
     spreads = {method: _spread(by_method[method]) for method in ranked}
     has_seeds = any(not math.isnan(spread) for spread in spreads.values())
     columns = ["method", "PSNR (dB)", "NMSE", "SSIM", "parameters", "samples", "minutes", "s / volume"]
-    columns += ["host peak (GB)", f"p (Holm, {number} comparisons)", *["SD over seeds (dB)"] * has_seeds]
+    columns += ["host peak (GB)", heading, *["SD over seeds (dB)"] * has_seeds]
     lines = [f"## {region}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in ranked:
         cells = [_with_interval(*value, digits) for value, digits in zip(summaries[method], (2, 3, 3), strict=True)]
@@ -125,8 +125,8 @@ def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[st
     return "\n".join(lines)
 
 
-def _against_best(psnr_db: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, str], int]:
-    """Return a cell for every method that is compared with the best one, and the number of comparisons.
+def _against_best(psnr_db: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, str], str]:
+    """Return a cell for every method that is compared with the best one, and the heading.
 
     Args:
         psnr_db: method -> subject -> PSNR, dB, the best first; a codec's reconstruction does not translate.

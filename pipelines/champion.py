@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.registered import HASH_TAG, Registered, fetched, find_alias
 from pipelines.tracking_server import answering, connect, impatient, tracking_uri
 
@@ -59,7 +60,7 @@ class Contest:
     def verdict(self, min_gain_db: float = 0.0) -> str:
         """Return the sentence that says so."""
         where = f"inside the {self.region}" if self.region != "volume" else "over the whole volume"
-        measured = f"mean PSNR {self.psnr_db:.3f} dB {where}, {self.volumes} translations"
+        measured = f"mean PSNR {self.psnr_db:.3f} dB {where}, {counted(self.volumes, 'translation')}"
         if self.champion is None:
             return f"{measured}; there is no champion yet"
         result = "better" if self.wins(min_gain_db) else "NOT better"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aldm.config import CodecConfig, Config, Shape
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
 from pipelines.ray_workers import add_worker_arguments, open_workers
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             encode = WorkerEncoder(place, config, shape, workers.device, args.max_memory_gb)
         if args.dry_run:
             where = device if workers is None else workers.describe()
-            print(f"would encode {len(store.subjects())} subjects into {args.out}: {need_gib:.3f} GiB; {where}")
+            subjects = counted(len(store.subjects()), "subject")
+            print(f"would encode {subjects} into {args.out}: {need_gib:.3f} GiB; {where}")
             print(memory_plan(codec, shape, usable_precision(config.precision, device), args.max_memory_gb))
             return 0
         latents = encode_store(
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.overwrite,
             workers=workers,
         )
-    print(f"{args.out}: latents of {len(latents.subjects())} subjects, codec {latents.codec_hash[:12]}")
+    print(f"{args.out}: latents of {counted(len(latents.subjects()), 'subject')}, codec {latents.codec_hash[:12]}")
     return 0
 
 

@@ -13,6 +13,7 @@ from aldm.config import SAMPLERS, Config, SamplingConfig
 from aldm.errors import UserError
 from aldm.files import atomic_folder, check_folder
 from aldm.progress import progress
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.evaluation_files import (
     CARD,
@@ -234,7 +235,7 @@ def _dry_run(
     """Say what would be measured and how much memory that takes."""
     from aldm.memory import gigabytes, resident_bytes
 
-    print(f"{len(subjects)} subjects, modalities {', '.join(modalities)}: {total} translations")
+    print(f"{counted(len(subjects), 'subject')}, modalities {', '.join(modalities)}: {counted(total, 'translation')}")
     for candidate in candidates:
         ways = ", ".join(candidate.key(sampling).label() for sampling in candidate.samplings)
         needed = resident_bytes() + candidate.translator.predictor.needed_bytes()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from aldm.config import Config
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config, select_device
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def parameters_text(config: Config) -> str:
         ("decoder", _millions(counts.decoder), ""),
         ("MS-SPADE, one target", _millions(counts.ms_spade_one_target), ""),
         ("these three", _millions(together), "237 (Table A)" if own else ""),
-        (f"MS-SPADE, {number} targets", _millions(counts.ms_spade), ""),
+        (f"MS-SPADE, {counted(number, 'target')}", _millions(counts.ms_spade), ""),
         ("codebook", _millions(counts.codebook), ""),
         ("U-Net", _millions(counts.unet), "658 (Table C)" if config.unet == paper.unet else ""),
     ]
@@ -128,7 +129,7 @@ def _flops_text(inference: "MemoryPlan", steps: int, samples: int) -> str:
     parts = inference.flops_of
     rows = [("operations of one volume", "TFLOP"), *((name, f"{value / 1e12:.3g}") for name, value in parts.items())]
     rows[3] = ("unet, one evaluation", rows[3][1])
-    what = f"all, {steps} evaluations" + (f" in each of {samples} samples" if samples > 1 else "")
+    what = f"all, {counted(steps, 'evaluation')}" + (f" in each of {samples} samples" if samples > 1 else "")
     return _table([*rows, (what, f"{inference.flops / 1e12:.3g}")], right=(1,))
 
 

@@ -14,6 +14,7 @@ import yaml
 from aldm import __version__
 from aldm.errors import UserError
 from aldm.presets import PRESETS, load_preset
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.kubernetes_checks import RELEASE, manifest_errors, tag_of
 from pipelines.kubernetes_commands import GPU
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found:
         raise UserError(f"overlay {args.overlay} is not in order: " + "\n  ".join(["", *found]))
     fits = fits_of(made, setup)
-    head = f"overlay {args.overlay}, preset {setup.preset}, {setup.num_workers} workers, image {setup.image}"
+    head = f"overlay {args.overlay}, preset {setup.preset}, {counted(setup.num_workers, 'worker')}, image {setup.image}"
     lines = [*told(fits), *_unsaid_of(setup.image, _variant(manifests))]
     print("\n  ".join([head, *lines]), file=sys.stderr)
     check_fits(fits, setup, args.overlay)

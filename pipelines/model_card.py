@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config_baselines import BOTH_WAYS, METHODS
 from aldm.errors import UserError
+from aldm.words import counted
 
 if TYPE_CHECKING:
     from pipelines.export import Model
@@ -33,7 +34,8 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
     if model.kind == "aldm":
         how = (
             f"Codec {config.codec.kind}, MS-SPADE and a U-Net with objective {config.diffusion.objective}; by default "
-            f"sampled with {config.sampling.sampler}, {config.sampling.num_inference_steps} network evaluation(s)."
+            f"sampled with {config.sampling.sampler}, "
+            f"{counted(config.sampling.num_inference_steps, 'network evaluation')}."
         )
     elif model.kind == "unet":
         how = "A regression U-Net on Haar bands: source volume in, target volume out, one evaluation."

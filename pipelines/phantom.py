@@ -14,6 +14,7 @@ from aldm.data.phantom import (
     write_phantom,
 )
 from aldm.progress import progress
+from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.out, overwrite=args.overwrite)
     if args.dry_run:
         first = volume_path(args.layout, subject_name(args.layout, 0), "t1")
-        print(f"would write {args.num_subjects} subjects at {args.spacing_mm:g} mm, the first to {args.out / first}")
+        subjects = counted(args.num_subjects, "subject")
+        print(f"would write {subjects} at {args.spacing_mm:g} mm, the first to {args.out / first}")
         print(f"memory: about {expected_memory_gib(args.layout, args.spacing_mm):.1f} GiB")
         return 0
     with progress(total=args.num_subjects, description="phantom", unit="subject") as bar:

@@ -14,6 +14,7 @@ from aldm.data.outside import outside_report
 from aldm.data.prepare_plan import Request
 from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config
 from pipelines.ray_workers import add_worker_arguments, open_workers
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = run_request(request, args.num_processes, workers)
     subjects = store.subjects()
     regions = ", ".join(sorted({record.region for record in subjects}))
-    print(f"{args.store}: {len(subjects)} subjects with {', '.join(store.modalities)}; masks: {regions}")
+    print(f"{args.store}: {counted(len(subjects), 'subject')} with {', '.join(store.modalities)}; masks: {regions}")
     lines, warnings = clipping_report(subjects)
     outside, more = outside_report(subjects)
     print("\n".join([*lines, outside]))

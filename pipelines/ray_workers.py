@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from aldm.errors import UserError
 from aldm.progress import Progress, progress
+from aldm.words import counted
 from pipelines.arguments import JobParser
 from pipelines.ray_session import check_workers, ray_session
 
@@ -122,7 +123,7 @@ class RayWorkers:
 
     def describe(self) -> str:
         """Return a sentence for a dry run."""
-        return f"{self.num_workers} tasks at a time on Ray, each on a {'GPU' if self.use_gpus else 'CPU'}"
+        return f"{counted(self.num_workers, 'task')} at a time on Ray, each on a {'GPU' if self.use_gpus else 'CPU'}"
 
     def __enter__(self) -> "RayWorkers":
         return self

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, TrainingConfig, training_of, with_training
 from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args=args,
             )
     best = "no validation subjects" if result.best is None else f"best {built.score} {result.best:.4g}"
-    print(f"{stage}: {result.step} steps, {best}; checkpoints in {args.run_dir}")
+    print(f"{stage}: {counted(result.step, 'step')}, {best}; checkpoints in {args.run_dir}")
     return 0
 
 

@@ -10,6 +10,7 @@ from aldm.default_model import default_model
 from aldm.errors import UserError
 from aldm.pairs import check_pair, pair_is_known
 from aldm.progress import progress
+from aldm.words import counted
 from pipelines.translate_files import Task, read_input, writing
 from pipelines.translator_arguments import load_translator, model_config
 
@@ -111,6 +112,7 @@ class LocalModel:
             f"memory: program and weights {gigabytes(held)} GB, a translation at least {gigabytes(needed)} GB more"
         ]
         if translator.kind == "aldm":
-            how = f"{sampling.num_inference_steps} steps, {sampling.num_samples} samples, eta {sampling.eta:g}"
+            steps, samples = counted(sampling.num_inference_steps, "step"), counted(sampling.num_samples, "sample")
+            how = f"{steps}, {samples}, eta {sampling.eta:g}"
             lines.insert(0, f"sampler {sampling.sampler}, {how}, seed {self._args.seed}")
         return lines

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from aldm.words import counted
 from serve import work_folder
 from serve.metrics import Tally
 from serve.problems import Problem, busy
@@ -94,7 +95,7 @@ class JobStore:
         if self._draining:
             raise busy("the service is about to stop and takes no new jobs", 30)
         if len(self._queue) + len(self._tickets) >= self.settings.max_queue:
-            raise busy(f"the queue is full ({self.settings.max_queue} jobs)", self._tally.expected_wait())
+            raise busy(f"the queue is full ({counted(self.settings.max_queue, 'job')})", self._tally.expected_wait())
         wanted = self.settings.bytes_of_upload(size)
         if not self._make_room(wanted):
             raise busy(f"the service's folder ({self.settings.max_folder_gb:g} GB) is full of unfinished jobs", 60)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from serve.models import Model, find_model
 from serve.security import check_no_proxy, is_loopback, new_token, read_tokens
@@ -94,7 +95,8 @@ def _drain(store: "StoreHandle", seconds: float) -> None:
     try:
         while (running := store.call("drain")) and time.monotonic() < until:
             if not said:
-                print(f"stopping: {running} translation(s) are still running; once more to stop at once", flush=True)
+                jobs = counted(running, "translation")
+                print(f"stopping: {jobs} still running; once more to stop at once", flush=True)
                 said = True
             time.sleep(0.5)
     except KeyboardInterrupt:
@@ -165,7 +167,7 @@ def _check_port(host: str, port: int) -> None:
 def _dry_run(args: argparse.Namespace, settings: Settings, model: Model, tokens: dict[str, str]) -> int:
     from serve.worker import load
 
-    who = f"clients with one of {len(tokens)} tokens" if tokens else "clients on this machine"
+    who = f"clients with one of {counted(len(tokens), 'token')}" if tokens else "clients on this machine"
     print(f"would listen on {args.host}:{args.port} and answer {who}")
     print(f"would keep uploads and results in {settings.folder} for {settings.keep_hours:g} h")
     translator = load(model.folder, settings)

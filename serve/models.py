@@ -13,6 +13,7 @@ from typing import Any
 
 from aldm.config import Config
 from aldm.errors import UserError
+from aldm.words import counted
 from serve.work_folder import MODELS
 
 CARD = "card.json"
@@ -78,9 +79,9 @@ def read_model(folder: Path, name: str) -> Model:
 def _description(record: dict[str, Any], config: Config) -> str:
     data = record["meta"]["data"]
     splits = data.get("num_subjects") or data.get("subjects") or {}
-    trained = (
-        f"trained on {splits['train']} subjects of layout {data.get('layout')}" if "train" in splits else "a model"
-    )
+    trained = "a model"
+    if "train" in splits:
+        trained = f"trained on {counted(splits['train'], 'subject')} of layout {data.get('layout')}"
     how = f"preset {config.preset}"
     return f"{record['kind']}, {how}, {trained}; for research use only"
 

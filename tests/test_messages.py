@@ -9,6 +9,7 @@ import pytest
 
 import aldm
 from aldm.cli import main, with_flags
+from aldm.words import counted
 from serve.problems import Problem
 
 LIBRARY = Path(aldm.__file__).parent
@@ -56,6 +57,10 @@ def test_the_command_line_shows_flags(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "give another name, or --overwrite to replace it" in capsys.readouterr().err
     assert main(["info", "--set", "sampling.colour=1"]) == 2
     assert "aldm info: --set sampling.colour=1: unknown key" in capsys.readouterr().err
+
+
+def test_one_of_a_thing_is_singular() -> None:
+    assert [counted(number, "step") for number in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
 def test_the_service_shows_fields_and_calls_the_rest_its_own() -> None:

@@ -47,13 +47,14 @@ def test_holm_is_its_definition_in_any_order() -> None:
 
 def test_equal_columns_are_no_win() -> None:
     assert signed_rank_p([0.0] * 20) == 1.0
-    assert holm_texts({"same": signed_rank_p([0.0] * 20)}) == ({"same": "1.000"}, 1)
+    assert holm_texts({"same": signed_rank_p([0.0] * 20)}) == ({"same": "1.000"}, "p (Holm, 1 comparison)")
 
 
 def test_too_few_subjects_have_no_number() -> None:
     assert next(n for n in range(1, 20) if naive_signed_rank(np.arange(1.0, n + 1)) < 0.05) == MIN_SUBJECTS
     assert math.isnan(signed_rank_p([1.0] * 5))
     assert signed_rank_p(np.arange(1.0, 7.0)) == pytest.approx(2 / 2**6)
-    texts, number = holm_texts({"few": math.nan, "a": 0.0002, "b": 0.03})
+    texts, heading = holm_texts({"few": math.nan, "a": 0.0002, "b": 0.03})
     assert texts == {"few": "cannot be significant (fewer than 6 subjects)", "a": "< 0.001", "b": "0.030"}
-    assert number == 2
+    assert heading == "p (Holm, 2 comparisons)"
+    assert holm_texts({"few": math.nan})[1] == "p"

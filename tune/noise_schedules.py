@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aldm.config import OBJECTIVES, SAMPLERS, Config
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 
 if TYPE_CHECKING:
@@ -211,19 +212,19 @@ def _plan(sweep: "Sweep", resolved: Config, out: Path) -> str:
     from tune.sweep import STAGE
 
     training = sweep.config.train_diffusion
-    length = f"{training.max_minutes:g} minutes, at most " if training.max_minutes else ""
+    length = f"{training.max_minutes:g} min, at most " if training.max_minutes else ""
     stops = (
         "ASHA stops the worse half after a quarter of it, and again after a half"
         if sweep.scheduler == "asha"
         else "none is stopped early"
     )
-    count = training.num_validation_samples
     return "\n".join(
         [
-            f"would sweep {sweep.num_trials} trials in {out}, points drawn by {sweep.searcher} from",
+            f"would sweep {counted(sweep.num_trials, 'trial')} in {out}, points drawn by {sweep.searcher} from",
             *(f"  {line}" for line in sweep.space.describe()),
-            f"  a trial: {length}{sweep.num_steps} steps of batch {training.batch_size}; {stops}",
-            f"  a validation: {count} pairs, every {training.validate_every} steps, judged by {sweep.score}",
+            f"  a trial: {length}{counted(sweep.num_steps, 'step')} of batch {training.batch_size}; {stops}",
+            f"  a validation: {counted(training.num_validation_samples, 'pair')}, every "
+            f"{counted(training.validate_every, 'step')}, judged by {sweep.score}",
             f"memory of one trial, {sweep.max_concurrent or 'as many as there are CPUs or GPUs'} at a time:",
             plan(resolved, STAGE).describe(),
         ]
@@ -240,8 +241,8 @@ def _finish(sweep: "Sweep", out: Path, runs: "SweepRuns") -> int:
     runs.finish({trial.name: trial.state for trial in trials}, RESULTS, {f"best/{sweep.score}": best.value})
     counts = [(state, sum(trial.state == state for trial in trials)) for state in (MEASURED, STOPPED, FAILED)]
     print(
-        f"tune: {len(trials)} trials ({', '.join(f'{count} {state}' for state, count in counts if count)}); best "
-        f"{sweep.score} {best.value:.4g}: {best.label()}, network evaluations {best.way.network_evaluations}\n"
+        f"tune: {counted(len(trials), 'trial')} ({', '.join(f'{count} {state}' for state, count in counts if count)}); "
+        f"best {sweep.score} {best.value:.4g}: {best.label()}, network evaluations {best.way.network_evaluations}\n"
         f"see {out / TABLE} and {out / PICTURE}; go on with aldm train diffusion --preset {out / PRESET}"
     )
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from aldm.files import atomic_path
 from aldm.pictures import DISCLAIMER
+from aldm.words import counted
 
 _FRONT_COLOUR, _OTHERS_COLOUR = "tab:blue", "0.65"
 
@@ -64,9 +65,8 @@ def save_pareto_picture(
             fontsize=8,
             weight="bold",
         )
-        evaluations = "1 evaluation" if number == 1 else f"{number} evaluations"
         line = (0.2 + 0.19 * (len(front) - place)) / height_in
-        figure.text(0.11, line, f"{place}   {evaluations}, {value:.4g}: {label}", fontsize=8)
+        figure.text(0.11, line, f"{place}   {counted(number, 'evaluation')}, {value:.4g}: {label}", fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted({number for number, _ in points})))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -12,6 +12,7 @@ from aldm.config import Config, from_dict, to_dict
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from aldm.run_folder import CONFIG_FILE, METRICS_FILE
+from aldm.words import counted
 from tune.picture import save_pareto_picture
 from tune.search_space import Point, Way
 from tune.sweep import PICTURE, PRESET, RAY, STAGE, TABLE, TABLE_CSV, TRIALS, Outcome, Sweep, best_preset, state_of
@@ -126,7 +127,7 @@ def write_results(sweep: Sweep, out: Path, trials: Sequence[Trial], measurements
         [(one.way.network_evaluations, one.value) for one in measurements],
         [(one.way.network_evaluations, one.value, one.label()) for one in front],
         score=score_label(sweep),
-        title=f"{len(trials)} trials, {len(measurements)} measurements",
+        title=f"{counted(len(trials), 'trial')}, {counted(len(measurements), 'measurement')}",
     )
     best = front[-1]
     _write_preset(sweep, out, best)
@@ -201,12 +202,13 @@ def _tables(
         way = (f"{one.value:.4g}", one.way.sampler, str(one.way.network_evaluations)) if one else ("", "", "")
         rows.append((trial.name, *_words(trial), trial.state, str(trial.step), _cell(trial.best), *way))
     score = score_label(sweep)
+    pairs = counted(sweep.config.train_diffusion.num_validation_samples, "validation pair")
     failures = [f"- {trial.name}: {trial.error}" for trial in trials if trial.error]
     return "\n".join(
         [
-            f"# Sweep of {len(trials)} trials",
+            f"# Sweep of {counted(len(trials), 'trial')}",
             "",
-            f"Scores are means over {sweep.config.train_diffusion.num_validation_samples} validation pairs: {score}.",
+            f"Scores are means over {pairs}: {score}.",
             "",
             "## Pareto front",
             "",

@@ -17,6 +17,7 @@ from aldm.data.parallel import Workers
 from aldm.data.store import FORMAT_VERSION, MANIFEST_FILE, SPLITS, STORE_FILE, read_manifest, read_store_file
 from aldm.errors import UserError
 from aldm.files import check_folder
+from aldm.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,14 @@ class Plan:
         """Return the counts in a few lines."""
         splits = Counter(subject.split for subject in self.subjects)
         modalities = Counter(name for subject in self.subjects for name in subject.volumes)
+        number, finished = len(self.subjects), len(self.finished)
         complete = sum(len(subject.volumes) == len(modalities) for subject in self.subjects)
         return "\n".join(
             [
-                f"{len(self.subjects)} subjects: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
+                f"{counted(number, 'subject')}: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
                 "volumes: " + ", ".join(f"{modalities[name]} {name}" for name in sort_modalities(modalities)),
-                f"{complete} subjects have every modality, {len(self.subjects) - complete} are used for the pairs "
-                "they have",
-                f"{len(self.finished)} subjects are prepared already, {len(self.subjects) - len(self.finished)} to do",
+                f"{counted(complete, 'subject')} with every modality, {number - complete} used for the pairs they have",
+                f"{counted(finished, 'subject')} prepared already, {number - finished} to do",
             ]
         )
 
@@ -121,8 +122,9 @@ def make_plan(request: Request, workers: Workers) -> Plan:
 def report(source: Path, problems: Sequence[Problem]) -> str:
     """Return the message that names every problem with its file."""
     lines = [f"  {problem.path}: {problem.message}" for problem in sorted(problems, key=lambda p: (p.path, p.message))]
-    count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
-    return "\n".join([f"{count} in {source}; mend or remove these files and run it again:", *lines])
+    return "\n".join(
+        [f"{counted(len(lines), 'problem')} in {source}; mend or remove these files and run it again:", *lines]
+    )
 
 
 def _fingerprint(subjects: Sequence[SubjectFiles], keys: dict[str, str], request: Request) -> str:
@@ -179,7 +181,7 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
     if changes:
         shown = "; ".join(changes[:5]) + ("; ..." if len(changes) > 5 else "")
         raise UserError(
-            f"{store} holds {len(changes)} subjects that are no longer the same ({shown}): "
+            f"{store} differs from the data set in {counted(len(changes), 'subject')} ({shown}): "
             "give another folder, or `overwrite` to replace the store"
         )
 

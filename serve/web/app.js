@@ -58,10 +58,14 @@ function checkbox(name, index, all) {
   return label;
 }
 
+function methodOf({ method, sampler, num_inference_steps: steps }) {
+  return sampler ? `${method} (${sampler}, ${steps} ${steps === 1 ? "step" : "steps"})` : method;
+}
+
 function showCard(rows) {
   $("card-area").hidden = rows.length === 0;
   const columns = [
-    ["method", (row) => (row.sampler ? `${row.method} (${row.sampler}, ${row.num_inference_steps} steps)` : row.method)],
+    ["method", methodOf],
     ["region", (row) => row.region],
     ["PSNR, dB", (row) => row.psnr_db.toFixed(2)],
     ["NMSE", (row) => row.nmse.toFixed(3)],
