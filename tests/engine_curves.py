@@ -1,33 +1,27 @@
-"""Trainings that run one after the other in the same Ray Train workers; for the tests of the engines."""
+"""Trainings that run one after the other in a group of processes, as engines find it; for the tests of the engines."""
 
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 
-def run_on(num_workers: int, tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run the tasks on so many Ray Train workers; Ctrl-C is what it was afterwards, which Ray Train leaves its own."""
-    import signal
+def run_on(num_workers: int, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the tasks on so many ranks and return what rank 0 found; test_ray_training.py has the groups of Ray Train.
 
-    import engine_curves
-    from ray import cloudpickle
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cloudpickle.register_pickle_by_value(engine_curves)
-    trainer = TorchTrainer(
-        curves,
-        train_loop_config={"tasks": tasks},
-        scaling_config=ScalingConfig(num_workers=num_workers),
-        torch_config=TorchConfig(backend="gloo"),
-        run_config=RunConfig(name=f"workers-{num_workers}", storage_path=str(folder)),
-    )
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        result: list[dict[str, Any]] = trainer.fit().return_value
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    return result
+    The ranks are forked from a process that has imported what takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "aldm.training", "pipelines.train"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        group = [pool.submit(curves, rank, num_workers, f"{folder}/group", tasks) for rank in range(num_workers)]
+        done, _ = wait(group, return_when=FIRST_EXCEPTION)
+        for rank in done:  # what failed first: the others only miss it
+            rank.result()
+        return group[0].result()
 
 
 def losses(run: dict[str, Any], after: int = 0) -> dict[str, list[float]]:
@@ -51,12 +45,26 @@ def assert_same(got: dict[str, list[float]], wanted: dict[str, list[float]], rel
         np.testing.assert_allclose(got[name], wanted[name], rtol=relative, atol=1e-7, err_msg=name)
 
 
-def curves(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, on rank 0, {log: records, weights: exported arrays} of every task."""
-    import torch
+def curves(rank: int, num_workers: int, meeting: str, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return {log: records, weights: exported arrays} of every task, as this rank of a group has them.
 
+    Args:
+        rank: of this process.
+        num_workers: ranks of the group.
+        meeting: a file by which they find each other; it is not there yet.
+        tasks: arguments of `curve`.
+    """
+    import torch
+    import torch.distributed as dist
+
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})  # DeepSpeed looks there too
     torch.set_num_threads(1)
-    return [curve(**task) for task in settings["tasks"]]
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_workers)
+    try:
+        return [curve(**task) for task in tasks]
+    finally:
+        dist.destroy_process_group()  # so that nobody waits for a rank that failed
 
 
 def curve(

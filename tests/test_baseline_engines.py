@@ -27,7 +27,7 @@ two have the same parameters all the same, since every step is one of the mean o
 
 @pytest.fixture(scope="module")
 def trained(
-    ray_cluster: None, ixi_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory
+    ixi_store: VolumeStore, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str, str], dict[str, Any]]:
     """Trainings by (number of workers, method, engine)."""
     folder = tmp_path_factory.mktemp("methods")
@@ -40,7 +40,7 @@ def trained(
                 own = folder / str(number) / method / engine
                 task = {"stage": method, "engine": engine, "inputs": inputs, "training": TRAINING, "folder": str(own)}
                 tasks[number, method, engine] = task
-        return dict(zip(tasks, run_on(number, list(tasks.values()), folder), strict=True))
+        return dict(zip(tasks, run_on(number, list(tasks.values())), strict=True))
 
     return run(1, ("plain", "ddp")) | run(2, ("ddp", "zero-2"))
 

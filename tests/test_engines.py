@@ -65,8 +65,8 @@ def tasks_of(
     return planned
 
 
-def run(number: int, planned: dict[tuple[str, str, str], dict[str, Any]], folder: Path) -> Trained:
-    return dict(zip(planned, run_on(number, list(planned.values()), folder), strict=True))
+def run(number: int, planned: dict[tuple[str, str, str], dict[str, Any]]) -> Trained:
+    return dict(zip(planned, run_on(number, list(planned.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(ray_cluster: None, inputs: dict[str, dict[str, str]], folder: Path) -> Trained:
+def pair(inputs: dict[str, dict[str, str]], folder: Path) -> Trained:
     """Stage 3 by two workers, and by this process."""
     diffusion = ("diffusion",)
     (plain,) = tasks_of(inputs, folder, "1", ("plain",), diffusion).values()
-    return run(2, tasks_of(inputs, folder, "2", ("ddp", "zero-2"), diffusion), folder / "pair") | {
+    return run(2, tasks_of(inputs, folder, "2", ("ddp", "zero-2"), diffusion)) | {
         ("1", "diffusion", "plain"): curve(**plain)
     }
 
@@ -103,15 +103,15 @@ def trained(pair: Trained, inputs: dict[str, dict[str, str]], folder: Path) -> T
         | tasks("poisoned", ("ddp",), "diffusion", poisoned_rank=1)
         | tasks("poisoned", ("zero-2",), "vqgan", poisoned_rank=1)
     )
-    found = pair | run(2, two, folder)
+    found = pair | run(2, two)
     one = (
         tasks("1", ("plain",), "vqgan")
         | tasks("1", ("ddp", "zero-1"))
         | going_on("1+", RESUMED)
         | (tasks("bf16", ("plain", *BF16), "diffusion", precision="bf16") if HAS_BF16 else {})
     )
-    found |= run(1, one, folder)
-    return found | run(3, going_on("3+", ("ddp", "zero-2")), folder)
+    found |= run(1, one)
+    return found | run(3, going_on("3+", ("ddp", "zero-2")))
 
 
 @pytest.mark.slow
