@@ -143,7 +143,7 @@ def small() -> Config:
             voxel_norm=True,
         ),
         unet=UNetConfig(
-            channels=(24, 64, 96),
+            channels=(24, 64, 128),
             num_res_blocks=1,
             attention_levels=(),
             conditioning="scale-shift",

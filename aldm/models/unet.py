@@ -127,8 +127,11 @@ class UNet(nn.Module):
                 stages.append(stage(before + skip, channels[level], level in attention_levels))
                 before = channels[level]
             self.up.append(stages)
-            if level:
-                self.upsample.append(nn.ConvTranspose3d(before, before, 2, stride=2) if lean else Upsample(before))
+            if level and lean:  # narrows first: the finest level is where the work is
+                self.upsample.append(nn.ConvTranspose3d(before, channels[level - 1], 2, stride=2))
+                before = channels[level - 1]
+            elif level:
+                self.upsample.append(Upsample(before))
         self.out = OutputBlock(channels[0], out_channels, norm_groups)
         zero_(self.out.conv)  # starts by predicting 0: the mean of what every objective asks for
         nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
