@@ -210,8 +210,8 @@ class DiffusionConfig:
     bridge_start_fraction: float = 0.5
     """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
     all_targets: bool = False
-    """Predict all modalities from a source in one evaluation, so that a step learns from all that the subject has; the
-    objective regression only. Not in the paper."""
+    """With the objective regression, predict all modalities from a source in one evaluation, so that a step learns from
+    all that the subject has. Not in the paper."""
     residual_std: tuple[float, ...] | None = None
     """How far target and target-like latent are apart (RMS per channel, standardised); epsilon and v then start from
     what that implies (method.md section 5). [] measures it when the training begins; null leaves it out, as the paper
@@ -225,15 +225,16 @@ class DiffusionConfig:
         within(self, 0, math.inf, "bridge_noise")
         if self.residual_std:
             positive(self, "residual_std")
-        if self.all_targets and self.objective != "regression":
-            raise UserError(
-                f"diffusion.all_targets needs the objective regression, not {self.objective}: set it to false"
-            )
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "
                 "last step, so noise says nothing about it); use objective v or x0"
             )
+
+    @property
+    def together(self) -> bool:
+        """Whether one evaluation predicts all modalities."""
+        return self.all_targets and self.objective == "regression"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
 def build_unet(config: Config, latent_channels: int) -> UNet:
     """Build the denoiser; see `denoise`, and for all targets together `refine_all`, for its inputs."""
     noise, number = config.diffusion.objective in PREDICTS_NOISE, len(config.modalities)
-    values, together = asdict(config.unet), config.diffusion.all_targets
+    values, together = asdict(config.unet), config.diffusion.together
     values["skip_gates"] = config.unet.skip_gates and not noise and not together
     values["noise_gain"] = config.unet.skip_gates and noise
     if together:

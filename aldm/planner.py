@@ -228,7 +228,7 @@ def stage_and_batch(
     if name == "ms-spade":
         stage = MSSpadeStage(config, data)
         return stage, None, batch, whole
-    if config.diffusion.all_targets:
+    if config.diffusion.together:
         number = len(config.modalities)
         batch |= {"z_targets": torch.zeros(size, number * codec.latent_channels, *sides)}
         batch |= {"wanted": torch.ones(size, number)}
@@ -251,7 +251,7 @@ def _plan_inference(config: Config) -> MemoryPlan:
             code = predictor.encode(x)
             flops_of["encode"] = trace.flops
             ids = torch.zeros(1, dtype=torch.long)
-            together = config.diffusion.all_targets
+            together = config.diffusion.together
             with predictor.autocast():
                 number = len(config.modalities) if together else 1
                 z_target_like = torch.cat([predictor.ms_spade(code, ids, ids).float() for _ in range(number)], dim=1)

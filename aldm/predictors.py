@@ -148,7 +148,7 @@ class LatentDiffusion(Predictor):
     ) -> Tensor:
         """Return one sample of the target, decoded."""
         source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
-        if self.config.diffusion.all_targets:
+        if self.config.diffusion.together:
             z = of_target(self.predict_all(code, source_ids), target_ids, self.codec.latent_channels)
             if on_step is not None:
                 on_step(1, 1)
@@ -205,7 +205,7 @@ class LatentDiffusion(Predictor):
             # the sampler holds up to five latents beside the network's own: source, target-like, z, x0 and the last x0
             latents = [torch.zeros(1, self.codec.latent_channels, *sides) for _ in range(5)]
             ids = torch.zeros(1, dtype=torch.long)
-            if self.config.diffusion.all_targets:
+            if self.config.diffusion.together:
                 self.predict_all(latents[0], ids)
                 return
             with self.autocast():

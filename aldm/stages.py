@@ -335,7 +335,7 @@ class DiffusionStage:
         self._schedule = make_schedule(config.diffusion)
         self._target_like: dict[tuple[str, int, int, int], Tensor] = {}
         self._target_like_bytes = 0
-        self._together = self.config.diffusion.all_targets
+        self._together = self.config.diffusion.together
         self.unet = build_unet(self.config, latents.latent_channels)
         self.players = [Player("unet", self.unet, self._training, self._loss)]
 

@@ -11,7 +11,6 @@ from untrained import save_untrained
 from aldm.config import Config, DiffusionConfig
 from aldm.data.dataset import LatentTargets, collate
 from aldm.denoising import build_unet, of_target, refine_all
-from aldm.errors import UserError
 from aldm.latents import LatentStore
 from aldm.presets import small, tiny
 from aldm.randomness import derived_generator
@@ -120,6 +119,9 @@ def test_a_translator_gives_what_the_training_validates(latents: LatentStore, tm
     assert calls == [(1, 1)] * 3
 
 
-def test_it_is_for_regression_alone() -> None:
-    with pytest.raises(UserError, match="all_targets needs the objective regression, not epsilon"):
-        DiffusionConfig(objective="epsilon", all_targets=True)
+def test_other_objectives_predict_one_target() -> None:
+    assert TOGETHER.diffusion.together
+    assert not replace(TOGETHER.diffusion, objective="epsilon").together
+    config = replace(TOGETHER, modalities=("t1", "t2", "pd"), diffusion=replace(TOGETHER.diffusion, objective="v"))
+    assert build_unet(config, 2).out.conv.out_channels == 2
+    assert build_unet(replace(config, diffusion=TOGETHER.diffusion), 2).out.conv.out_channels == 6

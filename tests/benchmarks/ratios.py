@@ -110,6 +110,7 @@ def training_step(folder: Path) -> tuple[float, float]:
         config,
         modalities=store.modalities,
         codec=replace(config.codec, kind="vqgan"),
+        ms_spade=replace(config.ms_spade, intensity_map=False),  # which needs the lossless codec
         train_diffusion=training,
     )
     path = folder.parent / "latents"

@@ -48,6 +48,7 @@ def whole_volume_config(codec: str, precision: str) -> Config:
         precision=precision,
         preprocess=PreprocessConfig(spacing_mm=(1.0, 1.0, 1.0), spatial_shape=SHAPE),
         codec=replace(base.codec, kind=codec),
+        ms_spade=replace(base.ms_spade, intensity_map=codec == "haar"),
     )
 
 
