@@ -25,9 +25,20 @@ MAX_GRID_VOXELS = 2**31 - 1
 """Voxels of the largest volume: kernels index with 32 bits."""
 MAX_CODES = 2**20
 """Codes of the largest quantiser without a codebook."""
-GONE = {"codec.codebook_update": "ema", "regression_unet": None}
+GONE = {
+    "codec.codebook_update": "ema",
+    "regression_unet": None,
+    "diffusion.bridge_noise": None,
+    "diffusion.bridge_start_fraction": None,
+}
 """Keys of earlier configurations, and the one value that is left of each: with it they are still read. None passes over
 any value: nothing that is left reads it."""
+RENAMED_VALUES: dict[tuple[str, str], dict[str, Any]] = {
+    ("diffusion.objective", "bridge"): {"objective": "regression"},
+    ("sampling.sampler", "bridge"): {"sampler": "one-step", "num_inference_steps": 1, "num_samples": 1, "eta": 0.0},
+}
+"""Values of earlier configurations, by their key, and what stands in that section now, whatever stood beside them. The
+bridge went from the target-like latent to the target in steps, of which the first is regression and the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +195,9 @@ class HaarUNetConfig:
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-OBJECTIVES = ("epsilon", "v", "x0", "bridge", "regression")
+OBJECTIVES = ("epsilon", "v", "x0", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "bridge", "one-step")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "one-step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +205,7 @@ class DiffusionConfig:
     """What is noised, how, and what the network predicts (Table C and method.md section 5)."""
 
     objective: str = "epsilon"
-    """epsilon (the paper's), v, x0, bridge (the chain starts at the target-like latent) or regression (one step)."""
+    """epsilon (the paper's), v, x0 or regression (one evaluation, at the target-like latent, without noise)."""
     schedule: str = "scaled-linear"
     """Noise schedule: linear, scaled-linear (the paper's), cosine or sigmoid."""
     num_train_timesteps: int = 1000
@@ -205,10 +216,6 @@ class DiffusionConfig:
     """Last beta of linear and scaled-linear."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last step is pure noise; v and x0 only."""
-    bridge_noise: float = 0.1
-    """Standard deviation of the bridge's noise at its widest point, in standardised latent units."""
-    bridge_start_fraction: float = 0.5
-    """Share of the bridge's training samples at its start, where a one-step sampler evaluates; the rest is uniform."""
     all_targets: bool = False
     """With the objective regression, predict all modalities from a source in one evaluation, so that a step learns from
     all that the subject has. Not in the paper."""
@@ -221,8 +228,7 @@ class DiffusionConfig:
         choice("diffusion.objective", self.objective, OBJECTIVES)
         choice("diffusion.schedule", self.schedule, SCHEDULES)
         positive(self, "num_train_timesteps", "beta_start", "beta_end")
-        within(self, 0, 1, "beta_start", "beta_end", "bridge_start_fraction")
-        within(self, 0, math.inf, "bridge_noise")
+        within(self, 0, 1, "beta_start", "beta_end")
         if self.residual_std:
             positive(self, "residual_std")
         if self.zero_terminal_snr and self.objective == "epsilon":
@@ -242,13 +248,13 @@ class SamplingConfig:
     """How the chain is integrated when the command line does not say."""
 
     sampler: str = "dpm-solver++"
-    """ddpm, ddim or dpm-solver++ for epsilon, v, x0; bridge for bridge; one-step for all but epsilon and v."""
+    """ddpm, ddim or dpm-solver++ for epsilon, v, x0; one-step for x0 and regression."""
     num_inference_steps: int = 10
     """Network evaluations per sample."""
     num_samples: int = 1
-    """Samples averaged into the result; above 1 their standard deviation is the uncertainty."""
+    """Samples averaged into the result; above 1 their standard deviation is the uncertainty. 1 for regression."""
     eta: float = 0.0
-    """Stochasticity of ddim and bridge: 0 deterministic, 1 like ddpm or the bridge's posterior."""
+    """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
 
     def __post_init__(self) -> None:
         choice("sampling.sampler", self.sampler, SAMPLERS)
@@ -349,7 +355,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Args:
         cls: the dataclass to build.
-        values: its fields; a missing field keeps its default. Keys of before (RENAMED_KEYS) are read as those of now.
+        values: its fields; a missing field keeps its default. Keys and values of before (RENAMED_KEYS, RENAMED_VALUES)
+            are read as those of now.
         path: where in the whole configuration `values` stands, for messages.
 
     Raises:
@@ -360,7 +367,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         raise UserError(f"{path.rstrip('.') or cls.__name__} is {values!r}, wanted a mapping of its keys")
     values = {key: value for key, value in values.items() if not _gone(f"{path}{key}", value)}
     hints = get_type_hints(cls)
-    values = with_present_names(values)
+    values = _with_present_values(with_present_names(values), path)
     unknown = sorted(str(key) for key in values if key not in hints)  # YAML's keys may be numbers, dates or null
     if unknown:
         known = ", ".join(path + key for key in hints)
@@ -381,6 +388,15 @@ def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a section with keys of before under their names of now, unless both are there."""
     now = {key: new for key, new in RENAMED_KEYS.items() if new not in values}
     return {now.get(key, key): value for key, value in values.items()}
+
+
+def _with_present_values(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the values of the section at `path` with those of before as what stands for them now."""
+    present = dict(values)
+    for (name, before), now in RENAMED_VALUES.items():
+        if values.get(name.removeprefix(path)) == before:
+            present |= now
+    return present
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -417,7 +433,7 @@ def _convert_float(value: Any, name: str) -> float:
 def override(config: Config, assignments: Sequence[str]) -> Config:
     """Apply `key.path=value` assignments; values are YAML (`[64, 64, 64]`, `true`, `1e-4`, `null`).
 
-    Keys of before are read as `from_dict` reads them.
+    Keys and values of before are read as `from_dict` reads them.
 
     Raises:
         UserError: not an assignment, an unknown key or a bad value.

@@ -89,8 +89,8 @@ def denoise(
     """Return the U-Net's prediction at z_t.
 
     The network sees cat[z_t, z_source, z_target_like]. For epsilon and v its output is the prediction, unless the
-    configuration has residual_std: then see `_from_target_like`. For x0, bridge
-    and regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
+    configuration has residual_std: then see `_from_target_like`. For x0 and
+    regression it is the difference between z_target and z_target_like, which is added: stage 2 already stands
     near the answer, and a network that outputs 0 repeats it. With `skip_gates` the network learns how much of itself,
     of z_target_like and of z_source to take: at first as without gates, where source = target the source alone.
     For epsilon and v it learns how much of the noise in its input to pass through: at first none.

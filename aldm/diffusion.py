@@ -4,12 +4,8 @@ Tensors are B C X Y Z latents. The variance-preserving objectives (epsilon, v, x
 
     z_t = alpha_t z_target + sigma_t noise,    alpha_t = sqrt(alphas_cumprod_t),  sigma_t = sqrt(1 - alphas_cumprod_t)
 
-with v = alpha_t noise - sigma_t z_target (Salimans and Ho 2022). The bridge is a Brownian bridge between the target
-(tau = 0) and the target-like latent (tau = 1), after BBDM (Li et al. 2023):
-
-    z_t = (1 - tau) z_target + tau z_start + 2 bridge_noise sqrt(tau (1 - tau)) noise,    tau = (t + 1) / T
-
-and the network predicts z_target. Regression is the bridge's start alone: z_t = z_start, one evaluation.
+with v = alpha_t noise - sigma_t z_target (Salimans and Ho 2022). Regression has neither noise nor chain: z_t is the
+target-like latent, t is T - 1, and the network predicts z_target.
 
 Time steps t run from 0 (least noise) to T - 1 and may be fractional: log(alpha / sigma) is linear between two steps.
 """
@@ -152,43 +148,21 @@ def _zero_terminal(alphas_cumprod: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def bridge_std(tau: Tensor, bridge_noise: float) -> Tensor:
-    """Return the standard deviation of the bridge at tau, `bridge_noise` at its widest point tau = 1/2."""
-    return 2 * bridge_noise * (tau * (1 - tau)).clamp(min=0).sqrt()
-
-
-def noised(
-    objective: str,
-    schedule: NoiseSchedule,
-    z_target: Tensor,
-    z_start: Tensor | None,
-    t: Tensor,
-    noise: Tensor,
-    bridge_noise: float = 0.0,
-) -> Tensor:
-    """Return z_t, the network's noisy input.
+def noised(schedule: NoiseSchedule, z_target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return z_t, the network's noisy input of the variance-preserving objectives.
 
     Args:
-        objective: one of config.OBJECTIVES.
-        schedule: the noise schedule (its length alone matters to bridge).
+        schedule: the noise schedule.
         z_target: (B, C, X, Y, Z) the latent to be generated.
-        z_start: (B, C, X, Y, Z) the target-like latent; needed by bridge and regression.
         t: (B,) whole time steps, 0 to T - 1.
         noise: (B, C, X, Y, Z) standard normal.
-        bridge_noise: standard deviation of the bridge's noise at its widest point.
     """
-    if objective in VARIANCE_PRESERVING:
-        alpha, sigma = schedule.alpha_sigma(t, z_target)
-        return alpha * z_target + sigma * noise
-    assert z_start is not None, f"objective {objective} starts at the target-like latent"
-    if objective == "regression":
-        return z_start
-    tau = ((t.to(z_target) + 1) / schedule.num_train_timesteps).view((-1,) + (1,) * (z_target.ndim - 1))
-    return (1 - tau) * z_target + tau * z_start + bridge_std(tau, bridge_noise) * noise
+    alpha, sigma = schedule.alpha_sigma(t, z_target)
+    return alpha * z_target + sigma * noise
 
 
 def training_target(objective: str, schedule: NoiseSchedule, z_target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Return what the network is to predict at z_t: the noise, v, or z_target (x0, bridge, regression)."""
+    """Return what the network is to predict at z_t: the noise, v, or z_target (x0)."""
     if objective == "epsilon":
         return noise
     if objective == "v":
@@ -261,13 +235,13 @@ def training_loss_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw time steps and noise and return (z_t, t, target) of one training step.
 
-    Time steps are uniform over the chain; a share `bridge_start_fraction` of the bridge's is put at its start, where a
-    one-step sampler evaluates the network. Regression is always at the start. Where epsilon or v start from the
-    target-like latent (`residual_std`), steps are uniform in log(alpha / sigma): what is to be found is the small
-    residual, and uniform steps would nearly all lie where noise hides it.
+    Regression draws nothing: its input is the target-like latent, its time step the last. Time steps of the others are
+    uniform over the chain. Where epsilon or v start from the target-like latent (`residual_std`), steps are uniform in
+    log(alpha / sigma): what is to be found is the small residual, and uniform steps would nearly all lie where noise
+    hides it.
 
     Args:
-        config: objective and bridge.
+        config: objective and residual_std.
         schedule: make_schedule(config).
         z_target: (B, C, X, Y, Z) standardised latent.
         z_target_like: the same shape, from MS-SPADE.
@@ -277,14 +251,15 @@ def training_loss_inputs(
         z_t (B, C, X, Y, Z), t (B,) float32, and what the network is to predict (B, C, X, Y, Z).
     """
     batch, last = len(z_target), schedule.num_train_timesteps - 1
+    if config.objective == "regression":
+        return z_target_like, torch.full((batch,), float(last), device=z_target.device), z_target
     t = torch.randint(0, last + 1, (batch,), generator=generator)
-    if config.objective == "bridge":
-        t[torch.rand(batch, generator=generator) < config.bridge_start_fraction] = last
-    elif config.objective == "regression":
-        t[:] = last
-    elif config.objective in PREDICTS_NOISE and config.residual_std is not None:
+    if config.objective in PREDICTS_NOISE and config.residual_std is not None:
         t = schedule.steps_uniform_in_log_snr(torch.rand(batch, generator=generator, dtype=torch.float64))
     t = t.to(z_target.device)
     noise = draw_noise(z_target, generator)
-    z_t = noised(config.objective, schedule, z_target, z_target_like, t, noise, config.bridge_noise)
-    return z_t, t.float(), training_target(config.objective, schedule, z_target, t, noise)
+    return (
+        noised(schedule, z_target, t, noise),
+        t.float(),
+        training_target(config.objective, schedule, z_target, t, noise),
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aldm.config import SAMPLERS, DiffusionConfig
-from aldm.diffusion import CLEAN, VARIANCE_PRESERVING, Generators, NoiseLevel, NoiseSchedule, draw_noise, to_x0
+from aldm.diffusion import CLEAN, Generators, NoiseLevel, NoiseSchedule, draw_noise, to_x0
 from aldm.errors import UserError
 
 PredictX0 = Callable[[Tensor, NoiseLevel], Tensor]
@@ -28,8 +28,6 @@ PLACEMENT = {"ddpm": "trailing", "ddim": "trailing", "dpm-solver++": "karras"}
 
 def allowed_samplers(objective: str) -> tuple[str, ...]:
     """Return the samplers that can integrate an objective, the recommended one first."""
-    if objective == "bridge":
-        return ("bridge", "one-step")
     if objective == "regression":
         return ("one-step",)
     chain = ("dpm-solver++", "ddim", "ddpm")
@@ -60,12 +58,7 @@ def check_sampling(
     if num_samples < 1:
         raise UserError(f"`num_samples` is {num_samples}, wanted at least 1")
     if num_samples > 1 and config.objective == "regression":
-        raise UserError("a model of objective 'regression' has one answer: `num_samples` must be 1")
-    if num_samples > 1 and config.objective == "bridge" and (eta == 0 or num_inference_steps == 1):
-        raise UserError(
-            "every sample of the bridge is the same with eta 0 or one step: for several samples take sampler 'bridge' "
-            f"with at least 2 steps and eta above 0 (got {sampler!r}, {num_inference_steps} steps, eta {eta})"
-        )
+        raise UserError("a model of objective 'regression' has one answer and no uncertainty: `num_samples` must be 1")
 
 
 def place_steps(
@@ -163,41 +156,6 @@ def dpm_solver_pp(
     return z
 
 
-def bridge(
-    predict_x0: PredictX0,
-    z_start: Tensor,
-    num_inference_steps: int,
-    num_train_timesteps: int,
-    bridge_noise: float,
-    generator: Generators,
-    on_step: OnStep | None = None,
-    eta: float = 0.0,
-) -> Tensor:
-    """Walk the Brownian bridge from z_start (tau = 1) to the target (tau = 0) in equal steps of tau.
-
-    With eta = 1 every step draws from the bridge's posterior given z and the predicted target,
-
-        z_s = x0 + (s / tau) (z - x0) + 2 bridge_noise sqrt(s (tau - s) / tau) noise;
-
-    with eta = 0 it keeps the noise that z holds and adds none, which from a start without noise follows the line from
-    z_start to the prediction. Between, eta scales the posterior's standard deviation. One step is predict_x0(z_start).
-    """
-    z = z_start
-    for done in range(1, num_inference_steps + 1):
-        tau = 1 - (done - 1) / num_inference_steps
-        s = 1 - done / num_inference_steps
-        x0 = predict_x0(z, NoiseLevel(t=tau * num_train_timesteps - 1, alpha=1 - tau, sigma=tau))
-        now_std, to_std = (2 * bridge_noise * math.sqrt(place * (1 - place)) for place in (tau, s))
-        variance = eta**2 * 4 * bridge_noise**2 * s * (tau - s) / tau
-        noise_kept = math.sqrt(max(to_std**2 - variance, 0.0)) / now_std if now_std > 0 else 0.0
-        z = (1 - s) * x0 + s * z_start + noise_kept * (z - (1 - tau) * x0 - tau * z_start)
-        if variance > 0:
-            z = z + math.sqrt(variance) * draw_noise(z, generator).to(z.dtype)
-        if on_step:
-            on_step(done, num_inference_steps)
-    return z
-
-
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
     *,
@@ -218,9 +176,9 @@ def sample(
         schedule: make_schedule(config).
         sampler: one of allowed_samplers(config.objective).
         num_inference_steps: network evaluations.
-        z_start: (B, C, X, Y, Z) the target-like latent; bridge and regression start there, the others take its shape.
+        z_start: (B, C, X, Y, Z) the target-like latent; regression starts there, the others take its shape.
         generator: a CPU generator for the batch, or one for each of its samples.
-        eta: stochasticity of ddim and bridge, 0 to 1.
+        eta: stochasticity of ddim, 0 to 1.
         on_step: called as on_step(done, total) after each evaluation; what it raises goes through.
 
     Returns:
@@ -236,11 +194,8 @@ def sample(
         t = torch.full((len(z),), level.t, dtype=torch.float32, device=z.device)
         return to_x0(config.objective, predict(z, t).to(z.dtype), z, level.alpha, level.sigma)
 
-    if config.objective not in VARIANCE_PRESERVING:
-        length = config.num_train_timesteps
-        return bridge(predict_x0, z_start, num_inference_steps, length, config.bridge_noise, generator, on_step, eta)
-    z = draw_noise(z_start, generator)
-    if sampler == "one-step":
+    z = z_start if config.objective == "regression" else draw_noise(z_start, generator)
+    if sampler == "one-step":  # a step of DDIM to where no noise is left is the prediction alone
         levels = [schedule.level(schedule.num_train_timesteps - 1), CLEAN]
         return ddim(predict_x0, z, levels, generator, on_step)
     levels = place_steps(schedule, num_inference_steps, PLACEMENT[sampler])

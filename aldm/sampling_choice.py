@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-from aldm.config import Config, SamplingConfig
+from aldm.config import RENAMED_VALUES, Config, SamplingConfig
 from aldm.errors import UserError
 from aldm.sampling import check_sampling
 
-BRIDGE_STEPS_FOR_SAMPLES = 4
-"""Steps of a bridge whose configuration has one step, when several samples are asked for: one step has one answer."""
 OTHER_SAMPLER_STEPS = 10
 """Steps of a sampler that is not the configured one."""
 
@@ -22,6 +20,8 @@ def choose_sampling(
 ) -> SamplingConfig:
     """Return how a model samples, the unsaid filled in: its own sampler, and numbers that suit the sampler.
 
+    The name of a sampler of before is read as that of now, as in a configuration.
+
     Raises:
         UserError: a sampler or number that the model's objective cannot be integrated with.
     """
@@ -35,18 +35,16 @@ def choose_sampling(
             )
         return replace(base, num_inference_steps=1, num_samples=1, eta=0.0)
     name = base.sampler if sampler is None else sampler
-    spread = samples > 1 and diffusion.objective == "bridge"
+    name = RENAMED_VALUES.get(("sampling.sampler", name), {}).get("sampler", name)
     if num_inference_steps is not None:
         steps = num_inference_steps
     elif name == "one-step":
         steps = 1
-    elif spread:
-        steps = max(base.num_inference_steps, BRIDGE_STEPS_FOR_SAMPLES)
     elif name == base.sampler:
         steps = base.num_inference_steps
     else:
         steps = diffusion.num_train_timesteps if name == "ddpm" else OTHER_SAMPLER_STEPS
     if eta is None:
-        eta = base.eta if base.eta > 0 or not spread else 1.0
+        eta = base.eta
     check_sampling(diffusion, name, steps, samples, eta)
     return SamplingConfig(sampler=name, num_inference_steps=steps, num_samples=samples, eta=eta)

@@ -44,7 +44,7 @@ source itself (identity), the training set's mean volume, the source with its in
 histogram-matching), the codec alone (reconstruction) and other translators (--baseline). Writes {SCORES}, {TABLES},
 {TIMES}, {CARD} and {PICTURES}/."""
 ALL = "all"
-STEPS_OF_ALL = {"ddpm": (), "one-step": (1,), "bridge": (1, 2, 4, 10)}
+STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""
 
 

@@ -38,7 +38,7 @@ def log_evaluation(
     """Log the folder of `aldm evaluate` as a run.
 
     Metrics are the means over the translations (source and target differ) of a method and region, such as
-    psnr_db/brain/aldm-bridge-1; the row reconstruction, which has none, is over its own volumes. Where the server does
+    psnr_db/brain/aldm-ddim-10; the row reconstruction, which has none, is over its own volumes. Where the server does
     not answer, a warning is all: the scores are on the disk. To know before the work, call check_server.
 
     Args:
@@ -114,7 +114,7 @@ def _median_seconds(path: Path) -> dict[str, float]:
 
 
 def _method(key: "MethodKey") -> str:
-    """Return a method's name as a part of a metric's: aldm-bridge-1."""
+    """Return a method's name as a part of a metric's: aldm-ddim-10."""
     return "-".join(_plain(str(part)) for part in key if part)
 
 

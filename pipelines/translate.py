@@ -227,12 +227,15 @@ def _parser() -> JobParser:
         "--num-inference-steps", type=int, metavar="N", help="network evaluations per sample (default: the model's)"
     )
     parser.add_argument(
-        "--num-samples", type=int, metavar="K", help="samples; the result is their mean (default: the model's)"
+        "--num-samples",
+        type=int,
+        metavar="K",
+        help="samples; the result is their mean; objective regression takes 1 (default: the model's)",
     )
     parser.add_argument(
         "--eta",
         type=float,
-        help="stochasticity of ddim and bridge, 0 to 1 (default: the model's; 1 for several samples)",
+        help="stochasticity of ddim, 0 to 1 (default: the model's)",
     )
     parser.add_argument(
         "--uncertainty",

@@ -65,7 +65,10 @@ class LocalModel:
         translator = load_translator(self._folder, self._config, args)
         sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
         if args.uncertainty is not None and sampling.num_samples < 2:
-            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+            raise UserError(
+                "--uncertainty is the spread of several samples: give --num-samples of at least 2 as well; a model "
+                "of objective regression has one answer, and none"
+            )
         self._loaded = translator, sampling
 
     def make(self, task: Task) -> None:

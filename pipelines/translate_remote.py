@@ -168,7 +168,10 @@ class RemoteService:
         job: dict[str, Any] = self._checked(answer)
         if args.uncertainty is not None and job["num_samples"] < 2:
             self._answer("DELETE", job["links"]["self"])
-            raise UserError("--uncertainty is the spread of several samples: give --num-samples of at least 2 as well")
+            raise UserError(
+                "--uncertainty is the spread of several samples: give --num-samples of at least 2 as well; a model "
+                "of objective regression has one answer, and none"
+            )
         return job
 
     def _follow(self, job: dict[str, Any], name: str) -> None:

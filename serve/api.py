@@ -45,7 +45,12 @@ Source = Annotated[str, Form(description="modality of the volume; auto reads it 
 SamplerName = Annotated[str | None, Form(description="of the model's samplers; none takes the default")]
 Steps = Annotated[int | None, Form(ge=1, le=10_000, description="network evaluations per sample")]
 Samples = Annotated[
-    int | None, Form(ge=1, le=10_000, description="the result is their mean; above 1 gives an uncertainty")
+    int | None,
+    Form(
+        ge=1,
+        le=10_000,
+        description="the result is their mean; above 1 gives an uncertainty; objective regression takes 1",
+    ),
 ]
 SeriesName = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aldm.config import CodecConfig, Config, from_dict, override, to_dict
+from aldm.config import CodecConfig, Config, SamplingConfig, from_dict, override, to_dict
 from aldm.errors import UserError
 from aldm.presets import PRESETS, small
 
@@ -32,6 +32,19 @@ def test_a_key_of_before_is_read_as_that_of_now() -> None:
 def test_a_key_under_both_its_names_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown key train_vqgan\.perceptual_weight: known are .*edge_weight"):
         from_dict(Config, {"train_vqgan": {"perceptual_weight": 0.5, "edge_weight": 0.5}})
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_bridge_of_before_is_read_as_its_first_step(steps: int) -> None:
+    """Whatever stood beside it: more steps and samples of a bridge are gone."""
+    values = to_dict(small())
+    values["diffusion"] |= {"objective": "bridge", "bridge_noise": 0.2, "bridge_start_fraction": 0.8}
+    values["sampling"] = {"sampler": "bridge", "num_inference_steps": steps, "num_samples": 8, "eta": 1.0}
+    assert from_dict(Config, values) == small()
+    assert (small().diffusion.objective, small().sampling) == (
+        "regression",
+        SamplingConfig(sampler="one-step", num_inference_steps=1),
+    )
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -126,6 +139,9 @@ def test_a_flag_that_is_not_finite_is_refused(value: float) -> None:
             replace(small(), train_vqgan=replace(small().train_vqgan, edge_weight=0.5)),
         ),
         ("codec.codebook_update=ema", small()),
+        ("diffusion.objective=bridge", small()),
+        ("diffusion.bridge_noise=0.3", small()),
+        ("sampling.sampler=bridge", small()),
     ],
 )
 def test_an_override_is_a_replace(assignment: str, expected: Config) -> None:

@@ -1,6 +1,8 @@
 """The model that ships: its answer to a fixed volume, and that it is better than no model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import golden_default_model as golden
 import numpy as np
@@ -20,6 +22,22 @@ def test_its_answer_is_the_one_that_was_written_down():
     for target, values in wanted.items():
         assert np.ptp(values) > 0.2, "there is something in it"
         np.testing.assert_allclose(got[target], values, atol=1e-3)
+
+
+def test_as_a_bridge_of_four_steps_and_several_samples_it_gives_its_first_step(tmp_path: Path) -> None:
+    """Models of before have that in their config.json."""
+    shutil.copytree(default_model(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    record = json.loads(file.read_text())
+    record["config"]["diffusion"] |= {"objective": "bridge", "bridge_noise": 0.1, "bridge_start_fraction": 0.8}
+    record["config"]["sampling"] = {"sampler": "bridge", "num_inference_steps": 4, "num_samples": 3, "eta": 1.0}
+    file.write_text(json.dumps(record))
+    before, now = Translator.load(tmp_path / "model"), Translator.load(default_model())
+    assert (before.config.diffusion, before.config.sampling) == (now.config.diffusion, now.config.sampling)
+    x = np.random.default_rng(0).uniform(-1, 1, now.config.preprocess.spatial_shape).astype(np.float32)
+    (made, spread), (wanted, _) = (one.translate_encoded(one.encode(x), "t1", "t2", seed=0) for one in (before, now))
+    np.testing.assert_array_equal(made, wanted)
+    assert spread is None
 
 
 def test_a_held_out_subject_is_better_translated_than_copied_or_averaged():

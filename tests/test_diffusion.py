@@ -82,7 +82,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_start(objective):
     assert schedule.alphas_cumprod[0] == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
     assert torch.allclose(torch.cumprod(1 - schedule.betas, 0), schedule.alphas_cumprod, rtol=1e-12, atol=0)
     noise, last = latents(0), torch.full((4,), 999)
-    assert torch.equal(noised(objective, schedule, latents(1), None, last, noise), noise)
+    assert torch.equal(noised(schedule, latents(1), last, noise), noise)
 
 
 def test_zero_terminal_snr_is_refused_for_epsilon():
@@ -113,21 +113,13 @@ def test_weights_between_steps_are_those_of_the_level_there(zero_terminal_snr):
         assert got.flatten().tolist() == pytest.approx([getattr(level, name) for level in levels], rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["v", "bridge"])
+@pytest.mark.parametrize("objective", ["v", "x0"])
 def test_every_time_step_is_drawn_as_often(objective):
-    config = DiffusionConfig(objective=objective, num_train_timesteps=4, bridge_start_fraction=0.0)
+    config = DiffusionConfig(objective=objective, num_train_timesteps=4)
     z = torch.zeros(8000, 1, 1, 1, 1)
     _, t, _ = training_loss_inputs(config, make_schedule(config), z, z, torch.Generator().manual_seed(0))
     assert t.unique().tolist() == [0, 1, 2, 3]
     assert (t.long().bincount() / len(t)).tolist() == pytest.approx([0.25] * 4, abs=0.02)
-
-
-def test_a_bridge_is_a_line_unless_its_noise_is_said():
-    schedule = make_schedule(DiffusionConfig(objective="bridge"))
-    target, start, t = latents(0), latents(1), torch.tensor([0, 249, 499, 999])
-    z_t = noised("bridge", schedule, target, start, t, latents(2))
-    tau = (t + 1).view(-1, 1, 1, 1, 1) / 1000
-    torch.testing.assert_close(z_t, (1 - tau) * target + tau * start)
 
 
 @pytest.mark.parametrize("objective", VARIANCE_PRESERVING)
@@ -135,25 +127,11 @@ def test_target_converts_back_to_image_and_noise(objective):
     schedule = make_schedule(DiffusionConfig())
     image, noise, t = latents(0), latents(1), torch.tensor([0, 10, 300, 999])
     alpha, sigma = schedule.alpha_sigma(t, image)
-    z_t = noised(objective, schedule, image, None, t, noise)
+    z_t = noised(schedule, image, t, noise)
     target = training_target(objective, schedule, image, t, noise)
     # at t = 999 epsilon is divided by alpha = 0.011: float32's 1e-7 becomes 1e-5
     torch.testing.assert_close(to_x0(objective, target, z_t, alpha, sigma), image, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(to_epsilon(objective, target, z_t, alpha, sigma), noise, atol=1e-4, rtol=1e-4)
-
-
-def test_bridge_runs_from_target_to_start_with_its_noise_widest_in_the_middle():
-    config = DiffusionConfig(objective="bridge", bridge_noise=0.3)
-    schedule = make_schedule(config)
-    target, start = torch.full((1, 1, 200_000), -1.0), torch.full((1, 1, 200_000), 1.0)
-    noise = draw_noise(target, torch.Generator().manual_seed(0))
-    at_end = noised("bridge", schedule, target, start, torch.tensor([999]), noise, 0.3)
-    assert torch.equal(at_end, start)
-    for t, tau in ((499, 0.5), (99, 0.1), (0, 0.001)):
-        z_t = noised("bridge", schedule, target, start, torch.tensor([t]), noise, 0.3)
-        assert float(z_t.mean()) == pytest.approx(2 * tau - 1, abs=3e-3)
-        assert float(z_t.std()) == pytest.approx(0.6 * math.sqrt(tau * (1 - tau)), rel=1e-2)
-    assert training_target("bridge", schedule, target, torch.tensor([499]), noise) is target
 
 
 def test_boxes_that_overlap_see_the_same_noise() -> None:
@@ -168,7 +146,7 @@ def test_boxes_that_overlap_see_the_same_noise() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_time_steps_are_uniform_in_log_snr_where_noise_is_predicted_from_the_target_like_latent(objective):
-    config = DiffusionConfig(objective=objective, residual_std=(1.0,), bridge_start_fraction=0.0)
+    config = DiffusionConfig(objective=objective, residual_std=(1.0,))
     schedule, many = make_schedule(config), torch.zeros(20_000, 1, 1, 1, 1)
     _, t, _ = training_loss_inputs(config, schedule, many, many, torch.Generator().manual_seed(0))
     if objective == "regression":
@@ -203,16 +181,3 @@ def test_training_inputs_are_seeded_and_belong_together(objective):
         torch.testing.assert_close(to_x0(objective, target, z_t, alpha, sigma), image, atol=1e-3, rtol=1e-3)
     else:
         assert torch.equal(target, image)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
-def test_bridge_start_fraction_is_the_share_at_the_start(fraction):
-    config = DiffusionConfig(objective="bridge", bridge_start_fraction=fraction)
-    z = torch.zeros(4000, 1, 1, 1, 1)
-    _, t, _ = training_loss_inputs(config, make_schedule(config), z, z, torch.Generator().manual_seed(0))
-    assert float((t == 999).float().mean()) == pytest.approx(fraction + (1 - fraction) / 1000, abs=0.025)
-
-
-def test_bridge_start_fraction_out_of_range_is_refused():
-    with pytest.raises(UserError, match="bridge_start_fraction"):
-        DiffusionConfig(bridge_start_fraction=1.5)

@@ -364,7 +364,7 @@ def test_a_baseline_may_be_named_and_dry_run_writes_nothing(models, ixi_store, t
         ({"--model": "nowhere"}, "nowhere"),
         ({"--store": "nowhere"}, "not a store"),
         ({"--samplers": "ddim:many"}, "SAMPLER:STEPS"),
-        ({"--samplers": "bridge"}, "dpm-solver"),
+        ({"--samplers": "one-step"}, "dpm-solver"),
         ({"--max-subjects": "0"}, "max-subjects"),
         ({"--pictures": "-1"}, "--pictures is -1, wanted at least 0"),
         ({"--seed": str(2**63)}, "--seed is 9223372036854775808, wanted 0 to"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aldm.baselines.regression_unet import RegressionStage
 from aldm.checkpoint import load_weights
-from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
+from aldm.config import OBJECTIVES, Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
 from aldm.data.store import SPLITS, VolumeStore
 from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, loss_weights
@@ -268,7 +268,7 @@ def test_the_memory_of_target_like_latents_is_bounded(latents: LatentStore, monk
     assert torch.equal(stage._z_target_like(batch, batch["target"].tolist()), first)
 
 
-@pytest.mark.parametrize("objective", ["epsilon", "v", "x0", "bridge", "regression"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_network_that_outputs_nothing_predicts_the_target_like_latent(objective: str, latents: LatentStore) -> None:
     config = replace(tiny(), modalities=latents.modalities)
     unet = build_unet(config, latents.latent_channels)  # its last layer starts at zero
@@ -314,7 +314,7 @@ def test_what_the_network_has_to_output_has_unit_variance(objective: str) -> Non
     noise, ids = torch.randn_like(z_target), torch.tensor([0])
     for t in (0.0, 30.0, 400.0, 999.0):
         times = torch.tensor([t])
-        z_t = noised(objective, schedule, z_target, None, times, noise)
+        z_t = noised(schedule, z_target, times, noise)
         seen = []
 
         def echo(x: Tensor, *_: Tensor, value: float, seen: list[Tensor] = seen) -> Tensor:
@@ -347,7 +347,7 @@ def test_the_image_space_loss_of_noise_predictions_is_the_images(objective: str,
     schedule = make_schedule(diffusion)
     z_target, z_source, z_target_like, noise = torch.randn(4, 2, channels, 2, 3, 2)
     times, ids = torch.full((2,), t), torch.tensor([0, 1])
-    z_t = noised(objective, schedule, z_target, None, times, noise)
+    z_t = noised(schedule, z_target, times, noise)
     wanted = training_target(objective, schedule, z_target, times, noise)
     mix = (0.1 * torch.randn(channels, 3 * channels)).requires_grad_()
 
@@ -381,14 +381,14 @@ def test_how_far_stage_2_is_from_the_target_is_measured(latents: LatentStore) ->
 
 
 def test_stage_3_samples_its_score_in_volumes(latents: LatentStore) -> None:
-    sampling = SamplingConfig(sampler="bridge", num_inference_steps=2)
-    config = replace(tiny(), diffusion=DiffusionConfig(objective="bridge", num_train_timesteps=50), sampling=sampling)
+    sampling = SamplingConfig(sampler="one-step", num_inference_steps=1)
+    config = replace(tiny(), diffusion=DiffusionConfig(objective="regression"), sampling=sampling)
     stage = diffusion_stage(latents, config)
     batch = batch_of(stage, 1, "validation")
     with torch.no_grad():
         values = stage.validate({"unet": stage.unet}, batch, step(0, stage, batch))
     z_target_like = stage._z_target_like(batch, batch["target"].tolist())
-    # an untrained bridge repeats the target-like latent
+    # an untrained regression repeats the target-like latent
     wanted = volume_psnr(latents, z_target_like, batch["z_target"])
     assert float(values["psnr_db"]) == pytest.approx(wanted, abs=0.01)
     assert float(values["ms_spade_psnr_db"]) == pytest.approx(wanted, abs=0.01)
@@ -407,8 +407,8 @@ def test_the_noise_of_a_sample_does_not_depend_on_the_batch(latents: LatentStore
 
 
 def test_a_sampler_that_does_not_go_with_the_objective_is_refused_before_training(latents: LatentStore) -> None:
-    config = replace(tiny(), sampling=SamplingConfig(sampler="bridge", num_inference_steps=2))
-    with pytest.raises(UserError, match="sampler 'bridge' cannot be used with a model of objective 'v'"):
+    config = replace(tiny(), sampling=SamplingConfig(sampler="one-step", num_inference_steps=1))
+    with pytest.raises(UserError, match="sampler 'one-step' cannot be used with a model of objective 'v'"):
         diffusion_stage(latents, config)
 
 

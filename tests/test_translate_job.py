@@ -27,6 +27,7 @@ from untrained import save_untrained
 
 import pipelines.translate_local
 from aldm.cli import main
+from aldm.default_model import default_model
 from aldm.presets import small
 
 CODES = ["".join(axes) for order in itertools.permutations(("RL", "AP", "SI")) for axes in itertools.product(*order)]
@@ -419,8 +420,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "spread of one sample": ({}, ("--uncertainty", "u.nii"), "give --num-samples of at least 2"),
     "sampler of another objective": (
         {},
-        ("--sampler", "bridge"),
-        "'bridge' cannot be used with a model of objective 'v'",
+        ("--sampler", "one-step"),
+        "'one-step' cannot be used with a model of objective 'v'",
     ),
     "too many steps": ({}, ("--num-inference-steps", "51"), "--num-inference-steps is 51 .*, wanted 1 to 50"),
     "a glob without quotes": ({}, ("b.nii", "c.nii", "out"), "got 5 names: put a glob into quotes"),
@@ -455,6 +456,13 @@ def test_bad_arguments_are_one_message_and_nothing_is_written(name, model, tmp_p
     refused(code, capsys, words, tmp_path, ["in.nii", "taken.nii", "side.json", "empty", "empty.nii"])
     assert (tmp_path / "taken.nii").read_text() == (tmp_path / "side.json").read_text() == "mine"
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [("--num-samples", 2), ("--uncertainty", "u.nii")])
+def test_a_model_with_one_answer_gives_no_uncertainty(flags, tmp_path, capsys):
+    write(tmp_path / "in.nii")
+    code = run(tmp_path / "in.nii", tmp_path / "out.nii", *flags, model=default_model())
+    refused(code, capsys, "objective '?regression'? has one answer", tmp_path, ["in.nii"])
 
 
 def test_a_model_of_another_format_version_or_kind_is_refused(model, tmp_path, capsys):

@@ -106,7 +106,6 @@ def test_every_drawn_point_builds_and_can_be_sampled_every_way(drawn: Callable[.
 def test_a_field_is_drawn_only_where_it_means_something() -> None:
     points = random_points(space(), 80, seed=1)
     by_objective = {name: [set(point) for point in points if point["objective"] == name] for name in OBJECTIVES}
-    assert {"bridge_noise", "bridge_start_fraction", "objective"} in by_objective["bridge"]
     assert by_objective["regression"] == [{"objective"}]
     assert not any("zero_terminal_snr" in fields for fields in by_objective["epsilon"])
     for point in points:
@@ -168,7 +167,7 @@ def test_the_front_is_what_nothing_else_beats(values: list[tuple[int, int]], hig
 
 def test_equal_points_draw_equal_pictures(tmp_path: Path) -> None:
     points = [(1, 20.0), (2, 21.0), (2, -300.0), (20, 24.0)]
-    front = [(1, 20.0, "bridge one-step"), (2, 21.0, "v cosine dpm-solver++"), (20, 24.0, "v cosine ddim")]
+    front = [(1, 20.0, "regression one-step"), (2, 21.0, "v cosine dpm-solver++"), (20, 24.0, "v cosine ddim")]
     for name in "ab":
         save_pareto_picture(tmp_path / f"{name}.png", points, front, score="PSNR, dB")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -215,7 +214,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swept(inputs: Inputs, place: Path, ray_cluster: None) -> tuple[Path, tuple[object, ...]]:
     """A sweep of four trials that all finish, and its flags."""
-    words = (*inputs, *TINY, "--out", place / "random", "--num-trials", 4, "--objectives", "x0", "bridge", "v")
+    words = (*inputs, *TINY, "--out", place / "random", "--num-trials", 4, "--objectives", "x0", "epsilon", "v")
     words = (*words, "--steps", 1, 3, "--max-steps", 5, "--scheduler", "none", "--max-concurrent", 2)
     assert run(*words) == 0
     return place / "random", words
@@ -328,7 +327,7 @@ def test_a_finished_sweep_is_not_run_again(
 @pytest.mark.slow
 def test_asha_stops_the_worse_and_optuna_draws(inputs: Inputs, place: Path, ray_cluster: None) -> None:
     out = place / "optuna"
-    words = (*inputs, *TINY, "--out", out, "--num-trials", 4, "--searcher", "optuna", "--objectives", "v", "bridge")
+    words = (*inputs, *TINY, "--out", out, "--num-trials", 4, "--searcher", "optuna", "--objectives", "v", "x0")
     assert run(*words, "--steps", 10, "--max-concurrent", 1, "--max-steps", 4) == 0
     files = sorted((out / "trials").glob("*.json"), key=lambda file: file.stat().st_mtime)
     states = {row["trial"]: row["state"] for row in rows(out)}
@@ -421,7 +420,7 @@ def test_a_dry_run_says_what_it_would_do(inputs: Inputs, tmp_path: Path, capsys:
 def test_a_killed_sweep_goes_on(inputs: Inputs, place: Path) -> None:
     """SIGKILL to the driver in the middle: finished trials are kept, the one at work goes on from its checkpoint."""
     out = place / "killed"
-    words = [*inputs, *TINY, "--out", out, "--num-trials", 3, "--objectives", "bridge", "--steps", 1]
+    words = [*inputs, *TINY, "--out", out, "--num-trials", 3, "--objectives", "x0", "--steps", 1]
     words = [*words, "--max-steps", 40, "--max-concurrent", 1, "--scheduler", "none"]
     program = [sys.executable, "-c", "import sys; from tune.noise_schedules import main; sys.exit(main(sys.argv[1:]))"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -17,15 +17,7 @@ from tune.picture import save_pareto_picture
 from tune.search_space import Point, Way
 from tune.sweep import PICTURE, PRESET, RAY, STAGE, TABLE, TABLE_CSV, TRIALS, Outcome, Sweep, best_preset, state_of
 
-POINT_FIELDS = (
-    "objective",
-    "schedule",
-    "beta_start",
-    "beta_end",
-    "zero_terminal_snr",
-    "bridge_noise",
-    "bridge_start_fraction",
-)
+POINT_FIELDS = ("objective", "schedule", "beta_start", "beta_end", "zero_terminal_snr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +204,7 @@ def _tables(
             "",
             "## Pareto front",
             "",
-            *_markdown(("evaluations", score, "sampler", "objective", "schedule and bridge", "trial"), fronts),
+            *_markdown(("evaluations", score, "sampler", "objective", "schedule", "trial"), fronts),
             "",
             "## Trials",
             "",
@@ -222,7 +214,7 @@ def _tables(
                 (
                     "trial",
                     "objective",
-                    "schedule and bridge",
+                    "schedule",
                     "state",
                     "steps",
                     "best in training",

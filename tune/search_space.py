@@ -24,7 +24,6 @@ Point = dict[str, Any]
 BETA_START, BETA_END = (1e-4, 3e-3), (5e-3, 4e-2)
 """Ranges of the betas for a chain of 1000 steps; a shorter chain needs proportionally larger ones."""
 LARGEST_BETA = 0.95
-BRIDGE_NOISE = (0.02, 0.5)
 SCORED_EVALUATIONS = 5
 """A trial is scored while it trains by at most this many network evaluations: few favour PSNR, epsilon needs some."""
 
@@ -34,9 +33,6 @@ class Draw(Protocol):
 
     def choice(self, name: str, options: Sequence[Any]) -> Any:
         """Return one of the options."""
-
-    def uniform(self, name: str, low: float, high: float) -> float:
-        """Return a value of the range."""
 
     def log_uniform(self, name: str, low: float, high: float) -> float:
         """Return a value of the range, its logarithm uniform."""
@@ -116,13 +112,10 @@ class Space:
         return next(way for way in affordable if way.network_evaluations == most)
 
     def draw(self, draw: Draw) -> Point:
-        """Return one point; betas and the bridge's values are rounded to three digits."""
+        """Return one point; betas are rounded to three digits."""
         objective = draw.choice("objective", self.objectives)
         point: Point = {"objective": objective}
-        if objective == "bridge":
-            point["bridge_noise"] = _rounded(draw.log_uniform("bridge_noise", *BRIDGE_NOISE))
-            point["bridge_start_fraction"] = _rounded(draw.uniform("bridge_start_fraction", 0.0, 1.0))
-        elif objective in VARIANCE_PRESERVING:
+        if objective in VARIANCE_PRESERVING:
             point["schedule"] = draw.choice("schedule", SCHEDULES)
             if point["schedule"] != "cosine":
                 for name, (low, high) in (("beta_start", BETA_START), ("beta_end", BETA_END)):
@@ -137,9 +130,7 @@ class Space:
         """Return the space as lines of text."""
         lines = []
         for objective in self.objectives:
-            if objective == "bridge":
-                what = f"bridge_noise {_range(BRIDGE_NOISE)}, bridge_start_fraction 0 to 1"
-            elif objective == "regression":
+            if objective == "regression":
                 what = "one point"
             else:
                 scale = 1000 / self.num_train_timesteps
@@ -200,9 +191,6 @@ class _RandomDraw:
     def choice(self, name: str, options: Sequence[Any]) -> Any:
         return options[int(self._generator.integers(len(options)))]
 
-    def uniform(self, name: str, low: float, high: float) -> float:
-        return float(self._generator.uniform(low, high))
-
     def log_uniform(self, name: str, low: float, high: float) -> float:
         return float(np.exp(self._generator.uniform(np.log(low), np.log(high))))
 
@@ -219,9 +207,6 @@ class _OptunaDraw:
 
     def choice(self, name: str, options: Sequence[Any]) -> Any:
         return self._trial.suggest_categorical(name, list(options))
-
-    def uniform(self, name: str, low: float, high: float) -> float:
-        return float(self._trial.suggest_float(name, low, high))
 
     def log_uniform(self, name: str, low: float, high: float) -> float:
         return float(self._trial.suggest_float(name, low, high, log=True))

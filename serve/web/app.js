@@ -32,7 +32,9 @@ async function start() {
   fill($("sampler"), model.samplers.map((one) => one.name));
   $("targets").replaceChildren(...model.modalities.map(checkbox));
   $("more").hidden = false;
-  for (const id of ["sampler", "steps", "samples"]) $(id).disabled = model.samplers.length === 0;
+  const hasChain = model.samplers.some((one) => one.name !== "one-step");
+  $("sampler").disabled = model.samplers.length === 0;
+  for (const id of ["steps", "samples"]) $(id).disabled = !hasChain; // one evaluation, one answer
   const { max_upload_bytes, keep_hours } = models.limits;
   $("limits").textContent =
     `Uploads of up to ${Math.round(max_upload_bytes / 1e6)} MB. Volume and results stay on this service and are ` +

@@ -1,7 +1,5 @@
 """Changes that nothing could notice: (file, change) -> the reason."""
 
-_BRIDGE = "noise_kept = math.sqrt(max(to_std**2 - variance, 0.0)) / now_std if now_std > 0 else 0.0"
-
 _LEFT = "left = (1 - fraction) / max(1 - config.decay_start, 1e-9)"
 _READ = "content = self._stream.read(min(count, MAX_DIRECTORY + 1) if count >= 0 else MAX_DIRECTORY + 1)"
 _STEPS = "self.num_steps = max(min(fitting, self._planned), 1)"
@@ -20,7 +18,6 @@ _SHARE = "share = self.ema_count / self.ema_count.sum().clamp_min(1e-12)"
 _USED = "used = (self.ema_count > 1e-6)[:, None]"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
-    ("aldm/sampling.py", f"{_BRIDGE}  ->  {_BRIDGE[:-3]}1.0"): "at tau = 1 it multiplies z - z_start, which is 0",
     ("aldm/pace.py", "RECENT_STEPS = 50  ->  RECENT_STEPS = 51"): "a choice: tests take it from here",
     ("aldm/pace.py", f"{_LEFT}  ->  {_LEFT[:-5]}1.25e-09)"): "keeps a division by 0 away; any small number does",
     ("aldm/pace.py", "_planned: int = 0  ->  _planned: int = 1"): "Pace.plan, the only way to one, always gives it",

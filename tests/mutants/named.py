@@ -11,9 +11,14 @@ from operators import Mutant, replaced
 NAMED: list[tuple[str, str, str, str]] = [
     ("scaled-linear betas", "aldm/diffusion.py", "torch.linspace(start**0.5, end**0.5,", "torch.linspace(start, end,"),
     ("cosine's limit", "aldm/diffusion.py", "clamp(max=0.999)", "clamp(max=0.9999)"),
-    ("tau of the bridge", "aldm/diffusion.py", "(t.to(z_target) + 1) /", "t.to(z_target) /"),
+    ("time step of regression", "aldm/diffusion.py", "torch.full((batch,), float(last)", "torch.full((batch,), 0.0"),
     ("eta of DDIM", "aldm/sampling.py", "eta**2 * (to.sigma", "eta * (to.sigma"),
-    ("eta of the bridge", "aldm/sampling.py", "eta**2 * 4 *", "eta * 4 *"),
+    (
+        "start of regression",
+        "aldm/sampling.py",
+        'z_start if config.objective == "regression" else',
+        "z_start if False else",
+    ),
     ("DPM-Solver++'s step ratio", "aldm/sampling.py", "(h / (2 * previous_h))", "0.5"),
     ("DDPM's variance", "aldm/sampling.py", "variance = 1 - ratio**2", "variance = 1 - ratio"),
     ("rho of Karras", "aldm/sampling.py", "log_ratios = -7 *", "log_ratios = -6 *"),
