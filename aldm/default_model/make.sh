@@ -11,10 +11,10 @@ aldm phantom data --layout ixi --num-subjects 60 --seed 7 --spacing-mm 3
 aldm prepare data store --layout ixi --num-processes 2
 aldm encode --store store --codec haar --out latents
 aldm train ms-spade --latents latents --run-dir ms-spade --max-steps 100 --seed 7 --engine plain
-aldm train diffusion --latents latents --ms-spade ms-spade --run-dir diffusion --max-steps 1800 --seed 7 --engine plain
+aldm train diffusion --latents latents --ms-spade ms-spade --run-dir diffusion --max-steps 1500 --seed 7 --engine plain
 aldm export $stages
 # the yardstick, a plain U-Net with about the same time
-aldm train unet --store store --run-dir unet --max-steps 1800 --seed 7 --engine plain
+aldm train unet --store store --run-dir unet --max-steps 1500 --seed 7 --engine plain
 aldm export --baseline unet --out unet-model
 aldm evaluate --model model --store store --split test --out scores --baseline unet=unet-model
 aldm export $stages --scores scores --overwrite
