@@ -194,10 +194,37 @@ def codec_step(kind: str) -> float:
     return seconds(step, 3)
 
 
+def training_rate(name: str) -> tuple[float, float]:
+    """Seconds of a training step of small() for four modalities, its data in memory, and its operations."""
+    from aldm.config import training_of
+    from aldm.planner import plan, stage_and_batch
+    from aldm.players import StepInfo
+    from aldm.training import PlainEngine
+
+    config = replace(small(), modalities=("t1", "t1ce", "t2", "flair"))
+    training = training_of(config, name)
+    ids = {key: torch.zeros(training.batch_size, dtype=torch.long) for key in ("source", "target", "flip")}
+    ids["target"] += 1
+    stage, _, batch, _ = stage_and_batch(config, name, training, ids)
+    engine, (player,) = PlainEngine("cpu", config.precision), stage.players
+    module = engine.prepare(player)
+    stage.connect(engine)
+    info = StepInfo(0, [torch.Generator() for _ in range(training.batch_size)], frozenset({player.name}))
+
+    def step() -> None:
+        with engine.autocast():
+            loss, _ = player.loss(module, batch, info)
+        engine.backward(player, loss)
+        engine.step(player, 1e-4)
+
+    return seconds(step, 9) / training.batch_size, plan(config, name).flops / training.batch_size
+
+
 def main() -> None:
     """Measure and print."""
     from aldm.data.phantom import write_phantom
     from aldm.data.preparing import prepare_store
+    from aldm.planner import measure_throughput
 
     rows: list[tuple[str, str, str, float]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -219,6 +246,10 @@ def main() -> None:
         rows.append((label, f"{ours:.0f} MB", f"{plain:.0f} MB", plain / ours))
     ours, plain = codec_step("haar-vqgan"), codec_step("vqgan")
     rows.append(("codec step at equal width: haar-vqgan / vqgan", f"{ours:.3f} s", f"{plain:.3f} s", plain / ours))
+    (ours, operations), (plain, _) = training_rate("diffusion"), training_rate("unet")
+    rows.append(("training sample: stage 3 / the plain U-Net", f"{ours:.3f} s", f"{plain:.3f} s", plain / ours))
+    ours, plain = operations / ours / 1e9, measure_throughput("cpu", small().precision, 2.0) / 1e9
+    rows.append(("operations a second, 1e9: stage 3 / a bf16 convolution", f"{ours:.0f}", f"{plain:.0f}", plain / ours))
     print("| ours / plain | ours | plain | plain / ours |\n|---|---|---|---|")
     for label, mine, other, ratio in rows:
         print(f"| {label} | {mine} | {other} | {ratio:.1f} |")
