@@ -8,7 +8,7 @@ intensities in [0, 1]. The planes are shown as seen by the subject: right of the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,22 @@ class CardPoint:
     """Mean wall time of one volume, s."""
     psnr_db: float
     """Mean PSNR, dB."""
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """What the latent of one codec takes, and what it is worth."""
+
+    codec: str
+    family: str
+    """Points of one family that are not quantised are joined by a line."""
+    voxels_per_scalar: float
+    bits_per_voxel: float | None
+    """None for a latent that is not quantised."""
+    psnr_db: float
+    """Mean PSNR of the reconstructions, dB."""
+    before_db: float | None
+    """The same before quantisation; None where there is none."""
 
 
 def planes_through(volume: np.ndarray) -> tuple[int, int, int]:
@@ -246,6 +262,45 @@ def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def save_rates(path: Path, points: Sequence[RatePoint], *, title: str = "", region: str = "volume") -> None:
+    """Write a PNG of mean PSNR (dB) against voxels per scalar and against bits per voxel, both on log scales.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        points: what was measured, a quantised latent at least.
+        title: text above the plots.
+        region: what the PSNR was taken over.
+    """
+    figure = _figure(9.6, 4.6, title)
+    left, right = figure.add_axes((0.07, 0.14, 0.42, 0.76)), figure.add_axes((0.56, 0.14, 0.42, 0.76))
+    for number, family in enumerate(dict.fromkeys(point.family for point in points)):
+        own = [point for point in points if point.family == family]
+        look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        _draw_rates(left, [(point.voxels_per_scalar, point) for point in own], look, family)
+        _draw_rates(right, [(p.bits_per_voxel, p) for p in own if p.bits_per_voxel is not None], look, family)
+    left.set_xlabel("voxels per scalar of the latent (log scale)", fontsize=9)
+    right.set_xlabel("bits per voxel of the codes (log scale)", fontsize=9)
+    left.set_ylabel(f"mean PSNR of reconstructions, {region} (dB)", fontsize=9)
+    right.set_ylim(left.get_ylim())
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.4g}")
+        axes.grid(visible=True, alpha=0.3)
+    left.legend(fontsize=8, title="hollow: before quantisation", title_fontsize=8)
+    _save(figure, path)
+
+
+def _draw_rates(axes: "Axes", points: Sequence[tuple[float, RatePoint]], look: Mapping[str, Any], family: str) -> None:
+    """Draw (rate, point) of one family: a line where nothing is quantised, else a hollow marker for before it."""
+    joined = all(point.bits_per_voxel is None for _, point in points)
+    rates, psnr_db = [rate for rate, _ in points], [point.psnr_db for _, point in points]
+    axes.plot(rates, psnr_db, linestyle="-" if joined else "none", label=family, **look)
+    for rate, point in points:
+        if point.before_db is not None:
+            axes.plot([rate] * 2, [point.psnr_db, point.before_db], ":", color=look["color"], linewidth=1)
+            axes.plot(rate, point.before_db, fillstyle="none", **look)
 
 
 def save_training_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, label: str) -> None:

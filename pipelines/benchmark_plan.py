@@ -41,27 +41,47 @@ ENDLESS = 10**6
 MODEL, SCORES, RECORD, LOG = "model", "scores", "record.json", "log.txt"
 
 
-@dataclass(frozen=True)
-class Contest:
-    """What is equal for all methods."""
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What is equal for all that a benchmark trains."""
 
     store: Path
     fingerprint: str
-    """Of the store: subjects that are added make another contest."""
+    """Of the store: subjects that are added make another benchmark."""
     out: Path
-    pair: tuple[str, str]
     minutes: float
-    """Training time of a method, all its trainings together."""
+    """Training time of a row of the table, all its trainings together."""
     flags: tuple[str, ...]
     """--preset and the like, handed to every training."""
-    vit_weights: Path | None = None
-    """ImageNet weights of ResViT's transformer."""
     split: str = "test"
 
     @property
     def group(self) -> str:
         """The parent run in MLflow: the whole path, for others have a folder of that name too."""
         return str(self.out)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the folder notes: with something else in it, it is another benchmark (JSON-able)."""
+        return {
+            "store": str(self.store),
+            "store_fingerprint": self.fingerprint,
+            "minutes": self.minutes,
+            "flags": list(self.flags),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest(Terms):
+    """A benchmark of methods, on one pair of modalities."""
+
+    pair: tuple[str, str]
+    vit_weights: Path | None = None
+    """ImageNet weights of ResViT's transformer."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the folder notes."""
+        weights = None if self.vit_weights is None else str(self.vit_weights)
+        return super().settings() | {"pair": list(self.pair), "vit_weights": weights}
 
 
 @dataclass(frozen=True)
@@ -77,10 +97,6 @@ class Entry:
     """Comes after the first training where a codec is trained, else before all."""
     export: tuple[str, ...]
     evaluate: tuple[str, ...]
-
-    def describe(self) -> list[str]:
-        """Return the commands, one a line."""
-        return [f"aldm {' '.join(command)}" for command in self.commands()]
 
     def commands(self) -> list[tuple[str, ...]]:
         """Return the commands in their order."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 
-ALL_SCORES, PICTURE = "scores.csv", "methods.png"
+TABLE, ALL_SCORES, PICTURE = "benchmark.md", "scores.csv", "methods.png"
 VALUES = ("psnr_db", "nmse", "ssim")
 CODEC = "reconstruction of "
 """Before a method's name: the row of its trained codec alone."""
@@ -67,7 +67,7 @@ def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeSt
     if "resvit" in costs:
         weights = "from random weights" if contest.vit_weights is None else f"from {contest.vit_weights.name}"
         lead += f" The transformer of resvit began {weights}."
-    (contest.out / "benchmark.md").write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
+    (contest.out / TABLE).write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
     _draw(contest, entries, store)
     return tables
 
@@ -105,7 +105,7 @@ def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[st
         if row.region == region:
             by_method[row.method].append((seed, row))
     subjects = {
-        method: [_means((row.subject_id, getattr(row, value)) for _, row in own) for value in VALUES]
+        method: [means_of((row.subject_id, getattr(row, value)) for _, row in own) for value in VALUES]
         for method, own in by_method.items()
     }
     summaries = {method: [interval(list(of.values())) for of in scores] for method, scores in subjects.items()}
@@ -117,7 +117,7 @@ def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[st
     columns += ["host peak (GB)", heading, *["SD over seeds (dB)"] * has_seeds]
     lines = [f"## {region}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in ranked:
-        cells = [_with_interval(*value, digits) for value, digits in zip(summaries[method], (2, 3, 3), strict=True)]
+        cells = [with_interval(*value, digits) for value, digits in zip(summaries[method], (2, 3, 3), strict=True)]
         cells += _cost_cells(costs.get(method))
         cells.append(p_values.get(method, "-"))
         cells += ["-" if math.isnan(spreads[method]) else f"{spreads[method]:.2f}"] * has_seeds
@@ -141,7 +141,7 @@ def _against_best(psnr_db: Mapping[str, Mapping[str, float]]) -> tuple[dict[str,
 
 def _spread(rows: Sequence[tuple[int, "ScoreRow"]]) -> float:
     """Return the standard deviation (n - 1) over seeds of a method's mean PSNR, dB; NaN for a single seed."""
-    seeds = list(_means((seed, row.psnr_db) for seed, row in rows).values())
+    seeds = list(means_of((seed, row.psnr_db) for seed, row in rows).values())
     return float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
 
 
@@ -176,8 +176,8 @@ def cost_of(entries: Sequence[Entry]) -> Cost:
     ]
     return Cost(
         parameters=_parameters(entries[0].folder / MODEL),
-        samples=round(_mean(sum(map(_samples, entry.trainings)) for entry in entries)),
-        minutes=_mean(sum(map(_minutes, entry.trainings)) for entry in entries),
+        samples=round(_mean(sum(map(samples_of, entry.trainings)) for entry in entries)),
+        minutes=_mean(sum(map(minutes_of, entry.trainings)) for entry in entries),
         seconds_per_volume=float(np.median(seconds)),
         peak_gb=max(each["peak_bytes"] for of_entry in trainings for each in of_entry) / 1e9,
     )
@@ -191,7 +191,7 @@ def _parameters(model: Path) -> int:
     return count(Translator.load(model).predictor)
 
 
-def _samples(training: Sequence[str]) -> int:
+def samples_of(training: Sequence[str]) -> int:
     """Return the samples that a training saw: its steps times its batch."""
     import yaml
 
@@ -201,7 +201,7 @@ def _samples(training: Sequence[str]) -> int:
     return int(_metrics(training)[-1]["step"]) * training_of(config, training[1]).batch_size
 
 
-def _minutes(training: Sequence[str]) -> float:
+def minutes_of(training: Sequence[str]) -> float:
     """Return the time that a training took, earlier starts of one that was interrupted included."""
     return float(max(record.get("elapsed_s", 0.0) for record in _metrics(training))) / 60
 
@@ -237,7 +237,7 @@ def _methods(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.method for entry in entries))
 
 
-def _means(values: Iterable[tuple[K, float]]) -> dict[K, float]:
+def means_of(values: Iterable[tuple[K, float]]) -> dict[K, float]:
     """Return the mean of the values of every key."""
     groups: dict[K, list[float]] = defaultdict(list)
     for key, value in values:
@@ -249,6 +249,6 @@ def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def _with_interval(mean: float, half: float, digits: int) -> str:
+def with_interval(mean: float, half: float, digits: int) -> str:
     text = f"{mean:.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
