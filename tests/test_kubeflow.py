@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import yaml
 from ray_runs import command_of
 
 from aldm import __version__
-from aldm.cli import JOBS
+from aldm.cli import JOBS, main
 from aldm.errors import UserError
 from pipelines import kubeflow, kubernetes_roll
 from pipelines.arguments import JobParser
@@ -321,23 +322,44 @@ def artifacts(run: Path, step: str, name: str) -> list[Path]:
     return sorted(run.glob(f"kubeflow/*/{step}/{name}"))
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let steps run their commands here, where everything is imported already; returns what has run."""
+    ran = []
+
+    def run(words: Any, p: Parameters) -> tuple[int, str]:
+        ran.append(words[0])
+        with mock.patch.dict(os.environ, {"MLFLOW_TRACKING_URI": p.server}):
+            return main(words), ""
+
+    monkeypatch.setattr("pipelines.kubeflow_run._run", run)
+    return ran
+
+
 @pytest.mark.slow
-def test_all_of_it_on_this_machine(tmp_path: Path) -> None:
-    """From data to a registered model, with a step that fails first; then again, which replaces nothing."""
-    run = tmp_path / "runs" / "first"
+def test_all_of_it_on_this_machine(tmp_path: Path, in_this_process: list[str]) -> None:
+    """From data to a registered model, with a step that fails first; then again, which replaces nothing.
+
+    Two starts are real, in processes of their own; between them the steps up to the last training run here.
+    """
+    p = Parameters(shared=str(tmp_path), preset="tiny", layout="ixi", num_subjects=9, device="cpu")
+    p = replace(p, settings=["sampling.num_inference_steps=1"])
+    run = p.folder
     run.mkdir(parents=True)
-    (run / "model").write_text("in the way of aldm export")
+    (run / "data").write_text("in the way of aldm phantom")
     done = local(tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     (last,) = [line for line in done.stderr.splitlines() if line.startswith("python -m pipelines.kubeflow:")]
-    assert "the step export failed: aldm export: " in last
+    assert "the step simulate failed: aldm phantom: " in last
     assert "is a file, wanted a folder to write" in last
-    begun = {step: read_step(step, Parameters(shared=str(tmp_path)))["begun"] for step in STEP_NAMES[:6]}
+    (run / "data").unlink()
 
-    (run / "model").unlink()
+    for step in STEP_NAMES[:6]:
+        run_step(step, p)
+    begun = {step: read_step(step, p)["begun"] for step in STEP_NAMES[:6]}
     done = local(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    records = {step: read_step(step, Parameters(shared=str(tmp_path))) for step in STEP_NAMES}
+    records = {step: read_step(step, p) for step in STEP_NAMES}
     assert {step: records[step]["begun"] for step in begun} == begun  # none of them ran again
     assert {record["state"] for record in records.values()} == {"done"}
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
@@ -351,8 +373,25 @@ def test_all_of_it_on_this_machine(tmp_path: Path) -> None:
 
     stopped = records["evaluate"] | {"state": "running"}
     (run / "steps" / "evaluate.json").write_text(json.dumps(stopped))  # measured again, against itself
-    done = local(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "NOT better than the champion models:/translator/1" in artifacts(run, "evaluate", "scores")[-1].read_text()
+    in_this_process.clear()
+    for step in STEP_NAMES[:7]:
+        run_step(step, p)
+    psnr_db, to_beat_db, page = measured_again(p)
+    assert in_this_process == ["evaluate"]
+    assert not psnr_db > to_beat_db, "then the pipeline would register it"
+    assert "NOT better than the champion models:/translator/1" in page
+    run_step("register", p)
     assert len(client.search_model_versions("name = 'translator'")) == 1
-    assert read_step("roll", Parameters(shared=str(tmp_path))) == records["roll"]
+
+
+def measured_again(p: Parameters) -> tuple[float, float, str]:
+    """What the components say of which the pipeline's condition is made, and the page with the scores."""
+    from kfp.dsl import HTML, Markdown, Metrics
+
+    from pipelines import kubeflow_pipeline as made
+
+    places = {name: str(p.folder / f"{name}.of.again") for name in ("scores", "report", "metrics")}
+    kinds = {"scores": Markdown, "report": HTML, "metrics": Metrics}
+    outputs = {name: kinds[name](uri=place) for name, place in places.items()}
+    psnr_db = made.evaluate.python_func(asdict(p), **outputs)
+    return psnr_db, made.to_beat.python_func(asdict(p)), Path(places["scores"]).read_text()
