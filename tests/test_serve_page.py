@@ -126,16 +126,18 @@ def test_a_file_is_dropped_on_the_page(page: Page, service: RunningService) -> N
     assert is_drawn(picture(page, "#result-view"))
 
 
-def test_where_a_model_has_one_answer_no_samples_are_offered(page: Page) -> None:
-    for names, offered in ((["dpm-solver++", "one-step"], True), (["one-step"], False)):
-        answer = page.request.get("/v1/models").json()
-        answer["models"][0]["samplers"] = [{"name": name} for name in names]
-        page.route("**/v1/models", lambda route, answer=answer: route.fulfill(json=answer))
-        page.reload()
-        expect(page.locator("#targets input")).to_have_count(3)
-        page.get_by_text("Sampling and format").click()
-        expect(page.locator("#samples")).to_be_enabled(enabled=offered)
-        expect(page.locator("#steps")).to_be_enabled(enabled=offered)
+@pytest.mark.parametrize(("samplers", "offered"), [(["dpm-solver++", "one-step"], True), (["one-step"], False)])
+def test_where_a_model_has_one_answer_no_samples_are_offered(
+    page: Page, service: RunningService, samplers: list[str], offered: bool
+) -> None:
+    answer = service.client.get("/v1/models").json()
+    answer["models"][0]["samplers"] = [{"name": name} for name in samplers]
+    page.route("**/v1/models", lambda route: route.fulfill(json=answer))
+    page.reload()
+    expect(page.locator("#targets input")).to_have_count(3)
+    page.get_by_text("Sampling and format").click()
+    expect(page.locator("#samples")).to_be_enabled(enabled=offered)
+    expect(page.locator("#steps")).to_be_enabled(enabled=offered)
 
 
 @pytest.mark.slow
