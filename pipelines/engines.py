@@ -97,6 +97,8 @@ class DeepSpeedEngine:
         if self._resume_from is not None:  # before DeepSpeed shards the weights
             read_weights(self._resume_from, player.name, player.module)
         player.module.to(self.device).train()
+        for parameter in player.module.parameters():  # its first broadcast looks at weights as rows of bytes
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         engine, *_ = deepspeed.initialize(
             model=player.module, optimizer=make_optimizer(player), config=self._config(player)
         )

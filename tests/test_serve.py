@@ -485,7 +485,7 @@ def test_the_example_of_the_documentation_works(service: RunningService, scan: P
     assert done.returncode == 0, done.stderr
     assert "done: 100%" in done.stdout
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"sub-01_{name}.nii.gz" for name in ("T1w", "t2", "t2_std", "pd", "pd_std")}
+    assert names == {f"sub-01_{name}.nii.gz" for name in ("T1w", "t2", "pd")}
 
 
 def test_many_at_once_are_taken_or_sent_away_and_nothing_else(
