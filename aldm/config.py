@@ -97,6 +97,9 @@ class CodecConfig:
     """Haar transforms in haar and haar-vqgan; each halves the grid and multiplies the channels by 8."""
     norm_groups: int = 32
     """Groups of the group normalisation."""
+    voxel_norm: bool = False
+    """Normalise each voxel over its channels instead of groups of channels over all that is in view, which is another
+    amount in a crop than in a volume. Not in Table A."""
 
     def __post_init__(self) -> None:
         choice("codec.kind", self.kind, ("vqgan", "haar-vqgan", "haar"))

@@ -265,7 +265,7 @@ def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "
 
 
 def save_rates(path: Path, points: Sequence[RatePoint], *, title: str = "", region: str = "volume") -> None:
-    """Write a PNG of mean PSNR (dB) against voxels per scalar and against bits per voxel, both on log scales.
+    """Write a PNG of mean PSNR (dB) against voxels per scalar (log scale) and against bits per voxel.
 
     Args:
         path: the file to write (replaced if it exists).
@@ -281,12 +281,13 @@ def save_rates(path: Path, points: Sequence[RatePoint], *, title: str = "", regi
         _draw_rates(left, [(point.voxels_per_scalar, point) for point in own], look, family)
         _draw_rates(right, [(p.bits_per_voxel, p) for p in own if p.bits_per_voxel is not None], look, family)
     left.set_xlabel("voxels per scalar of the latent (log scale)", fontsize=9)
-    right.set_xlabel("bits per voxel of the codes (log scale)", fontsize=9)
+    right.set_xlabel("bits per voxel of the codes", fontsize=9)
     left.set_ylabel(f"mean PSNR of reconstructions, {region} (dB)", fontsize=9)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:.4g}")
+    right.set_xlim(left=0)
     right.set_ylim(left.get_ylim())
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.4g}")
         axes.grid(visible=True, alpha=0.3)
     left.legend(fontsize=8, title="hollow: before quantisation", title_fontsize=8)
     _save(figure, path)

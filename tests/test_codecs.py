@@ -138,6 +138,19 @@ def test_finite_scalars_take_the_place_of_the_codebook() -> None:
     torch.testing.assert_close(codec.decode(z), codec.decode_codes(z_q))
 
 
+@pytest.mark.parametrize("voxel_norm", [False, True])
+def test_with_voxel_norms_what_is_far_away_has_no_say(voxel_norm: bool) -> None:
+    codec = small_codec("haar-vqgan", channels=(4, 8), voxel_norm=voxel_norm).eval()
+    for module in codec.modules():
+        if isinstance(module, ResBlock):
+            nn.init.normal_(module.conv2.weight)
+    x = torch.rand(1, 1, 96, 4, 4)
+    other = x.clone()
+    other[:, :, -8:] = 1
+    here, there = (codec.decode_codes(codec.encode(volume))[:, :, :8] for volume in (x, other))
+    assert ((here - there).abs().max() < 1e-6) == voxel_norm
+
+
 @pytest.mark.parametrize("kind", ["vqgan", "haar-vqgan"])
 def test_a_codec_overfits_one_volume(kind: str) -> None:
     codec = small_codec(kind, channels=(8, 16), codebook_size=64).train()

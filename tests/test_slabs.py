@@ -53,16 +53,16 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def codec_of(kind: str) -> Codec:
-    """One of KINDS, or fsq: haar-vqgan with that quantiser."""
+    """One of KINDS, or fsq: haar-vqgan with that quantiser, or voxel-norm: haar-vqgan with those norms."""
     config = replace(tiny().codec, channels=(8, 12, 16), haar_levels=1)
-    other = {"kind": "haar-vqgan", "quantizer": "fsq"} if kind == "fsq" else {"kind": kind}
-    codec = build_codec(replace(config, **other))
+    changes = {"fsq": {"quantizer": "fsq"}, "voxel-norm": {"voxel_norm": True}}.get(kind)
+    codec = build_codec(replace(config, **({"kind": kind} if changes is None else {"kind": "haar-vqgan", **changes})))
     for parameter in codec.parameters():  # no layer starts as nothing or as one, so that a wrong order shows
         torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.5 / parameter[0].numel() ** 0.5)
     return codec
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fsq"])
+@pytest.mark.parametrize("kind", [*KINDS, "fsq", "voxel-norm"])
 @pytest.mark.parametrize("factor", [1.0, 1.5, 3.0, 100.0])
 @pytest.mark.usefixtures("no_margins")
 def test_bounded_equals_whole(kind: str, factor: float, tmp_path: Path, files: list[bool]) -> None:
@@ -88,7 +88,7 @@ def test_bounded_takes_a_batch(tmp_path: Path) -> None:
         assert (encode_bounded(codec, x, limit, tmp_path) - codec.encode(x)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fsq"])
+@pytest.mark.parametrize("kind", [*KINDS, "fsq", "voxel-norm"])
 def test_a_limit_below_the_floor_is_refused_with_the_floor(kind: str) -> None:
     codec = codec_of(kind)
     floor = floor_bytes(codec, SHAPE)
@@ -178,7 +178,7 @@ def gradients(codec: Codec, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "voxel-norm"])
 def test_layers_in_slabs_have_the_gradients_of_the_plain_pass(kind: str, checkpointing: bool) -> None:
     codec = codec_of(kind).double()
     codec.activation_checkpointing = checkpointing

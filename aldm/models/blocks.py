@@ -73,9 +73,10 @@ def instance_norm_fp32(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def voxel_norm_fp32(x: Tensor, weight: Tensor | None = None, eps: float = 1e-4) -> Tensor:
-    """Divide the channels of each voxel by their root mean square, in fp32; the result has x's dtype."""
+    """Divide the channels of each voxel by their root mean square, in fp32 or better; the result has x's dtype."""
     with without_autocast(x):
-        last = x.float().permute(0, 2, 3, 4, 1)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        last = wide.permute(0, 2, 3, 4, 1)
         return F.rms_norm(last, last.shape[-1:], weight, eps).permute(0, 4, 1, 2, 3).to(x.dtype)
 
 

@@ -185,20 +185,25 @@ def _encoder_blocks(in_channels: int, channels: tuple[int, ...], config: CodecCo
     for level, (before, width) in enumerate(pairwise((channels[0], *channels))):
         if level:
             blocks.append(Downsample(before))
-        blocks += _res_blocks(before, width, config.num_res_blocks, config.norm_groups)
-    blocks += _res_blocks(channels[-1], channels[-1], 1, config.norm_groups)
-    return [*blocks, OutputBlock(channels[-1], config.code_dim, config.norm_groups)]
+        blocks += _res_blocks(before, width, config.num_res_blocks, _norm_groups(config))
+    blocks += _res_blocks(channels[-1], channels[-1], 1, _norm_groups(config))
+    return [*blocks, OutputBlock(channels[-1], config.code_dim, _norm_groups(config))]
 
 
 def _decoder_blocks(out_channels: int, channels: tuple[int, ...], config: CodecConfig) -> list[nn.Module]:
     """The encoder's mirror image with one residual block more per level."""
     blocks: list[nn.Module] = [conv3(config.code_dim, channels[-1])]
-    blocks += _res_blocks(channels[-1], channels[-1], 1, config.norm_groups)
+    blocks += _res_blocks(channels[-1], channels[-1], 1, _norm_groups(config))
     for level, (before, width) in enumerate(pairwise((channels[-1], *reversed(channels)))):
         if level:
             blocks.append(Upsample(before))
-        blocks += _res_blocks(before, width, config.num_res_blocks + 1, config.norm_groups)
-    return [*blocks, OutputBlock(channels[0], out_channels, config.norm_groups)]
+        blocks += _res_blocks(before, width, config.num_res_blocks + 1, _norm_groups(config))
+    return [*blocks, OutputBlock(channels[0], out_channels, _norm_groups(config))]
+
+
+def _norm_groups(config: CodecConfig) -> int:
+    """Return the groups of each norm, 0 for norms over each voxel's channels."""
+    return 0 if config.voxel_norm else config.norm_groups
 
 
 def _res_blocks(in_channels: int, out_channels: int, number: int, norm_groups: int) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from aldm.models.blocks import (
     Downsample,
     HaarTransform,
     InverseHaarTransform,
+    Norm,
     OutputBlock,
     ResBlock,
     Upsample,
@@ -38,7 +39,7 @@ class Pass:
     """Normalise, SiLU, upsample (each where given), `layer`, add the residual through `shortcut`."""
 
     layer: nn.Module
-    norm: nn.GroupNorm | None = None
+    norm: Norm | None = None
     upsample: bool = False
     adds_residual: bool = False
     shortcut: nn.Module | None = None
@@ -77,18 +78,13 @@ def passes_of(block: nn.Module) -> list[Pass]:
     """Return the passes that make up a block of a codec; of two, the second one adds the first one's input."""
     if isinstance(block, ResBlock):
         assert block.embedding is None, "codecs have no conditioned blocks"
-        second = Pass(block.conv2, norm=_group_norm(block.norm2), adds_residual=True, shortcut=block.shortcut)
-        return [Pass(block.conv1, norm=_group_norm(block.norm1)), second]
+        second = Pass(block.conv2, norm=block.norm2, adds_residual=True, shortcut=block.shortcut)
+        return [Pass(block.conv1, norm=block.norm1), second]
     if isinstance(block, OutputBlock):
-        return [Pass(block.conv, norm=_group_norm(block.norm))]
+        return [Pass(block.conv, norm=block.norm)]
     if isinstance(block, Upsample):
         return [Pass(block.conv, upsample=True)]
     return [Pass(block.conv if isinstance(block, Downsample) else block)]
-
-
-def _group_norm(norm: nn.Module) -> nn.GroupNorm:
-    assert isinstance(norm, nn.GroupNorm), "codecs have group norms"
-    return norm
 
 
 def window(step: Pass, start: int, stop: int, length: int) -> Window:
@@ -187,8 +183,8 @@ def run_pass(
         recompute: keep none of a slab's activations for the backward pass.
     """
     affine = None
-    if step.norm is not None:
-        affine = run_checkpointed(recompute, lambda: scale_and_shift(step.norm, *source.moments()))  # type: ignore[arg-type]
+    if isinstance(norm := step.norm, nn.GroupNorm):
+        affine = run_checkpointed(recompute, lambda: scale_and_shift(norm, *source.moments()))
     for start in range(0, sink.sides[0], slab_rows):
         stop = min(start + slab_rows, sink.sides[0])
         compute = partial(_compute_slab, step, source, affine, residual if step.adds_residual else None, start, stop)
@@ -203,6 +199,8 @@ def _compute_slab(
     x = source.rows(need.start, need.stop)
     if affine is not None:
         x = F.silu(torch.addcmul(affine[1], x, affine[0]).to(x.dtype), inplace=not torch.is_grad_enabled())
+    elif step.norm is not None:  # knows nothing beyond its voxel
+        x = F.silu(step.norm(x), inplace=not torch.is_grad_enabled())
     if any(need.pad):
         x = F.pad(x, (0, 0, 0, 0, *need.pad))
     if isinstance(step.layer, Conv3):

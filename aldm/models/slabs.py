@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aldm.errors import UserError
 from aldm.memory import release_freed_memory
+from aldm.models.blocks import VoxelNorm
 from aldm.models.codecs import Codec, check_sides
 from aldm.models.passes import Pieces, PlannedPass, Sides, merge_moments, moments_of, plan, rows_within, run_pass
 
@@ -30,9 +31,9 @@ def slab_bytes(each: PlannedPass, batch: int, rows: int) -> int:
     """Return the memory that a slab of that many output rows takes.
 
     Twice the input (a normalised or padded copy, then the convolution's own layout), twice the output (the
-    convolution's layout, then the sum), the residual and twice the weights; interleaving what an upsampling computed
-    and the Haar transforms take one copy more. PyTorch's CPU convolution of a small fp32 input unfolds it: that is
-    counted up to where it stops doing so.
+    convolution's layout, then the sum), the residual and twice the weights; interleaving what an upsampling computed,
+    the Haar transforms and a norm over a voxel's channels take one copy more. PyTorch's CPU convolution of a small fp32
+    input unfolds it: that is counted up to where it stops doing so.
     """
     layer = each.step.layer
     inputs, outputs = batch * each.input_elements(rows), batch * each.output_elements(rows)
@@ -42,7 +43,8 @@ def slab_bytes(each: PlannedPass, batch: int, rows: int) -> int:
     unfolded = layer.weight[0, 0].numel() * depth * min(UNFOLD_BELOW, batch * each.channels * rows * each.out_sides[1])
     weights = (3 if each.step.upsample else 1) * layer.weight.numel()
     residual = outputs if each.step.adds_residual or each.step.upsample else 0
-    return FLOAT_BYTES * (2 * inputs + 2 * outputs + residual + unfolded + 2 * weights)
+    normed = inputs if isinstance(each.step.norm, VoxelNorm) else 0
+    return FLOAT_BYTES * (2 * inputs + normed + 2 * outputs + residual + unfolded + 2 * weights)
 
 
 class Store:
