@@ -149,7 +149,7 @@ def test_a_submitted_sweep_leaves_its_results(
     flags = ("--objectives", "regression", "--scheduler", "none", "--max-steps", 2)
     submission = head.submit("tune", code, *words, *flags)
     assert submission.wait() == 0, submission.output
-    assert "tune: 1 trials (1 measured)" in submission.output
+    assert "tune: 1 trial (1 measured)" in submission.output
     assert {"best.yaml", "pareto.png", "trials.csv", "trials.md"} <= {path.name for path in out.iterdir()}
 
 

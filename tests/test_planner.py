@@ -180,7 +180,9 @@ def test_trace_counts_operations():
     ids=["keep", "recompute", "inference"],
 )
 def test_planned_peak_agrees_with_the_measured_one(precision, activations, stages):
-    """Two steps of the real training loop, or a whole translation, in a process of their own: within 20 %.
+    """Two steps of the real training loop, or a whole translation, in a process of their own.
+
+    The plan is at most 20 % too small and 25 % too large.
 
     What the trainings leave in the allocator would count as the translation's: that one is measured alone.
     """
@@ -197,4 +199,4 @@ def test_planned_peak_agrees_with_the_measured_one(precision, activations, stage
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert set(peaks) == set(stages)
     for stage, (planned, measured) in peaks.items():
-        assert 0.8 * measured < planned < 1.2 * measured, f"{stage}: planned {planned}, measured {measured}"
+        assert 0.8 * measured < planned < 1.25 * measured, f"{stage}: planned {planned}, measured {measured}"
