@@ -1,6 +1,6 @@
 # make demo        everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
 # make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones (about 6 minutes)
-# make test-all    that and all other tests but those of the image
+# make test-all    formatting, lint, types, import layers, all tests but those of the image (about 20 minutes)
 # make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
 # make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (goes on where it stopped)
@@ -14,7 +14,7 @@
 # that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-all test-rest test-image browser mutants gpu-check check-real docs clean
+.PHONY: help demo lint test test-all test-image browser mutants gpu-check check-real docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,10 +38,8 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST) -m "not slow or smoke" --junitxml $(REPORTS)/test.xml
 
-test-all: test test-rest
-
-test-rest: $(STAMP)
-	$(PYTEST) -m "slow and not smoke and not image" --junitxml $(REPORTS)/test-rest.xml
+test-all: lint
+	$(PYTEST) -m "not image" --junitxml $(REPORTS)/test-all.xml
 
 test-image: $(STAMP)
 	$(BIN)/pytest -m image --junitxml $(REPORTS)/test-image.xml

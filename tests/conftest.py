@@ -79,7 +79,10 @@ LONGEST_VALUE_IN_A_NAME = 100
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by kind; keep together what shares something, a file by default, the longest groups first."""
+    """Mark tests by kind; keep together what shares something, a file by default, the longest groups first.
+
+    These are the groups of a shared fixture, then the files with slow tests: no long one is left alone at the end.
+    """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for kind in {KINDS[name] for name in fixtures if name in KINDS}:
@@ -93,8 +96,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs Linux: it looks into /proc"))
     # the order is kept otherwise; what kills the service comes after all else that uses it
     groups = list(SHARED.values())
-    place = {group: groups.index(group) for group in groups}
-    items.sort(key=lambda item: (place.get(_group(item), len(groups)), item.path.stem == "test_serve_faults"))
+    place = {_group(item): len(groups) for item in items if item.get_closest_marker("slow")}
+    place |= {group: groups.index(group) for group in groups}
+    items.sort(key=lambda item: (place.get(_group(item), len(groups) + 1), item.path.stem == "test_serve_faults"))
 
 
 @pytest.hookimpl(trylast=True)
