@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from aldm.errors import UserError
 from aldm.files import atomic_path
@@ -119,7 +119,7 @@ class Runner:
         Raises:
             UserError: it failed; the log has what it said.
         """
-        words = [sys.executable, "-m", "pipelines.bound", str(os.getpid()), *command, *_again(command)]
+        words = [*command, *_again(command)]
         if command[0] in ("train", "encode", "evaluate"):
             words += ["--device", self.device]
         environment = os.environ | {"MLFLOW_TRACKING_URI": self.tracking_uri}
@@ -128,17 +128,30 @@ class Runner:
         with log.open("ab") as stream:
             stream.write(f"$ aldm {' '.join(command)}\n".encode())
             stream.flush()
-            process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-            try:
-                _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                _end(process)
-                raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+            code, peak_bytes = run_bound(words, stream, environment)
+        if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-3:])
             raise UserError(f"{entry.method}, seed {entry.seed}: aldm {' '.join(command)} failed; {log} ends:\n{tail}")
-        return {"seconds": time.monotonic() - begin, "peak_bytes": usage.ru_maxrss * KILOBYTE}
+        return {"seconds": time.monotonic() - begin, "peak_bytes": peak_bytes}
+
+
+def run_bound(words: Sequence[str], stream: IO[bytes], environment: Mapping[str, str]) -> tuple[int, int]:
+    """Run `aldm WORDS` in a process that ends with this one; return its exit code and its peak memory in bytes.
+
+    Args:
+        words: the job and its arguments.
+        stream: a file that takes what it says.
+        environment: of the process.
+    """
+    own = [sys.executable, "-m", "pipelines.bound", str(os.getpid()), *words]
+    process = subprocess.Popen(own, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        _end(process)
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * KILOBYTE
 
 
 def _again(command: Sequence[str]) -> list[str]:
