@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,9 @@ from serve.security import new_token
 from serve.settings import Settings
 from serve.store import IDLE_S
 
+FIELDS = {"source": "t1", "target": "t2"}
+LONG = {"sampler": "ddpm", "num_inference_steps": "1000"}
 CONFIG = Path(__file__).resolve().parent.parent / "serve" / "deploy.yaml"
-
-
-def config_with(port: int, **args: Any) -> dict[str, Any]:
-    """deploy.yaml with another port and other arguments."""
-    config = yaml.safe_load(CONFIG.read_text())
-    config["http_options"]["port"] = port
-    (application,) = config["applications"]
-    application["args"] = {**application["args"], **args}
-    return config
 
 
 def overlay_config(port: int, **args: Any) -> dict[str, Any]:
@@ -176,99 +169,56 @@ def nothing_stays(head: RayHead) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.slow
-@pytest.mark.network
-def test_deployed_used_and_deployed_again_without_a_gap(head: RayHead, registry: Path, tmp_path: Path) -> None:
-    """The overlay's configuration, then that of a roll: its next version of the model."""
-    port, tokens, work = free_port(), tmp_path / "tokens", tmp_path / "work"
+@dataclass(frozen=True)
+class Deployed:
+    """A service on the cluster, as the overlay dev configures it: with tokens, and two copies at most."""
+
+    config: dict[str, Any]
+    url: str
+    tokens: Path
+    work: Path
+    headers: dict[str, str]
+
+    def record(self, job: dict[str, Any]) -> dict[str, Any]:
+        """What the store has written of a job."""
+        found: dict[str, Any] = json.loads((self.work / "jobs" / job["id"] / "job.json").read_text())
+        return found
+
+    def post(self, path: str, scan: Path, **fields: str) -> httpx.Response:
+        files = {"volume": (scan.name, scan.read_bytes())}
+        return httpx.post(f"{self.url}{path}", files=files, data=FIELDS | fields, headers=self.headers, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def deployed(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """The overlay's configuration; what comes after these tests finds nothing of it."""
+    folder = tmp_path_factory.mktemp("deployed")
+    port, tokens, work = free_port(), folder / "tokens", folder / "work"
     headers = {"Authorization": f"Bearer {new_token(tokens, 'ward')}"}
     url = f"http://{own_address()}:{port}"
-    scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
-    fields, files = {"source": "t1", "target": "t2"}, {"volume": (scan.name, scan.read_bytes())}
     config = overlay_config(port, work_dir=str(work), token_file=str(tokens))
-    deploy(head, tmp_path / "a.yaml", config)
+    deploy(head, folder / "a.yaml", config)
     wait_for(f"{url}/v1/health/ready", 200)
-    assert httpx.get(f"{url}/v1/models").status_code == 401
-    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
-    assert answer.status_code == 200, answer.text
-    same_image(image_of(answer.content), by_hand(registry / "1", scan, tmp_path / "first.nii.gz"))
-
-    long = fields | {"sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "2"}
-    job = httpx.post(f"{url}/v1/translations", files=files, data=long, headers=headers, timeout=120).json()
-    later = {"Authorization": f"Bearer {new_token(tokens, 'ward-2')}"}
-    wait_for(f"{url}/v1/models", 200, headers=later)  # read by the running service, and nothing is deployed again
-    config["applications"][0]["args"]["max_queue"] = 3
-    text = with_model(yaml.safe_dump(config), "models:/translator/2", "aldm")
-    with Watch(url, headers) as watch:
-        deploy(head, tmp_path / "b.yaml", yaml.safe_load(text))
-        until = time.monotonic() + 180
-        while (answer := httpx.get(f"{url}/v1/models", headers=later, timeout=30)).json()["limits"]["max_queue"] != 3:
-            assert time.monotonic() < until
-            time.sleep(0.3)
-        time.sleep(5)  # until the former copies have been told to go
-    assert {status for _, status, *_ in watch.seen} == {200}, [each for each in watch.seen if each[1] != 200]
-    hashes = [found for _, _, _, found in watch.seen if found]
-    assert [hashes[0], hashes[-1]] == [read_checkpoint_record(registry / name)["hash"] for name in "12"]
-    record = json.loads((work / "jobs" / job["id"] / "job.json").read_text())
-    assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
-    answer = httpx.post(f"{url}/v1/translate", files=files, data=fields, headers=headers, timeout=120)
-    assert answer.status_code == 200, answer.text
-    same_image(image_of(answer.content), by_hand(registry / "2", scan, tmp_path / "second.nii.gz"))
-    until = time.monotonic() + 120
-    while record["state"] == "running":
-        assert time.monotonic() < until
-        time.sleep(0.5)
-        record = json.loads((work / "jobs" / job["id"] / "job.json").read_text())
-    assert (record["state"], record["attempt"]) == ("done", 1)
-    assert any("StoreActor" in title for title in titles(head))
+    yield Deployed(config, url, tokens, work, headers)
     words = ["serve", "shutdown", "--yes", "--address", head.address]
     subprocess.run(words, env=head.environment, check=True, capture_output=True)
     nothing_stays(head)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    return write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
 
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_a_waiting_job_adds_a_copy_of_the_model(head: RayHead, tmp_path: Path) -> None:
-    """Workers fetch their jobs, so Ray Serve sees no request wait: the store's own count has to bring the copy."""
-    diffusion = replace(tiny().diffusion, num_train_timesteps=1000)
-    model, port = save_untrained(tmp_path / "model", diffusion=diffusion), free_port()
-    url, work = f"http://127.0.0.1:{port}", tmp_path / "work"
-    config = config_with(port, model=str(model), work_dir=str(work), token_file=None, num_replicas=1, max_replicas=2)
-    deploy(head, tmp_path / "a.yaml", config)
-    wait_for(f"{url}/v1/health/ready", 200)
-    away = f"http://{own_address()}:{port}"
-    assert httpx.get(f"{away}/v1/models").status_code == 403  # without tokens open to this machine alone
-    scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
-    fields = {"source": "t1", "target": "t2", "sampler": "ddpm", "num_inference_steps": "1000", "num_samples": "4"}
-    jobs = []
-    for _ in range(2):
-        answer = httpx.post(f"{url}/v1/translations", files={"volume": (scan.name, scan.read_bytes())}, data=fields)
-        assert answer.status_code == 202, answer.text
-        jobs.append(answer.json()["id"])
-    until = time.monotonic() + 120
-    while True:
-        records = [json.loads((work / "jobs" / job / "job.json").read_text()) for job in jobs]
-        workers = {record["worker"] for record in records if record["state"] == "running"}
-        if len(workers) == 2:
-            break
-        assert time.monotonic() < until, records
-        assert "done" not in {record["state"] for record in records}, "the jobs are too short to need another copy"
-        time.sleep(0.5)
-    for job in jobs:
-        httpx.delete(f"{url}/v1/translations/{job}")
-    words = ["serve", "shutdown", "--yes", "--address", head.address]
-    subprocess.run(words, env=head.environment, check=True, capture_output=True)
-    nothing_stays(head)
-
-
-@pytest.mark.slow
-def test_run_until_ctrl_c(head: RayHead, tmp_path: Path) -> None:
+def test_run_until_ctrl_c(head: RayHead, scan: Path, tmp_path: Path) -> None:
+    """Without tokens; it comes before the tests that share a deployed service."""
     model, port = save_untrained(tmp_path / "model"), free_port()
-    token = new_token(tmp_path / "tokens", "ward")
     environment = head.environment | {"RAY_ADDRESS": f"127.0.0.1:{head.ports['port']}"}
-    words = ["serve", "start", "--http-host", "127.0.0.1", "--http-port", str(port)]  # where serve run listens
+    words = ["serve", "start", "--http-host", "0.0.0.0", "--http-port", str(port)]  # where serve run listens
     subprocess.run(words, env=environment, check=True, capture_output=True)
-    words = ["serve", "run", "serve.app:build_app", f"model={model}", f"token_file={tmp_path / 'tokens'}"]
+    words = ["serve", "run", "serve.app:build_app", f"model={model}"]
     with (tmp_path / "run.log").open("wb") as log:
         process = subprocess.Popen(
             [*words, f"work_dir={tmp_path / 'work'}"],
@@ -281,12 +231,10 @@ def test_run_until_ctrl_c(head: RayHead, tmp_path: Path) -> None:
         )
     try:
         wait_for(f"http://127.0.0.1:{port}/v1/health/ready", 200)
-        scan = write(tmp_path / "scan.nii.gz", affine=np.diag([8.0, 8, 8, 1]))
-        files, fields = {"volume": (scan.name, scan.read_bytes())}, {"source": "t1", "target": "t2"}
-        url = f"http://127.0.0.1:{port}/v1/translate"
-        assert httpx.post(url, files=files, data=fields, timeout=120).status_code == 401
-        headers = {"Authorization": f"Bearer {token}"}
-        answer = httpx.post(url, files=files, data=fields, headers=headers, timeout=120)
+        away = f"http://{own_address()}:{port}"
+        assert httpx.get(f"{away}/v1/models").status_code == 403  # without tokens open to this machine alone
+        files, url = {"volume": (scan.name, scan.read_bytes())}, f"http://127.0.0.1:{port}/v1/translate"
+        answer = httpx.post(url, files=files, data=FIELDS, timeout=120)
         assert answer.status_code == 200, answer.text
         assert image_of(answer.content).shape == nibabel.load(scan).shape
         process.send_signal(signal.SIGINT)
@@ -295,3 +243,66 @@ def test_run_until_ctrl_c(head: RayHead, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     nothing_stays(head)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_deployed_used_and_deployed_again_without_a_gap(
+    deployed: Deployed, head: RayHead, registry: Path, scan: Path, tmp_path: Path
+) -> None:
+    """The overlay's configuration, then that of a roll: its next version of the model."""
+    url, headers = deployed.url, deployed.headers
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    answer = deployed.post("/v1/translate", scan)
+    assert answer.status_code == 200, answer.text
+    same_image(image_of(answer.content), by_hand(registry / "1", scan, tmp_path / "first.nii.gz"))
+
+    job = deployed.post("/v1/translations", scan, **LONG, num_samples="2").json()
+    later = {"Authorization": f"Bearer {new_token(deployed.tokens, 'ward-2')}"}
+    wait_for(f"{url}/v1/models", 200, headers=later)  # read by the running service, and nothing is deployed again
+    deployed.config["applications"][0]["args"]["max_queue"] = 3
+    text = with_model(yaml.safe_dump(deployed.config), "models:/translator/2", "aldm")
+    with Watch(url, headers) as watch:
+        deploy(head, tmp_path / "b.yaml", yaml.safe_load(text))
+        until = time.monotonic() + 180
+        while (answer := httpx.get(f"{url}/v1/models", headers=later, timeout=30)).json()["limits"]["max_queue"] != 3:
+            assert time.monotonic() < until
+            time.sleep(0.3)
+        time.sleep(5)  # until the former copies have been told to go
+    assert {status for _, status, *_ in watch.seen} == {200}, [each for each in watch.seen if each[1] != 200]
+    hashes = [found for _, _, _, found in watch.seen if found]
+    assert [hashes[0], hashes[-1]] == [read_checkpoint_record(registry / name)["hash"] for name in "12"]
+    record = deployed.record(job)
+    assert (record["state"], record["attempt"]) in (("running", 1), ("done", 1))  # the old copy finishes it
+    answer = deployed.post("/v1/translate", scan)
+    assert answer.status_code == 200, answer.text
+    same_image(image_of(answer.content), by_hand(registry / "2", scan, tmp_path / "second.nii.gz"))
+    until = time.monotonic() + 120
+    while record["state"] == "running":
+        assert time.monotonic() < until
+        time.sleep(0.5)
+        record = deployed.record(job)
+    assert (record["state"], record["attempt"]) == ("done", 1)
+    assert any("StoreActor" in title for title in titles(head))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_waiting_job_adds_a_copy_of_the_model(deployed: Deployed, scan: Path) -> None:
+    """Workers fetch their jobs, so Ray Serve sees no request wait: the store's own count has to bring the copy."""
+    jobs = []
+    for _ in range(2):
+        answer = deployed.post("/v1/translations", scan, **LONG, num_samples="4")
+        assert answer.status_code == 202, answer.text
+        jobs.append(answer.json())
+    until = time.monotonic() + 120
+    while True:
+        records = [deployed.record(job) for job in jobs]
+        workers = {record["worker"] for record in records if record["state"] == "running"}
+        if len(workers) == 2:
+            break
+        assert time.monotonic() < until, records
+        assert "done" not in {record["state"] for record in records}, "the jobs are too short to need another copy"
+        time.sleep(0.5)
+    for job in jobs:
+        httpx.delete(f"{deployed.url}/v1/translations/{job['id']}", headers=deployed.headers)
