@@ -18,7 +18,7 @@ from aldm.presets import tiny
 from aldm.training import PlainEngine, fit
 
 SHAPE = (40, 56, 48)
-STEPS = 1000
+STEPS = 500
 MISALIGNMENT = 4.0
 """Degrees by which each end of a pair may be turned, and half the percents by which it may be shifted."""
 
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
     words = ["phantom", "--layout", "ixi", folder / "tree", "--num-subjects", 16, "--spacing-mm", 4]
     assert main([str(word) for word in words]) == 0
     words = ["prepare", "--layout", "ixi", folder / "tree", folder / "store", "--spacing-mm", 4]
-    assert main([str(word) for word in (*words, "--spatial-shape", *SHAPE)]) == 0
+    assert main([str(word) for word in (*words, "--num-processes", 1, "--spatial-shape", *SHAPE)]) == 0
     return VolumeStore.open(folder / "store")
 
 
@@ -59,7 +59,7 @@ def config() -> Config:
     base = replace(base, baselines=replace(base.baselines, reggan=reggan, slice_shape=None))
     never = 10**6
     length = {"max_steps": STEPS, "validate_every": never, "checkpoint_every": never, "log_every": never}
-    return with_training(base, "reggan", batch_size=8, learning_rate=2e-3, **length)
+    return with_training(base, "reggan", batch_size=8, learning_rate=3e-3, **length)
 
 
 def error_on_aligned_pairs(kind: type[RegGANStage], store: VolumeStore) -> float:
