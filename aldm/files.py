@@ -92,10 +92,18 @@ def check_folder(path: str | os.PathLike[str], overwrite: bool = False, *, marke
     if not overwrite:
         raise UserError(f"{target} exists and is not empty: give another name, or `overwrite` to replace it")
     resolved = target.resolve()
-    if any(resolved in (place, *place.parents) for place in (Path.cwd(), Path.home().resolve())):
+    if any(resolved in (place, *place.parents) for place in (Path.cwd(), *_home())):
         raise UserError(f"{target} holds the working folder or the home folder: `overwrite` would delete them")
     if marker is not None and not (target / marker).is_file():
         raise UserError(f"{target} holds no {marker}, so it is not an earlier result: `overwrite` will not delete it")
+
+
+def _home() -> list[Path]:
+    """Return the home folder, none for a user without one, such as a number that a container is started with."""
+    try:
+        return [Path.home().resolve()]
+    except RuntimeError:
+        return []
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

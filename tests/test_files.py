@@ -248,6 +248,16 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_needs_overwrite(tmp_path: 
     assert listing(tmp_path) == ["model"]
 
 
+def test_overwrite_works_for_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may be started with a user number that no file knows: docker run --user 12345."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    (tmp_path / "old").write_text("")
+    check_folder(tmp_path, overwrite=True)
+
+
 def test_overwrite_deletes_earlier_results_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thesis = tmp_path / "thesis"
     thesis.mkdir()

@@ -114,6 +114,22 @@ def test_the_built_in_models_training_leaves_a_translator(blocked: list[str], tm
     assert Translator.load(tmp_path / "model").modalities == ("t1", "t2", "pd")
 
 
+def test_no_backward_pass_before_the_measures_are_forked() -> None:
+    """A torch with CUDA starts threads for one, and a fork of that process can do none itself; a CPU build does not."""
+    code = """
+import runpy, sys, torch
+def never(*args, **kwargs):
+    raise AssertionError("a backward pass")
+sys.path.insert(0, sys.argv[1])
+load_libraries = runpy.run_path(sys.argv[1], run_name="check")["load_libraries"]
+load_libraries()  # torch lists its own functions while it is loaded: they are replaced afterwards
+torch.autograd.backward = torch.autograd.grad = never
+load_libraries()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(CHECK)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def _raising(error: Exception) -> None:
     raise error
 

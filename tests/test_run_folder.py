@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,16 @@ def test_a_run_explains_itself(tmp_path: Path) -> None:
 
 def test_the_commit_is_that_of_the_checkout() -> None:
     here = Path(__file__).parent
-    wanted = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("needs git")
+    wanted = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     assert git_state()["git_commit"] == (wanted.stdout.strip() or None)
+
+
+def test_without_git_a_run_knows_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() == {"git_commit": None, "git_changed": None}
 
 
 def test_two_trainings_cannot_share_a_run(tmp_path: Path) -> None:

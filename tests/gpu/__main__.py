@@ -66,9 +66,18 @@ def main() -> int:
     return check(setting, chosen, args.out, total)
 
 
+def load_libraries() -> None:
+    """Load, before the measures are forked, what each of them would load.
+
+    Without a backward pass, even on tensors without data: a torch with CUDA starts threads for it, and a fork of a
+    process with such threads can do none itself.
+    """
+    plan(tiny(), "inference")
+
+
 def check(setting: Setting, measures: dict[str, tuple[Any, float]], out: Path, total_s: float) -> int:
     """Run the measures one after the other; what came out is written after each."""
-    plan(tiny(), "vqgan")  # loads, before the measures are forked, what each of them would load
+    load_libraries()
     begin, rows = time.monotonic(), []
     for name, (measure, most_s) in measures.items():
         left = total_s - (time.monotonic() - begin)
