@@ -263,7 +263,7 @@ def test_a_blocking_call_that_hangs_up_is_cancelled(service: RunningService, sca
     before = counters(service)
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=service.url, timeout=2) as client:
         client.post("/v1/translate", files={"volume": (scan.name, scan.read_bytes())}, data=LONG | {"target": "t2"})
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while counters(service)["cancelled"] == before["cancelled"]:
         assert time.monotonic() < until
         time.sleep(0.2)
@@ -416,7 +416,7 @@ def test_other_requests_that_make_no_sense(service: RunningService, scan: Path, 
 
 def test_an_upload_that_is_too_large_is_refused_unread(service: RunningService) -> None:
     words = "POST /v1/translations HTTP/1.1", f"Host: 127.0.0.1:{service.port}", f"Content-Length: {10**12}"
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as line:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as line:
         line.sendall("\r\n".join([*words, "Content-Type: multipart/form-data; boundary=x", "", ""]).encode())
         assert line.recv(4096).startswith(b"HTTP/1.1 413")
 
