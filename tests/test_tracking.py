@@ -328,7 +328,7 @@ def test_a_server_that_is_lost_costs_a_warning_and_nothing_else(
     """It is killed in mid-training, away at the end and at the next start, and comes back in the midst of that."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setattr(tracking, "CLOSE_S", 2.0)
-    monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 0.3)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     longest = 0.0
@@ -349,7 +349,7 @@ def test_a_server_that_is_lost_costs_a_warning_and_nothing_else(
         log(tracker, range(21, 61))
         tracker.panel(60, {"volume": torch.rand(6, 8, 5)})
         until(lambda: "does not take what is logged" in caplog.text, 60)
-        time.sleep(3)  # further attempts fail without a word
+        time.sleep(1)  # further attempts fail without a word
         tracker.close("FAILED")
         assert caplog.text.count("does not take what is logged") == 1
         assert "sent at the next --resume" in caplog.text
@@ -359,7 +359,7 @@ def test_a_server_that_is_lost_costs_a_warning_and_nothing_else(
         log(tracker, range(81, 101))
         until(lambda: steps(run_dir, "loss")[-1:] == [100], 60)
         until(lambda: (run_dir / "mlflow-buffer.jsonl").read_text() == "", 60)
-    assert longest < 5  # a request is given up after 10 s
+    assert longest < 9  # a request is given up after 10 s
     assert steps(run_dir, "loss") == list(range(1, 101))
     assert steps(run_dir, "learning_rate") == list(range(1, 101))
     client, run = found(run_dir)
