@@ -8,14 +8,15 @@ Beside every model stand the rows that keep it honest:
 * reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
 
 Scores are taken on the model's box, on images in [0, 1] (metrics.py), over `volume` (the whole box), the store's mask
-(`brain`, or `foreground` where none is marked off) and `lesion` (the segmentation's voxels, where there is one).
+(`brain`, or `foreground` where none is marked off), `edges` (the tenth of the mask's inner voxels where the target has
+the largest gradients) and `lesion` (the segmentation's voxels, where there is one).
 """
 
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from aldm.config import SamplingConfig
 from aldm.data.parallel import Workers, map_in_order
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
-from aldm.metrics import Scores, score, to_unit
+from aldm.metrics import Scores, Truth, edges, to_unit
 from aldm.references import References, fit_references
 from aldm.score_table import MethodKey, ScoreRow
 from aldm.translate import Translator
@@ -206,7 +207,7 @@ class _SubjectTask:
         result = Evaluation()
         names = tuple(name for name in record.modalities if name in self.modalities)
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
-        scorer = _Scorer(result.rows, record.subject_id, _regions(self.store, record), volumes)
+        scorer = _Scorer(result.rows, self.store, record, volumes)
         pairs = wanted_pairs(names, self.candidates, self.pair)
         _score_company(scorer, self.store, self.references, pairs, self.candidates)
         for candidate in self.candidates:
@@ -236,12 +237,25 @@ class _Scorer:
     def __init__(
         self,
         rows: list[ScoreRow],
-        subject_id: str,
-        regions: Mapping[str, np.ndarray | None],
+        store: VolumeStore,
+        record: SubjectRecord,
         volumes: Mapping[str, np.ndarray],
     ) -> None:
-        self.rows, self.subject_id, self.regions = rows, subject_id, regions
-        self.truth = {name: to_unit(volume) for name, volume in volumes.items()}
+        self.rows, self.subject_id, self._volumes = rows, record.subject_id, volumes
+        self.mask, self._name = store.mask(record.subject_id), record.region
+        labels = store.seg(record.subject_id)
+        self._lesion = None if labels is None else labels > 0
+        self._truths: dict[str, Truth] = {}
+
+    def truth(self, name: str) -> Truth:
+        """Return a volume of the subject with its regions; one without a voxel in the box is left out."""
+        if name not in self._truths:
+            x = to_unit(self._volumes[name])
+            masks = {self._name: self.mask, "edges": edges(x, self.mask)}
+            if self._lesion is not None:
+                masks["lesion"] = self._lesion
+            self._truths[name] = Truth(x, {"volume": None} | {name: mask for name, mask in masks.items() if mask.any()})
+        return self._truths[name]
 
     def add(self, key: MethodKey, source: str, target: str, prediction: np.ndarray) -> None:
         """Score a prediction in [-1, 1] and file it."""
@@ -249,7 +263,7 @@ class _Scorer:
 
     def scores(self, target: str, prediction: np.ndarray) -> dict[str, Scores]:
         """Return the scores of a prediction in [-1, 1] over each region."""
-        return score(self.truth[target], to_unit(prediction), self.regions)
+        return self.truth(target).score(to_unit(prediction))
 
     def file(self, key: MethodKey, source: str, target: str, scores: Mapping[str, Scores]) -> None:
         """Append a row per region."""
@@ -263,21 +277,9 @@ class _Scorer:
                     key.sampler,
                     key.num_inference_steps,
                     region,
-                    values.psnr_db,
-                    values.nmse,
-                    values.ssim,
+                    **asdict(values),
                 )
             )
-
-
-def _regions(store: VolumeStore, record: SubjectRecord) -> dict[str, np.ndarray | None]:
-    """Return the masks that a subject is scored over; a region without a voxel in the box is left out."""
-    regions: dict[str, np.ndarray | None] = {"volume": None}
-    masks = {record.region: store.mask(record.subject_id)}
-    labels = store.seg(record.subject_id)
-    if labels is not None:
-        masks["lesion"] = labels > 0
-    return regions | {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def _score_company(
@@ -289,19 +291,18 @@ def _score_company(
 ) -> None:
     """Score the rows that keep a model honest."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
-    mask = store.mask(scorer.subject_id)
     for target in dict.fromkeys(end for _, end in pairs):
         mean = scorer.scores(target, store.training_mean(target))
         for source in [begin for begin, end in pairs if end == target]:
             scorer.file(MethodKey("training-mean", "", 0), source, target, mean)
             if source == target:
                 continue
-            x = scorer.truth[source] * 2 - 1
+            x = scorer.truth(source).image * 2 - 1
             scorer.add(MethodKey("identity", "", 0), source, target, x)
-            for method, prediction in references.predictions(x, mask, source, target):
+            for method, prediction in references.predictions(x, scorer.mask, source, target):
                 scorer.add(MethodKey(method, "", 0), source, target, prediction)
         if codec_of is not None:
-            truth = (scorer.truth[target] * 2 - 1).astype(np.float32)
+            truth = (scorer.truth(target).image * 2 - 1).astype(np.float32)
             scorer.add(MethodKey("reconstruction", "", 0), target, target, codec_of.reconstruct(truth))
 
 
@@ -337,8 +338,8 @@ def _score_candidate(
                         key,
                         source,
                         target,
-                        scorer.truth[source],
-                        scorer.truth[target],
+                        scorer.truth(source).image,
+                        scorer.truth(target).image,
                         to_unit(mean),
                         None if std is None else std / 2,
                     )

@@ -76,10 +76,15 @@ class ScoreRow:
     num_inference_steps: int
     """Network evaluations per sample; 0 where there is no sampler."""
     region: str
-    """volume, brain (or foreground), lesion."""
+    """volume, brain (or foreground), edges, lesion."""
     psnr_db: float
     nmse: float
     ssim: float
+    mae: float = math.nan
+    """Like the scores below NaN in what earlier versions wrote."""
+    ms_ssim: float = math.nan
+    nmi: float = math.nan
+    sharpness: float = math.nan
 
     @property
     def key(self) -> MethodKey:
@@ -143,7 +148,10 @@ def read_csv(path: Path) -> list[ScoreRow]:
         for field in fields(ScoreRow)
     }
     with path.open(newline="") as stream:
-        return [ScoreRow(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in csv.DictReader(stream)]
+        return [
+            ScoreRow(**{name: kind(line[name]) for name, kind in kinds.items() if name in line})
+            for line in csv.DictReader(stream)
+        ]
 
 
 def summarize(rows: Iterable[ScoreRow]) -> Summary:

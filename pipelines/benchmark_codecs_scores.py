@@ -172,7 +172,7 @@ def score_volumes(
         reconstruct: volume (X, Y, Z) in [-1, 1] to its reconstructions by name.
         description: of the progress.
     """
-    from aldm.metrics import score, to_unit
+    from aldm.metrics import Truth, to_unit
     from aldm.progress import progress
     from aldm.score_table import ScoreRow
 
@@ -182,10 +182,10 @@ def score_volumes(
         regions = {"volume": None} | ({record.region: mask} if mask.any() else {})
         for name in record.modalities:
             x = store.volume(record.subject_id, name)
+            truth = Truth(to_unit(x), regions)
             for method, y in reconstruct(x).items():
-                for region, values in score(to_unit(x), to_unit(y), regions).items():
-                    scores = (values.psnr_db, values.nmse, values.ssim)
-                    rows.append(ScoreRow(record.subject_id, method, name, name, "", 0, region, *scores))
+                for region, values in truth.score(to_unit(y)).items():
+                    rows.append(ScoreRow(record.subject_id, method, name, name, "", 0, region, **asdict(values)))
     return rows
 
 

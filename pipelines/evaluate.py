@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a store's split that it was trained for:
-PSNR, NMSE and SSIM over the whole volume, the brain and, where there is a segmentation, the lesion. Beside it stand the
-source itself (identity), the training set's mean volume, the source with its intensities mapped (intensity-map,
-histogram-matching), the codec alone (reconstruction) and other translators (--baseline). Writes {SCORES}, {TABLES},
-{TIMES}, {CARD} and {PICTURES}/."""
+PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
+segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
+its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
+(--baseline). Writes {SCORES}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""

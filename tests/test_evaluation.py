@@ -23,7 +23,9 @@ from aldm.score_table import MethodKey, ScoreRow
 from aldm.translate import Translator
 from pipelines.evaluate import main
 
-COLUMNS = "subject_id,method,source,target,sampler,num_inference_steps,region,psnr_db,nmse,ssim"
+COLUMNS = (
+    "subject_id,method,source,target,sampler,num_inference_steps,region,psnr_db,nmse,ssim,mae,ms_ssim,nmi,sharpness"
+)
 
 
 class Echo(Predictor):
@@ -135,7 +137,7 @@ def test_the_lesion_is_a_region_where_the_segmentation_has_a_voxel(measured, bra
     with_lesion = {r.subject_id for r in subjects if (brats_store.seg(r.subject_id) > 0).any()}
     assert {row.subject_id for row in result.rows if row.region == "lesion"} == with_lesion
     assert with_lesion
-    assert {row.region for row in result.rows} == {"volume", "brain", "lesion"}
+    assert {row.region for row in result.rows} == {"volume", "brain", "edges", "lesion"}
 
 
 def test_every_translation_is_timed_and_counted(measured, brats_store):
@@ -338,7 +340,7 @@ def test_the_job_writes_scores_tables_times_card_and_pictures(models, ixi_store,
         ("aldm", "ddim", "1"),
         *((name, "", "0") for name in ("unet", *score_table.REFERENCES, "reconstruction")),
     }
-    assert {r["region"] for r in rows} == {"volume", ixi_store.region(min(subjects))}
+    assert {r["region"] for r in rows} == {"volume", ixi_store.region(min(subjects)), "edges"}
     assert "Table D" in (out / "scores.md").read_text()
     assert len(list((out / "pictures").glob("*.png"))) == 2 * 6  # of one subject, by both models
     assert (out / "quality.png").stat().st_size > 1000

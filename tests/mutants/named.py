@@ -101,7 +101,7 @@ NAMED: list[tuple[str, str, str, str]] = [
     ("queue's limit", "serve/jobs.py", "+ len(self._tickets) >= self.settings.max_queue", "> self.settings.max_queue"),
     ("counter of deaths", "serve/jobs.py", "job.deaths += 1", "pass"),
     ("head of the queue", "serve/jobs.py", "self._queue.insert(0, job_id)", "self._queue.append(job_id)"),
-    ("SSIM's constant", "aldm/metrics.py", "K2 = 0.03", "K2 = 0.01"),
+    ("SSIM's constant", "aldm/similarity.py", "K2 = 0.03", "K2 = 0.01"),
     ("Holm's factors", "aldm/significance.py", "np.arange(p.size, 0, -1)", "p.size"),
     (
         "mask of the intensity map",
@@ -110,7 +110,7 @@ NAMED: list[tuple[str, str, str, str]] = [
         "store.volume(record.subject_id, n).ravel()",
     ),
     ("middle of a quantile", "aldm/references.py", "- counts / 2)", "- counts)"),
-    ("sign of the PSNR", "aldm/metrics.py", "-10 * math.log10(error)", "-20 * math.log10(error)"),
+    ("sign of the PSNR", "aldm/metrics.py", "-10 * math.log10(mean_square)", "-20 * math.log10(mean_square)"),
     ("split of 80", "aldm/data/layouts.py", "bucket < 80", "bucket < 70"),
     ("hash of a checkpoint", "aldm/checkpoint.py", 'if weights_hash(weights) != record["hash"]:', "if False:"),
 ]

@@ -25,6 +25,7 @@ NAMED_ONLY = {
     "aldm/data/dicom_header.py": ["dicom"],
     "aldm/models/ms_spade.py": ["ms_spade"],
     "aldm/metrics.py": ["metrics"],
+    "aldm/similarity.py": ["metrics"],
     "aldm/references.py": ["references"],
     "aldm/significance.py": ["significance"],
     "aldm/data/layouts.py": ["layouts"],
