@@ -27,6 +27,9 @@ from aldm.presets import tiny
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.training import fit
 
+SIDES = {"inference": (96, 48), "unet": (96, 96)}
+"""Stage -> sides of volume and crop where those of the others would leave what the libraries keep as most of it."""
+
 
 def small_config(precision: str, activation_checkpointing: bool, side: int, crop: int) -> Config:
     """Widths of 16 and 32, as oneDNN computes without falling back to matrix products, on small volumes."""
@@ -123,12 +126,10 @@ def main() -> None:
     run = {stage: partial(train, name=stage) if stage in TRAININGS else translate for stage in sys.argv[3:]}
     for measured in run.values():  # loads the libraries' code
         measured(small_config(precision, recompute, 16, 16))
-    side = 96 if list(run) == ["inference"] else 64  # what the libraries keep is not to be most of it
-    config = small_config(precision, recompute, side, 48)
-    results = {
-        stage: [plan(config, stage).peak_bytes, measured_peak(partial(measured, config))]
-        for stage, measured in run.items()
-    }
+    results = {}
+    for stage, measured in run.items():
+        config = small_config(precision, recompute, *SIDES.get(stage, (64, 48)))
+        results[stage] = plan(config, stage).peak_bytes, measured_peak(partial(measured, config))
     print(json.dumps(results))
 
 

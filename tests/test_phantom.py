@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from aldm.data import phantom
-from aldm.data.phantom import SimulatedVolume, brats_grid, oblique_grid, simulate_subject, write_phantom
+from aldm.data.phantom import (
+    SimulatedVolume,
+    brats_grid,
+    expected_memory_gib,
+    oblique_grid,
+    simulate_subject,
+    write_phantom,
+)
 from aldm.data.phantom_anatomy import Head, SmoothField
 from aldm.data.phantom_physics import SEQUENCES, Sequence, Tissue, magnitude, rician, tissues_of_subject
 from aldm.data.volume import resample, to_ras
@@ -271,3 +278,12 @@ def test_the_job_writes_what_the_library_writes(tmp_path: Path, capsys: pytest.C
     main([str(tmp_path / "job"), *flags])
     write_phantom(tmp_path / "library", "ixi", 1, seed=5, spacing_mm=SPACING_MM)
     assert digests(tmp_path / "job") == digests(tmp_path / "library")
+
+
+@pytest.mark.parametrize(
+    ("layout", "spacing_mm", "measured_gb"),
+    [("brats", 2, 0.53), ("brats", 1, 1.08), ("ixi", 2, 0.53), ("ixi", 1, 1.13)],
+)
+def test_the_expected_memory_covers_what_was_measured(layout: str, spacing_mm: float, measured_gb: float) -> None:
+    """Measured: the largest resident set (VmHWM) of `aldm phantom --num-subjects 1`."""
+    assert 1 <= expected_memory_gib(layout, spacing_mm) * 2**30 / (measured_gb * 1e9) < 1.15

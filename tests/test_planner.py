@@ -182,7 +182,8 @@ def test_trace_counts_operations():
 def test_planned_peak_agrees_with_the_measured_one(precision, activations, stages):
     """Two steps of the real training loop, or a whole translation, in a process of their own.
 
-    The plan is at most 20 % too small and 25 % too large.
+    Tensors are planned within a tenth; what the libraries keep is a number in between (LIBRARY_BYTES) and goes up and
+    down from run to run, whatever the size.
 
     What the trainings leave in the allocator would count as the translation's: that one is measured alone.
     """
@@ -199,4 +200,5 @@ def test_planned_peak_agrees_with_the_measured_one(precision, activations, stage
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert set(peaks) == set(stages)
     for stage, (planned, measured) in peaks.items():
-        assert 0.8 * measured < planned < 1.25 * measured, f"{stage}: planned {planned}, measured {measured}"
+        allowed = 0.1 * measured + 12 * 2**20
+        assert abs(planned - measured) < allowed, f"{stage}: planned {planned}, measured {measured}"

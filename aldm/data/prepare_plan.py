@@ -187,6 +187,10 @@ def _check_same_subjects(store: Path, plan: Plan) -> None:
 
 
 def _memory_gib(checks: Sequence[SubjectCheck]) -> float:
-    """Return the expected peak of one process, GiB: 0.2 for the program, the rest from the largest subject."""
+    """Return the expected peak of one process, GiB: 0.4 for the program, the rest from the largest subject.
+
+    Measured with preset brats and five files of 240 x 240 x 155 voxels, GiB resident: 0.91 from 1 to 1 mm (expected
+    1.4), 0.63 from 2 to 1 mm (0.82), 0.48 from 2 to 2 mm (0.53).
+    """
     sizes = (_BYTES_PER_VOXEL * check.num_voxels + _BYTES_PER_GRID_VOXEL * check.num_grid_voxels for check in checks)
-    return 0.2 + max(sizes, default=0) / 2**30
+    return 0.4 + max(sizes, default=0) / 2**30
