@@ -222,6 +222,9 @@ class DiffusionConfig:
     all_targets: bool = False
     """With the objective regression, predict all modalities from a source in one evaluation, so that a step learns from
     all that the subject has. Not in the paper."""
+    any_sources: bool = False
+    """With all_targets, train on random subsets of a subject's modalities as sources: a translation may then start from
+    several. Not in the paper."""
     residual_std: tuple[float, ...] | None = None
     """How far target and target-like latent are apart (RMS per channel, standardised); epsilon and v then start from
     what that implies (method.md section 5). [] measures it when the training begins; null leaves it out, as the paper
@@ -234,6 +237,11 @@ class DiffusionConfig:
         within(self, 0, 1, "beta_start", "beta_end")
         if self.residual_std:
             positive(self, "residual_std")
+        if self.any_sources and not self.together:
+            raise UserError(
+                "diffusion.any_sources needs diffusion.all_targets and the objective regression: one evaluation then "
+                "predicts all that is missing"
+            )
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise UserError(
                 "diffusion.zero_terminal_snr is singular for objective 'epsilon' (nothing of the image is left at the "

@@ -4,7 +4,7 @@ translation.
 Latents are B C x y z standardised per channel, modality ids (B,) int64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +31,9 @@ def build_ms_spade(config: Config, latent_channels: int) -> MSSpade:
             f"{config.codec.kind}: say `ms_spade.intensity_map=false`"
         )
     levels = config.codec.haar_levels
-    module = MSSpade(latent_channels, len(config.modalities), **asdict(config.ms_spade), haar_levels=levels)
+    several = config.diffusion.any_sources
+    values = asdict(config.ms_spade)
+    module = MSSpade(latent_channels, len(config.modalities), **values, haar_levels=levels, several_sources=several)
     module.activation_checkpointing = config.activation_checkpointing
     return module
 
@@ -42,7 +44,10 @@ def build_unet(config: Config, latent_channels: int) -> UNet:
     values, together = asdict(config.unet), config.diffusion.together
     values["skip_gates"] = config.unet.skip_gates and not noise and not together
     values["noise_gain"] = config.unet.skip_gates and noise
-    if together:
+    if config.diffusion.any_sources:
+        values["embed_source"] = False  # what is given is embedded instead
+        module = UNet(number * latent_channels, number * latent_channels, number, **values)
+    elif together:
         module = UNet((1 + number) * latent_channels, number * latent_channels, number, **values)
     else:
         module = UNet(3 * latent_channels, latent_channels, number, **values)
@@ -134,6 +139,47 @@ def refine_all(unet: nn.Module, z_source: Tensor, z_target_like: Tensor, source:
     change = unet(torch.cat([z_source, z_target_like], dim=1), t, source, source)
     other = torch.arange(number, device=source.device) != source[:, None]
     return z_target_like + change * other.repeat_interleave(channels, dim=1)[:, :, None, None, None]
+
+
+def target_like_of_sources(
+    z: Sequence[Tensor | None], target_like: Callable[[int, int], Tensor], precision: Tensor
+) -> Tensor:
+    """Return what the given sources say of every modality, (1, M C, x, y, z), before the U-Net has seen it.
+
+    A modality that is given is itself. Any other is the mean of what MS-SPADE makes of each source, weighted by the
+    inverse of the squared error that the pair's intensity map leaves. The sources are added in the order of their
+    modalities, so that the order in which they were named cannot matter; a single one has the weight 1.
+
+    Args:
+        z: of every modality, in order, its latent (1, C, x, y, z), or None where it is not given.
+        target_like: (source, target) -> z_target_like (1, C, x, y, z).
+        precision: (M, M) weights of (source, target), above 0.
+    """
+    sources = [modality for modality, one in enumerate(z) if one is not None]
+    found = []
+    for target, own in enumerate(z):
+        if own is not None:
+            found.append(own)
+            continue
+        weights = precision[sources, target] / precision[sources, target].sum()
+        parts = [weight * target_like(source, target) for source, weight in zip(sources, weights, strict=True)]
+        found.append(sum(parts[1:], start=parts[0]))
+    return torch.cat(found, dim=1)
+
+
+def refine_missing(unet: nn.Module, z_target_like: Tensor, given: Tensor) -> Tensor:
+    """Return z_target of all modalities, (B, M C, x, y, z), those given being z_target_like as they are.
+
+    Args:
+        unet: aldm.models.unet.UNet with M C input and output channels.
+        z_target_like: (B, M C, x, y, z) of `target_like_of_sources`.
+        given: (B, M), 1 for each modality that is given, else 0.
+    """
+    number = given.shape[1]
+    t = torch.zeros(len(given), device=given.device)
+    change = unet(z_target_like, t, given)
+    channels = z_target_like.shape[1] // number
+    return z_target_like + change * (1 - given).repeat_interleave(channels, dim=1)[:, :, None, None, None]
 
 
 def of_target(z: Tensor, target: Tensor, channels: int) -> Tensor:

@@ -12,7 +12,7 @@ from aldm.progress import progress
 from aldm.references import bins_of, conditional_mean
 
 
-def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequence[str]) -> None:
+def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequence[str]) -> np.ndarray:
     """Fill the tables: of all functions that are constant in each bin, the one with the least squared error per pair.
 
     Over all voxels of the training subjects that are not air. One subject at a time is in memory. A pair that no
@@ -22,11 +22,16 @@ def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequ
         into: built for these modalities, and for the codec of the latents.
         latents: of a lossless codec.
         modalities: those of the model; ids count through them.
+
+    Returns:
+        (M, M) mean squared error that the map of (source, target) leaves, intensities in [-1, 1]: 0 between a modality
+        and itself, the largest of the others where no training subject has both.
     """
     into.mean.copy_(torch.from_numpy(latents.mean))
     into.std.copy_(torch.from_numpy(latents.std))
     number = len(modalities)
     counts, sums = np.zeros((number, number, BINS)), np.zeros((number, number, BINS))
+    squares = np.zeros((number, number))
     for subject in progress(latents.subjects("train"), description="intensity maps", unit="subject"):
         own = [name for name in modalities if name in subject.modalities]
         volumes = {modality_index(n, tuple(modalities)): _volume(into, latents, subject.subject_id, n) for n in own}
@@ -37,11 +42,18 @@ def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequ
             for target, y in volumes.items():
                 counts[source, target] += own_counts
                 sums[source, target] += np.bincount(bins, y[tissue], minlength=BINS)
+                squares[source, target] += np.square(y[tissue], dtype=np.float64).sum()
+    errors = np.full((number, number), np.nan)
     for source in range(number):
         for target in range(number):
-            if source != target and counts[source, target].any():
-                table = conditional_mean(counts[source, target], sums[source, target])
-                into.tables[source, target] = torch.from_numpy(table)
+            n, total = counts[source, target], sums[source, target]
+            if source != target and n.any():
+                into.tables[source, target] = torch.from_numpy(conditional_mean(n, total))
+                explained = np.divide(total**2, n, out=np.zeros(BINS), where=n > 0).sum()
+                errors[source, target] = (squares[source, target] - explained) / n.sum()
+    errors = np.nan_to_num(errors, nan=np.nanmax(errors, initial=0.0))
+    np.fill_diagonal(errors, 0.0)
+    return errors
 
 
 def _volume(into: IntensityMap, latents: LatentStore, subject_id: str, modality: str) -> np.ndarray:

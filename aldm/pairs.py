@@ -1,5 +1,7 @@
 """Which translations a model was trained for."""
 
+from collections.abc import Sequence
+
 from aldm.config import Config
 from aldm.config_baselines import BOTH_WAYS
 from aldm.data.modalities import check_modality
@@ -26,6 +28,31 @@ def check_pair(config: Config, kind: str, source: str, target: str) -> None:
             f"this {kind} model translates {pairs_in_words(config, kind)}, not {source} to {target}: give "
             "that pair, or a model trained for this one"
         )
+
+
+def check_sources(config: Config, kind: str, sources: Sequence[str], target: str) -> None:
+    """Refuse a translation from several volumes, or from one, that a model was not trained for.
+
+    Raises:
+        UserError: as check_pair for one source; of several: a model that takes one, an unknown modality, one that is
+            named twice, or a target that is among them.
+    """
+    if len(sources) == 1:
+        check_pair(config, kind, sources[0], target)
+        return
+    words = " and ".join(sources)
+    if not (kind == "aldm" and config.diffusion.any_sources):
+        raise UserError(
+            f"this {kind} model takes one source, got {words}: give one, or a model that was trained with "
+            "diffusion.any_sources"
+        )
+    for name in sources:
+        check_modality("source", name, config.modalities)
+    check_modality("target", target, config.modalities)
+    if len(set(sources)) < len(sources):
+        raise UserError(f"the sources {words} name a modality twice: give each once")
+    if target in sources:
+        raise UserError(f"the target {target} is among the sources {words}: there is nothing to translate")
 
 
 def pairs_in_words(config: Config, kind: str) -> str:

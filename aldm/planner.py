@@ -20,7 +20,7 @@ from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, TrainingConfig, training_of
 from aldm.config_baselines import METHODS
 from aldm.data.modalities import MODALITIES
-from aldm.denoising import build_ms_spade, build_unet, denoise, refine_all
+from aldm.denoising import build_ms_spade, build_unet, denoise, refine_all, refine_missing
 from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
@@ -229,7 +229,12 @@ def stage_and_batch(
     if name == "ms-spade":
         stage = MSSpadeStage(config, data)
         return stage, None, batch, whole
-    if config.diffusion.together:
+    if config.diffusion.any_sources:
+        number = len(config.modalities)
+        batch["z"] = torch.zeros(size, number * codec.latent_channels, *sides)
+        batch |= {"given": torch.ones(size, number), "wanted": torch.ones(size, number)}
+        batch["sources"] = [list(range(number - 1))] * size  # the most that there can be
+    elif config.diffusion.together:
         number = len(config.modalities)
         batch |= {"z_targets": torch.zeros(size, number * codec.latent_channels, *sides)}
         batch |= {"wanted": torch.ones(size, number)}
@@ -253,13 +258,15 @@ def _plan_inference(config: Config) -> MemoryPlan:
             flops_of["encode"] = trace.flops
             ids = torch.zeros(1, dtype=torch.long)
             together = config.diffusion.together
-            with predictor.autocast():
+            with predictor.autocast():  # with several sources: one, which is what a translation takes at least
                 number = len(config.modalities) if together else 1
                 z_target_like = torch.cat([predictor.ms_spade(code, ids, ids).float() for _ in range(number)], dim=1)
             flops_of["ms-spade"] = trace.flops - sum(flops_of.values())
             z, x0, previous_x0 = (torch.empty_like(code) for _ in range(3))  # what a sampler of second order holds
             with predictor.autocast():
-                if together:
+                if config.diffusion.any_sources:
+                    refine_missing(predictor.unet, z_target_like, torch.ones(1, number))
+                elif together:
                     refine_all(predictor.unet, code, z_target_like, ids)
                 else:
                     t, given = torch.zeros(1), (config.diffusion, predictor.schedule)

@@ -5,6 +5,7 @@ Tensors are B C X Y Z of RAS+ volumes, intensities in [-1, 1]. Modalities are in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from aldm.baselines.methods import method_network, translate
 from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, of_target, refine_all
+from aldm.denoising import (
+    build_ms_spade,
+    build_regression_unet,
+    build_unet,
+    denoise,
+    of_target,
+    refine_all,
+    refine_missing,
+    target_like_of_sources,
+)
 from aldm.diffusion import NoiseWindow, make_schedule
 from aldm.errors import UserError
 from aldm.latents import check_statistics, standardise, unstandardise
@@ -47,6 +57,9 @@ class MemoryLimit:
         return self.max_bytes - resident_bytes()
 
 
+Sources = tuple[int, ...]
+
+
 class Predictor(nn.Module):
     """What a kind of model has to do. `config` is the whole configuration, `modalities` named.
 
@@ -76,14 +89,26 @@ class Predictor(nn.Module):
     def predict(
         self,
         code: Tensor,
-        sources: Sequence[int],
+        sources: Sequence[Sources],
         targets: Sequence[int],
         sampling: SamplingConfig,
         generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
-        """Return a prediction (B, 1, X, Y, Z) of each of a batch; the volumes of a batch know nothing of each other."""
+        """Return a prediction (B, 1, X, Y, Z) of each of a batch; the volumes of a batch know nothing of each other.
+
+        Args:
+            code: of B samples, each from `join`.
+            sources: of each, the ids of its source modalities, ascending.
+            targets: of each, the id of the wanted modality.
+            sampling, generators, on_step: as in Translator.translate_batch.
+        """
         raise NotImplementedError
+
+    def join(self, codes: Mapping[int, Tensor]) -> Tensor:
+        """Return what `predict` takes of one sample, given the code of each of its sources: here of the only one."""
+        (code,) = codes.values()
+        return code
 
     def needed_bytes(self) -> int:
         """Return the least memory that a translation needs beyond the weights, bytes."""
@@ -140,15 +165,20 @@ class LatentDiffusion(Predictor):
     def predict(
         self,
         code: Tensor,
-        sources: Sequence[int],
+        sources: Sequence[Sources],
         targets: Sequence[int],
         sampling: SamplingConfig,
         generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return one sample of the target, decoded."""
-        source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
-        if self.config.diffusion.together:
+        source_ids = torch.tensor([first for first, *_ in sources], device=code.device)
+        target_ids = torch.tensor(list(targets), device=code.device)
+        if self.config.diffusion.any_sources:
+            z = of_target(self.predict_missing(code, sources), target_ids, self.codec.latent_channels)
+            if on_step is not None:
+                on_step(1, 1)
+        elif self.config.diffusion.together:
             z = of_target(self.predict_all(code, source_ids), target_ids, self.codec.latent_channels)
             if on_step is not None:
                 on_step(1, 1)
@@ -164,6 +194,29 @@ class LatentDiffusion(Predictor):
         with self.autocast():
             z_target_like = torch.cat([self.ms_spade(code, target, source).float() for target in targets], dim=1)
             return refine_all(self.unet, code, z_target_like, source).float()
+
+    def join(self, codes: Mapping[int, Tensor]) -> Tensor:
+        """Return the code of one sample: with any sources (1, M C, x, y, z), 0 where a modality is not given."""
+        if not self.config.diffusion.any_sources:
+            return super().join(codes)
+        empty = torch.zeros_like(next(iter(codes.values())))
+        return torch.cat([codes.get(modality, empty) for modality in range(len(self.config.modalities))], dim=1)
+
+    def predict_missing(self, code: Tensor, sources: Sequence[Sources]) -> Tensor:
+        """Return the latents of all modalities, (B, M C, x, y, z), for codes (B, M C, x, y, z) of `join`."""
+        number, found = len(self.config.modalities), []
+        with self.autocast():
+            for one, ids in zip(code.unflatten(1, (number, -1)), sources, strict=True):
+                given = [one[m][None] if m in ids else None for m in range(number)]
+                found.append(target_like_of_sources(given, partial(self._target_like, one), self.ms_spade.precision))
+            marks = [[float(m in ids) for m in range(number)] for ids in sources]
+            return refine_missing(self.unet, torch.cat(found), torch.tensor(marks, device=code.device)).float()
+
+    def _target_like(self, z: Tensor, source: int, target: int) -> Tensor:
+        """Return what MS-SPADE makes of one modality of (M, C, x, y, z) for another, (1, C, x, y, z)."""
+        ids = (torch.tensor([m], device=z.device) for m in (target, source))
+        result: Tensor = self.ms_spade(z[source][None], *ids).float()
+        return result
 
     def _sample(
         self,
@@ -205,6 +258,10 @@ class LatentDiffusion(Predictor):
             # the sampler holds up to five latents beside the network's own: source, target-like, z, x0 and the last x0
             latents = [torch.zeros(1, self.codec.latent_channels, *sides) for _ in range(5)]
             ids = torch.zeros(1, dtype=torch.long)
+            if self.config.diffusion.any_sources:
+                number = len(self.config.modalities)
+                self.predict_missing(self.join({0: latents[0]}), [tuple(range(max(1, number - 1)))])
+                return
             if self.config.diffusion.together:
                 self.predict_all(latents[0], ids)
                 return
@@ -227,14 +284,15 @@ class Regression(Predictor):
     def predict(
         self,
         code: Tensor,
-        sources: Sequence[int],
+        sources: Sequence[Sources],
         targets: Sequence[int],
         sampling: SamplingConfig,
         generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return the prediction; sampling and generators have no say in it."""
-        source_ids, target_ids = (torch.tensor(list(ids), device=code.device) for ids in (sources, targets))
+        source_ids = torch.tensor([first for first, *_ in sources], device=code.device)
+        target_ids = torch.tensor(list(targets), device=code.device)
         with self.autocast():
             result: Tensor = self.unet(code, source_ids, target_ids)
         if on_step is not None:
@@ -268,14 +326,14 @@ class PairTranslation(Predictor):
     def predict(
         self,
         code: Tensor,
-        sources: Sequence[int],
+        sources: Sequence[Sources],
         targets: Sequence[int],
         sampling: SamplingConfig,
         generators: Sequence[torch.Generator | NoiseWindow],
         on_step: OnStep | None,
     ) -> Tensor:
         """Return the prediction, volume by volume; sampling and generators have no say in it."""
-        ways = [source != self._source for source in sources]
+        ways = [source != self._source for source, *_ in sources]
         results = [self._one(x[None], reverse) for x, reverse in zip(code, ways, strict=True)]
         if on_step is not None:
             on_step(1, 1)

@@ -6,16 +6,26 @@ Volumes are B 1 X Y Z in [-1, 1], latents B C x y z standardised per channel.
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aldm.config import Config
-from aldm.data.dataset import LatentPairs, LatentTargets, Samples, VolumeSamples, checked_crop
+from aldm.data.dataset import LatentPairs, LatentSubsets, LatentTargets, Samples, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import build_ms_spade, build_unet, denoise, loss_weights, of_target, refine_all
+from aldm.denoising import (
+    build_ms_spade,
+    build_unet,
+    denoise,
+    loss_weights,
+    of_target,
+    refine_all,
+    refine_missing,
+    target_like_of_sources,
+)
 from aldm.diffusion import make_schedule, training_loss_inputs
 from aldm.errors import UserError
 from aldm.latents import LatentStore, data_record
@@ -335,7 +345,12 @@ class DiffusionStage:
         self._schedule = make_schedule(config.diffusion)
         self._target_like: dict[tuple[str, int, int, int], Tensor] = {}
         self._target_like_bytes = 0
-        self._together = self.config.diffusion.together
+        self._together, self._any_sources = self.config.diffusion.together, self.config.diffusion.any_sources
+        if self._any_sources and self.config.pair is not None:
+            raise UserError(
+                "diffusion.any_sources learns from subsets of all modalities, and `pair` names one pair: leave one of "
+                "them out"
+            )
         self.unet = build_unet(self.config, latents.latent_channels)
         self.players = [Player("unet", self.unet, self._training, self._loss)]
 
@@ -349,11 +364,16 @@ class DiffusionStage:
     def samples(self, split: str) -> Samples:
         """Pairs of latents; where all targets are predicted together, all of a subject's in training."""
         names, pair = self.config.modalities, self.config.pair
+        if self._any_sources and split == "train":
+            return LatentSubsets(self._latents, split, names)
         if self._together and split == "train":
             return LatentTargets(self._latents, split, names, pair)
         return LatentPairs(self._latents, split, names, self._training.same_modality_fraction, pair)
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
+        if self._any_sources:
+            z = refine_missing(model, self._of_sources(batch["z"], batch), batch["given"])
+            return weighted_mse(z, batch["z"], self._weights_of(batch["wanted"])), {}
         if self._together:
             z = refine_all(model, batch["z_source"], self._all_target_like(batch), batch["source"])
             return weighted_mse(z, batch["z_targets"], self._weights_of(batch["wanted"])), {}
@@ -388,6 +408,21 @@ class DiffusionStage:
         size, number = len(batch["source"]), len(self.config.modalities)
         return torch.cat([self._z_target_like(batch, [target] * size) for target in range(number)], dim=1)
 
+    def _of_sources(self, z: Tensor, batch: Batch) -> Tensor:
+        """What each sample's sources say of all modalities, (B, M C, x, y, z), from z (B, M C, x, y, z)."""
+        number, found = len(self.config.modalities), []
+        keys = zip(batch["subject_id"], batch["sources"], batch["flip"].tolist(), strict=True)
+        for one, (subject_id, sources, flip) in zip(z.unflatten(1, (number, -1)), keys, strict=True):
+            given = [one[m][None] if m in sources else None for m in range(number)]
+            like = partial(self._of_one_source, one, subject_id, flip)
+            found.append(target_like_of_sources(given, like, cast(Tensor, self._ms_spade.precision)))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _of_one_source(self, z: Tensor, subject_id: str, flip: int, source: int, target: int) -> Tensor:
+        ids = {name: torch.tensor([value], device=z.device) for name, value in (("source", source), ("flip", flip))}
+        return self._z_target_like({"z_source": z[source][None], "subject_id": [subject_id], **ids}, [target])
+
     @torch.no_grad()
     def _z_target_like(self, batch: Batch, targets: list[int]) -> Tensor:
         """MS-SPADE's output for each sample, computed one by one so that it does not depend on the batch around it."""
@@ -408,7 +443,9 @@ class DiffusionStage:
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:
         """The sampled latent's distance from the target's, by the sampler and steps of the configuration."""
         z_target_like = self._z_target_like(batch, batch["target"].tolist())
-        if self._together:
+        if self._any_sources:
+            z = of_target(self._from_one_source(modules["unet"], batch), batch["target"], self._latents.latent_channels)
+        elif self._together:
             everything = refine_all(modules["unet"], batch["z_source"], self._all_target_like(batch), batch["source"])
             z = of_target(everything, batch["target"], self._latents.latent_channels)
         else:
@@ -417,6 +454,13 @@ class DiffusionStage:
         values = latent_values(self._latents, self._std, z, batch["z_target"])
         before = latent_values(self._latents, self._std, z_target_like, batch["z_target"])
         return values | {f"ms_spade_{name}": value for name, value in before.items()}
+
+    def _from_one_source(self, unet: nn.Module, batch: Batch) -> Tensor:
+        """All modalities, (B, M C, x, y, z), of the batch's pairs, each from its source alone."""
+        given = F.one_hot(batch["source"], len(self.config.modalities)).to(batch["z_source"].dtype)
+        z = (given[:, :, None, None, None, None] * batch["z_source"][:, None]).flatten(1, 2)
+        sources = [[source] for source in batch["source"].tolist()]
+        return refine_missing(unet, self._of_sources(z, {**batch, "sources": sources}), given)
 
     def _sampled(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, info: StepInfo) -> Tensor:
         sampling = self.config.sampling

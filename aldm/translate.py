@@ -16,11 +16,11 @@ from torch import Tensor
 
 from aldm import __version__
 from aldm.config import Config, SamplingConfig
-from aldm.data.modalities import modality_index
-from aldm.data.preprocess import PreprocessRecord, count_boxes, prepare_volume
-from aldm.data.volume import Volume
+from aldm.data.modalities import modality_index, sort_modalities
+from aldm.data.preprocess import PreprocessRecord, count_boxes, prepare_volumes
+from aldm.data.volume import Volume, one_grid
 from aldm.errors import UserError
-from aldm.pairs import check_pair, pair_is_known
+from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.predictors import Predictor
 from aldm.sampling import OnStep, sample_many
 from aldm.sampling_choice import choose_sampling
@@ -118,6 +118,15 @@ class Translator:
         """
         check_pair(self.config, self.kind, source, target)
 
+    def check_sources(self, sources: Sequence[str], target: str) -> None:
+        """Refuse what the model was not trained for: one source as `check_pair`, or several.
+
+        Raises:
+            UserError: an unknown modality, another pair than the model's, several sources of a model that takes one,
+                or a target that is among them.
+        """
+        check_sources(self.config, self.kind, sources, target)
+
     def sampling(
         self,
         sampler: str | None = None,
@@ -179,7 +188,7 @@ class Translator:
         Raises:
             UserError: a modality that the model does not know.
         """
-        request = Request(code, source, target, seed)
+        request = Request({source: code}, target, seed)
         return self.translate_batch([request], sampling=sampling, on_step=on_step)[0]
 
     @torch.inference_mode()
@@ -200,10 +209,14 @@ class Translator:
             UserError: a modality that the model does not know.
         """
         for request in requests:
-            self.check_pair(request.source, request.target)
-        sources = [modality_index(request.source, self.modalities) for request in requests]
+            self.check_sources(tuple(request.codes), request.target)
+        codes = [
+            {modality_index(name, self.modalities): code for name, code in request.codes.items()}
+            for request in requests
+        ]
+        sources = [tuple(sorted(one)) for one in codes]
         targets = [modality_index(request.target, self.modalities) for request in requests]
-        code = torch.cat([request.code for request in requests])
+        code = torch.cat([self.predictor.join(one) for one in codes])
         chosen = self.sampling() if sampling is None else sampling
         finished = 0  # samples
 
@@ -236,6 +249,7 @@ class Translator:
         eta: float | None = None,
         seed: int = 0,
         intensity: str = "median",
+        others: Mapping[str, Volume] | None = None,
         on_step: OnStep | None = None,
     ) -> Translation:
         """Translate a volume into one modality; the result lies on the volume's own grid.
@@ -244,14 +258,14 @@ class Translator:
             volume: RAS+, any spacing, any units.
             source, target: modalities.
             sampler, num_inference_steps, num_samples, eta: as in `sampling`.
-            seed, intensity, on_step: as in `translate_each`.
+            seed, intensity, others, on_step: as in `translate_each`.
 
         Raises:
             UserError: what `sampling` and `translate_each` refuse.
         """
         chosen = self.sampling(sampler, num_inference_steps, num_samples, eta)
         results = self.translate_each(
-            volume, source, [target], sampling=chosen, seed=seed, intensity=intensity, on_step=on_step
+            volume, source, [target], sampling=chosen, seed=seed, intensity=intensity, others=others, on_step=on_step
         )
         return next(results)
 
@@ -264,6 +278,7 @@ class Translator:
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         intensity: str = "median",
+        others: Mapping[str, Volume] | None = None,
         on_step: OnStep | None = None,
     ) -> Iterator[Translation]:
         """Translate a volume into one modality after another; the source is encoded once for all.
@@ -274,19 +289,24 @@ class Translator:
             targets: the wanted modalities.
             sampling, seed: as in `translate_encoded`.
             intensity: median scales the result to the training set's median percentiles of the target; unit to [0, 1].
+            others: modality -> another volume of the same head, for a model that takes any sources. They are brought to
+                the first volume's grid by their affines; where all have one grid their order does not matter to the
+                bit.
             on_step: as in `translate_encoded`; it counts the boxes of one target.
 
         Raises:
-            UserError: an unknown modality or intensity, or a volume without contrast.
+            UserError: an unknown modality or intensity, a volume without contrast, or several sources of a model that
+                takes one.
         """
         if intensity not in INTENSITIES:
             raise UserError(f"intensity is {intensity!r}, wanted one of: {', '.join(INTENSITIES)}")
+        volumes = {source: volume, **(others or {})}
         for target in targets:
-            self.check_pair(source, target)
+            self.check_sources(tuple(volumes), target)
         chosen = self.sampling() if sampling is None else sampling
-        encoded = self.prepare(volume)
+        encoded = self.prepare(volumes)
         for target in targets:
-            requests = encoded.requests(source, target, seed)
+            requests = encoded.requests(target, seed)
             results: list[BoxResult] = []
 
             def report(done: int, total: int, made: Sequence[BoxResult] = results) -> None:
@@ -305,19 +325,29 @@ class Translator:
         """
         return count_boxes(volume, self.config.preprocess, stride=self.predictor.stride)
 
-    def prepare(self, volume: Volume, *, max_boxes: int | None = None) -> Encoded:
-        """Return the volume, encoded box by box.
+    def prepare(self, volumes: Mapping[str, Volume], *, max_boxes: int | None = None) -> Encoded:
+        """Return the volumes of one head, encoded box by box.
+
+        Args:
+            volumes: source modality -> volume; the grid is the first one's. Volumes that have one grid are taken in the
+                vocabulary's order.
+            max_boxes: refuse volumes that take more; None sets no limit.
 
         Raises:
             UserError: a volume without contrast, that takes more than `max_boxes`, or too large for the memory limit.
         """
         predictor, config = self.predictor, self.config.preprocess
+        names = sort_modalities(volumes) if one_grid(volumes.values()) else tuple(volumes)
         if predictor.limit is not None:
-            check_room(volume, config, predictor.limit)
-        boxes, record = prepare_volume(volume, config, stride=predictor.stride, max_boxes=max_boxes)
-        if predictor.limit is not None and len(boxes) > 1:
+            for volume in volumes.values():
+                check_room(volume, config, predictor.limit)
+        found = [volumes[name] for name in names]
+        boxes, record = prepare_volumes(found, config, stride=predictor.stride, max_boxes=max_boxes)
+        if predictor.limit is not None and len(record.boxes) > 1:
             check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)
-        codes = tuple(self.encode(x) for x in boxes)
+        codes = tuple(
+            {name: self.encode(x) for name, x in zip(names, parts, strict=True)} for parts in zip(*boxes, strict=True)
+        )
         return Encoded(codes, record, config.spatial_shape, predictor.stride)
 
     def finished(

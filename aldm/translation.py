@@ -4,7 +4,7 @@ Arrays are X Y Z of RAS+ volumes, intensities in the models in [-1, 1].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from aldm.data.bias import shaded
 from aldm.data.boxes import blend, region_of
 from aldm.data.foreground import constant_background
 from aldm.data.intensity import unscale
+from aldm.data.modalities import sort_modalities
 from aldm.data.preprocess import PreprocessRecord, model_grid, restore
 from aldm.data.volume import Volume
 from aldm.diffusion import NoiseWindow
@@ -24,6 +25,8 @@ from aldm.errors import UserError
 from aldm.memory import gigabytes
 from aldm.predictors import MemoryLimit
 
+SEVERAL = "+"
+"""Between the names of several sources, where they stand in one word."""
 BoxResult = tuple[np.ndarray, np.ndarray | None]
 """Mean and standard deviation of the samples of one box, (spatial_shape) float32 in [-1, 1]; None for one sample."""
 BLENDING_BYTES = 20
@@ -50,8 +53,8 @@ class Translation:
 class Encoded:
     """A volume, ready to be translated."""
 
-    codes: tuple[Tensor, ...]
-    """Of each of its boxes, what `Translator.encode` returned."""
+    codes: tuple[Mapping[str, Tensor], ...]
+    """Of each of its boxes, source modality -> what `Translator.encode` returned."""
     record: PreprocessRecord
     """How the boxes lie in the volume."""
     shape: Shape
@@ -59,14 +62,14 @@ class Encoded:
     stride: int
     """Voxels to a step on the grid of a code."""
 
-    def requests(self, source: str, target: str, seed: int) -> list["Request"]:
+    def requests(self, target: str, seed: int) -> list["Request"]:
         """Return what `Translator.translate_batch` has to make for one target, a request a box."""
         boxes = self.record.boxes
         if len(boxes) == 1:
-            return [Request(self.codes[0], source, target, seed)]
+            return [Request(self.codes[0], target, seed)]
         start, whole = region_of(boxes, self.shape)
         windows = [(self._steps(whole), self._steps(np.subtract(box, start))) for box in boxes]
-        return [Request(code, source, target, seed, at) for code, at in zip(self.codes, windows, strict=True)]
+        return [Request(codes, target, seed, at) for codes, at in zip(self.codes, windows, strict=True)]
 
     def _steps(self, voxels: Shape | np.ndarray) -> Shape:
         x, y, z = (int(count) // self.stride for count in voxels)
@@ -77,14 +80,18 @@ class Encoded:
 class Request:
     """One box of one volume, for `Translator.translate_batch`."""
 
-    code: Tensor
-    """What `Translator.encode` returned."""
-    source: str
+    codes: Mapping[str, Tensor]
+    """Source modality -> what `Translator.encode` returned; several where the model takes any sources."""
     target: str
     seed: int
     """Of the first sample; sample i has seed + i."""
     window: tuple[Shape, Shape] | None = None
     """Sides of the code of all the volume's boxes together, and where this one begins; None: it is the only one."""
+
+    @property
+    def source(self) -> str:
+        """The sources in one word, such as t1+t2, in the order of the vocabulary."""
+        return SEVERAL.join(sort_modalities(self.codes))
 
     def noise(self, generator: torch.Generator) -> torch.Generator | NoiseWindow:
         """Return where a sample's noise comes from: boxes that overlap have the same noise there."""

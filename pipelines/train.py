@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LEAST_SQUARED_ERROR = 1e-4
+"""Added to what an intensity map leaves, intensities in [-1, 1], so that no source is believed alone."""
 STAGES = {
     "vqgan": "stage 1: the codec, on the volumes of a store (not needed for the lossless haar codec)",
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
@@ -181,10 +183,17 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
         if stage == "ms-spade":
             built = MSSpadeStage(config, latents)
             if built.ms_spade.intensity_map is not None:
-                fit_intensity_map(built.ms_spade.intensity_map, latents, built.config.modalities)
+                errors = fit_intensity_map(built.ms_spade.intensity_map, latents, built.config.modalities)
+                if config.diffusion.any_sources:
+                    built.ms_spade.precision.copy_(torch.from_numpy(1 / (errors + LEAST_SQUARED_ERROR)))
             return built, inputs
         ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
         diffusion = config.diffusion
+        if diffusion.any_sources != hasattr(ms_spade, "precision"):
+            raise UserError(
+                f"diffusion.any_sources is {str(diffusion.any_sources).lower()}, and {args.ms_spade} was trained with "
+                "the other value: train ms-spade with this one too"
+            )
         if diffusion.objective in PREDICTS_NOISE and diffusion.residual_std == ():
             measured = measured_residual_std(config, latents, ms_spade)
             config = replace(config, diffusion=replace(diffusion, residual_std=measured))

@@ -170,7 +170,7 @@ def load(folder: Path, settings: Settings) -> "Translator":
     source, target = translator.config.pair or (names[0], names[-1])
     ramp = np.linspace(-1, 1, translator.config.preprocess.spatial_shape[2], dtype=np.float32)
     code = translator.encode(np.broadcast_to(ramp, translator.config.preprocess.spatial_shape))
-    translator.translate_batch([Request(code, source, target, 0)])
+    translator.translate_batch([Request({source: code}, target, 0)])
     return translator
 
 
@@ -211,7 +211,7 @@ def translate(
             volume, source = load_source(folder / job.id)
             if job.id in stopped:  # to prepare it is what may take long
                 continue
-            encoded = translator.prepare(volume, max_boxes=max(1, max_evaluations // evaluations))
+            encoded = translator.prepare({job.source: volume}, max_boxes=max(1, max_evaluations // evaluations))
             works.append(_Work(job, encoded, volume, source))
     if not works:
         return
@@ -245,7 +245,7 @@ class _Work:
         self.job, self.encoded, self.volume, self.source = job, encoded, volume, source
         job.num_boxes, job.share_outside = len(encoded.codes), encoded.record.share_outside
         self.requests: list[Request] = [
-            request for target in job.targets for request in encoded.requests(job.source, target, job.seed)
+            request for target in job.targets for request in encoded.requests(target, job.seed)
         ]
         self.results: list[BoxResult] = []
         """Of the boxes of the target at hand."""

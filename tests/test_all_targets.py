@@ -114,7 +114,7 @@ def test_a_translator_gives_what_the_training_validates(latents: LatentStore, tm
     everything = predictor.predict_all(code, torch.tensor([0]))
     calls: list[tuple[int, int]] = []
     for target in range(3):
-        got = predictor.predict(code, [0], [target], translator.config.sampling, [], lambda *c: calls.append(c))
+        got = predictor.predict(code, [(0,)], [target], translator.config.sampling, [], lambda *c: calls.append(c))
         torch.testing.assert_close(got, predictor.decode(everything[:, 8 * target : 8 * target + 8]))
     assert calls == [(1, 1)] * 3
 

@@ -363,8 +363,8 @@ def test_too_many_boxes_for_the_limits_are_refused():
     model, volume = translator(spatial_shape=(12, 12, 12)), smooth_volume()
     count = model.count_boxes(volume)
     with pytest.raises(UserError, match=rf"takes {count} boxes of the model's 12 x 12 x 12 voxels, the limit is 5"):
-        model.prepare(volume, max_boxes=5)
-    assert len(model.prepare(volume, max_boxes=count).codes) == count
+        model.prepare({"t1": volume}, max_boxes=5)
+    assert len(model.prepare({"t1": volume}, max_boxes=count).codes) == count
     model.predictor.needed_bytes = lambda: 10**12
     model.predictor.limit = MemoryLimit(resident_bytes() + 2**30)
     with pytest.raises(UserError, match=rf"too little for the {count} boxes.*give at least 10\d\d"):
@@ -458,14 +458,16 @@ def test_each_of_a_batch_is_as_if_it_were_alone(tmp_path, sampler):
     shape = model.config.preprocess.spatial_shape
     volumes = [generator.uniform(-1, 1, shape).astype(np.float32) for _ in range(3)]
     requests = [
-        Request(model.encode(x), *names, seed)
-        for x, names, seed in zip(volumes, (("t1", "t2"), ("t2", "t1"), ("t1", "t1")), (4, 0, 4), strict=True)
+        Request({source: model.encode(x)}, target, seed)
+        for x, (source, target), seed in zip(
+            volumes, (("t1", "t2"), ("t2", "t1"), ("t1", "t1")), (4, 0, 4), strict=True
+        )
     ]
     sampling = model.sampling(sampler, 3, 2)
     together = model.translate_batch(requests, sampling=sampling)
     for request, (mean, std) in zip(requests, together, strict=True):
         alone, spread = model.translate_encoded(
-            request.code, request.source, request.target, sampling=sampling, seed=request.seed
+            request.codes[request.source], request.source, request.target, sampling=sampling, seed=request.seed
         )
         np.testing.assert_allclose(mean, alone, atol=2e-4)
         np.testing.assert_allclose(std, spread, atol=2e-4)

@@ -203,6 +203,58 @@ class LatentTargets:
         }
 
 
+class LatentSubsets:
+    """All latents of a subject, a random part of them the sources: one draw per subject and epoch.
+
+    Half of the draws have one source; the others two or more, each number being as likely, and at least one modality is
+    left to be predicted. A sample is {z: (M C, x, y, z) standardised, modality by modality, 0 where there is none,
+    given, wanted: (M,) 1 for the sources, and for the subject's other modalities, else 0, sources: ids, ascending,
+    subject_id, flip}.
+
+    Args:
+        latents, split, modalities: see LatentPairs.
+
+    Raises:
+        UserError: no subject of the training split has two of the modalities.
+    """
+
+    def __init__(self, latents: "LatentStore", split: str, modalities: tuple[str, ...]) -> None:
+        self._latents = latents
+        self._modalities = modalities
+        subjects = _with_modalities(latents, split, modalities)
+        self._subjects = [(subject_id, own) for subject_id, own in subjects if len(own) > 1]
+        if not self._subjects:
+            raise UserError(
+                f"no subject of the {split} split has two of {', '.join(modalities)}: nothing to learn from"
+            )
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """Return a subject's latents, a random part of them the sources."""
+        subject_id, own = self._subjects[index]
+        number = 1
+        if len(own) > 2 and torch.rand((), generator=generator) < 0.5:
+            number = int(torch.randint(2, len(own), (), generator=generator))
+        chosen = [own[i] for i in torch.randperm(len(own), generator=generator)[:number].tolist()]
+        flip = int(torch.randint(self._latents.num_flips, (), generator=generator))
+        places = {name: modality_index(name, self._modalities) for name in own}
+        first = torch.from_numpy(self._latents.latent(subject_id, own[0], flip))
+        z, given, wanted = (torch.zeros(len(self._modalities), *shape) for shape in (first.shape, (), ()))
+        for name, place in places.items():
+            z[place] = torch.from_numpy(self._latents.latent(subject_id, name, flip))
+            (given if name in chosen else wanted)[place] = 1
+        return {
+            "z": z.flatten(0, 1),
+            "given": given,
+            "wanted": wanted,
+            "sources": sorted(places[name] for name in chosen),
+            "subject_id": subject_id,
+            "flip": flip,
+        }
+
+
 class VolumePairs:
     """Pairs of different volumes of one subject: one pair per subject and epoch, every ordered pair being as likely.
 

@@ -171,24 +171,38 @@ def prepare_subject(
 def prepare_volume(
     volume: Volume, config: PreprocessConfig, *, stride: int = 1, max_boxes: int | None = None
 ) -> tuple[list[np.ndarray], PreprocessRecord]:
-    """Return one volume as model input, and the record that undoes it.
+    """Return one volume as model input, and the record that undoes it: `prepare_volumes` of it alone.
 
-    The foreground lies in one box where it fits into one, else in as many as it takes; all are scaled alike.
+    Returns:
+        boxes, each (spatial_shape) float32 in [-1, 1], and the record.
+    """
+    arrays, record = prepare_volumes([volume], config, stride=stride, max_boxes=max_boxes)
+    return arrays[0], record
+
+
+def prepare_volumes(
+    volumes: Sequence[Volume], config: PreprocessConfig, *, stride: int = 1, max_boxes: int | None = None
+) -> tuple[list[list[np.ndarray]], PreprocessRecord]:
+    """Return several volumes of one head as model input, all on one grid, and the record that undoes it.
+
+    The foreground of all of them lies in one box where it fits into one, else in as many as it takes; all boxes of a
+    volume are scaled alike, by its own foreground, as in `prepare_subject`.
 
     Args:
-        volume: RAS+, any spacing, any units.
+        volumes: RAS+, any spacing, any units; aligned by their affines. The grid covers the first one's field of view.
         config: the model's.
         stride: where there are several boxes they differ by multiples of so many voxels.
         max_boxes: refuse a volume that takes more; None sets no limit.
 
     Returns:
-        boxes, each (spatial_shape) float32 in [-1, 1], and the record.
+        of each volume its boxes, each (spatial_shape) float32 in [-1, 1], and the record, whose intensities and
+        background are the first volume's.
 
     Raises:
-        UserError: the volume has no contrast, its grid is too large, or it takes too many boxes.
+        UserError: a volume has no contrast, the grid is too large, or it takes too many boxes.
     """
-    affine, shape = model_grid([volume], config)
-    found, box = find_foreground(volume), config.spatial_shape
+    affine, shape = model_grid(volumes, config)
+    found, box = [find_foreground(volume) for volume in volumes], config.spatial_shape
     mask = _own_mask(found, affine, shape)
     boxes = _boxes_of(found, mask, affine, box, stride)
     if max_boxes is not None and len(boxes) > max_boxes:
@@ -196,29 +210,45 @@ def prepare_volume(
             f"this volume takes {len(boxes)} boxes of the model's {' x '.join(map(str, box))} voxels, the limit is "
             f"{max_boxes}: cut it down to the head, or ask for fewer steps, samples or targets"
         )
-    outside = share_outside(found.mask, np.linalg.inv(affine) @ volume.affine, boxes, box)
+    outside = share_outside(_united(found), np.linalg.inv(affine) @ volumes[0].affine, boxes, box)
     scaled_by = head_box(mask, box, config.spacing_mm)  # the box that a store would have
-    data, low, high, bias = _on_grid(found, config, affine, shape, scaled_by)
-    whole = Volume(data, affine)
-    arrays = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
-    return arrays, PreprocessRecord(_rows(affine), shape, boxes, outside, low, high, found.background, bias)
+    arrays, records = [], []
+    for one in found:
+        data, low, high, bias = _on_grid(one, config, affine, shape, scaled_by)
+        whole = Volume(data, affine)
+        arrays.append([rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes])
+        records.append(PreprocessRecord(_rows(affine), shape, boxes, outside, low, high, one.background, bias))
+    return arrays, records[0]
 
 
 def count_boxes(volume: Volume, config: PreprocessConfig, *, stride: int = 1) -> int:
     """Return how many boxes prepare_volume will cut."""
     affine, shape = model_grid([volume], config)
-    found = find_foreground(volume)
+    found = [find_foreground(volume)]
     return len(_boxes_of(found, _own_mask(found, affine, shape), affine, config.spatial_shape, stride))
 
 
-def _own_mask(found: Foreground, affine: np.ndarray, shape: Shape) -> np.ndarray:
-    masks, region = own_masks([found], None)
+def _own_mask(found: Sequence[Foreground], affine: np.ndarray, shape: Shape) -> np.ndarray:
+    masks, region = own_masks(found, None)
     return mask_on_grid(masks, region, affine, shape)
 
 
-def _boxes_of(found: Foreground, mask: np.ndarray, affine: np.ndarray, box: Shape, stride: int) -> tuple[Shape, ...]:
-    """Return the boxes that hold every voxel of a volume's foreground; `mask` is that on the grid."""
-    return cover(found.mask, np.linalg.inv(affine) @ found.volume.affine, centred_box(mask, box), box, stride)
+def _boxes_of(
+    found: Sequence[Foreground], mask: np.ndarray, affine: np.ndarray, box: Shape, stride: int
+) -> tuple[Shape, ...]:
+    """Return the boxes that hold every voxel of the volumes' foreground; `mask` is that on the grid."""
+    to_grid = np.linalg.inv(affine) @ found[0].volume.affine
+    return cover(_united(found), to_grid, centred_box(mask, box), box, stride)
+
+
+def _united(found: Sequence[Foreground]) -> np.ndarray:
+    """Return where any of the volumes shows the patient, on the first one's own grid."""
+    first = found[0]
+    united = first.mask
+    for other in found[1:]:
+        mask = Volume(other.mask.astype(np.float32), other.volume.affine)
+        united = united | (resample(mask, first.volume.affine, first.mask.shape).data >= 0.5)
+    return united
 
 
 def _on_grid(
@@ -238,7 +268,7 @@ def _on_grid(
         values = crop_or_pad(Volume(data, affine), start, config.spatial_shape, dark).data
     else:
         data = resample(found.volume, affine, shape, fill=found.dark).data
-        values = data[_own_mask(found, affine, shape)]
+        values = data[_own_mask([found], affine, shape)]
     air = None if found.stripped or config.intensity == "paper" else found.dark
     return data, *intensity_range(values, config.intensity, air), bias
 

@@ -8,7 +8,7 @@ import contextlib
 import gzip
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -51,6 +51,12 @@ class Volume:
 
 
 # --------------------------------------------------------------------------------------------------------- geometry
+
+
+def one_grid(volumes: Iterable[Volume]) -> bool:
+    """Whether all volumes have the same affine and shape."""
+    first, *rest = volumes
+    return all(volume.data.shape == first.data.shape and np.array_equal(volume.affine, first.affine) for volume in rest)
 
 
 def crop_or_pad(volume: Volume, start: Sequence[int], shape: Sequence[int], fill: float) -> Volume:

@@ -111,6 +111,8 @@ class MSSpade(nn.Module):
             (fit_intensity_map); the network starts at 0 and has no say where source = target. Not in Table B.
         voxel_norm: normalise over each voxel's channels instead of over the latent, see MSSpadeConfig.
         haar_levels: of the codec; an intensity map needs it.
+        several_sources: keep how well each source tells each target, `precision` (M, M): of the intensity map, all 1
+            without one. What is made of several sources is weighted by it.
 
     Attributes:
         activation_checkpointing: recompute activations in the backward pass.
@@ -129,6 +131,7 @@ class MSSpade(nn.Module):
         intensity_map: bool = False,
         voxel_norm: bool = False,
         haar_levels: int = 0,
+        several_sources: bool = False,
     ) -> None:
         super().__init__()
         self.num_modalities = num_modalities
@@ -153,6 +156,9 @@ class MSSpade(nn.Module):
         if intensity_map:
             self.intensity_map = IntensityMap(latent_channels, num_modalities, haar_levels)
             zero_(self.conv_out)
+        if several_sources:
+            self.register_buffer("precision", torch.ones(num_modalities, num_modalities))
+        self.precision: Tensor
 
     def forward(self, z_source: Tensor, target: Tensor, source: Tensor | None = None) -> Tensor:
         """Return z_target_like, shaped like z_source (B, C, X, Y, Z).

@@ -137,8 +137,11 @@ class UNet(nn.Module):
         nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
 
     def embed(self, t: Tensor, target: Tensor, source: Tensor | None) -> Tensor:
-        """Return the conditioning vector (B, 4 * channels[0]) of time, target and pair."""
-        embedding = self.target(target)
+        """Return the conditioning vector (B, 4 * channels[0]) of time, target (or what is given) and pair."""
+        if target.dim() == 2:  # the modalities that are there, in their order
+            embedding = target.to(self.target.weight.dtype) @ self.target.weight
+        else:
+            embedding = self.target(target)
         if self.pair is not None:
             assert source is not None, "embed_source needs the source's modality"
             embedding = embedding + self.pair(source * self.num_modalities + target)
@@ -153,7 +156,7 @@ class UNet(nn.Module):
         Args:
             x: (B, in_channels, X, Y, Z), the noised latent and its conditions, concatenated.
             t: (B,) times, integer or float.
-            target: (B,) int64 ids of the wanted modalities.
+            target: (B,) int64 ids of the wanted modalities, or (B, M) 1 for each modality that is given, else 0.
             source: (B,) int64 ids of the source modalities; only `embed_source` needs them.
         """
         sides = x.shape[2:]
