@@ -75,6 +75,14 @@ class Predictor(nn.Module):
         """Voxels of the volume to a step on the grid of its code."""
         return 1
 
+    @property
+    def period(self) -> int:
+        """Voxels by which a volume has to move for the answer to move with it; a multiple of `stride`.
+
+        A network that halves its grid n times has 2^n: moved by less, it takes other voxels together.
+        """
+        return self.stride
+
     def encode(self, x: Tensor) -> Tensor:
         """Return what `predict` starts from, given a source (1, 1, X, Y, Z) in [-1, 1]; B of them make a batch.
 
@@ -144,6 +152,11 @@ class LatentDiffusion(Predictor):
     def stride(self) -> int:
         """Voxels of the volume to a step on the grid of its latent."""
         return self.codec.downsampling
+
+    @property
+    def period(self) -> int:
+        """Voxels of the volume to a step on the coarsest grid of the denoiser."""
+        return self.stride * 2 ** (len(self.unet.channels) - 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the standardised source latent (1, C, x, y, z)."""
@@ -280,6 +293,11 @@ class Regression(Predictor):
         """Take the trained network."""
         super().__init__()
         self.config, self.unet = config, unet
+
+    @property
+    def period(self) -> int:
+        """Voxels of the volume to a step on the network's coarsest grid."""
+        return self.unet.stride
 
     def predict(
         self,

@@ -317,13 +317,19 @@ class Translator:
                 results += self.translate_batch([request], sampling=chosen, on_step=report)
             yield self.finished(results, requests[0], volume, encoded.record, chosen, intensity)
 
+    @property
+    def box_step(self) -> int:
+        """Voxels that a volume's boxes differ by multiples of: the networks' period, where a box holds two of it."""
+        period = self.predictor.period
+        return period if 2 * period <= min(self.config.preprocess.spatial_shape) else self.predictor.stride
+
     def count_boxes(self, volume: Volume) -> int:
         """Return how many boxes a translation of the volume takes.
 
         Raises:
             UserError: as `prepare`.
         """
-        return count_boxes(volume, self.config.preprocess, stride=self.predictor.stride)
+        return count_boxes(volume, self.config.preprocess, stride=self.box_step)
 
     def prepare(self, volumes: Mapping[str, Volume], *, max_boxes: int | None = None) -> Encoded:
         """Return the volumes of one head, encoded box by box.
@@ -342,7 +348,7 @@ class Translator:
             for volume in volumes.values():
                 check_room(volume, config, predictor.limit)
         found = [volumes[name] for name in names]
-        boxes, record = prepare_volumes(found, config, stride=predictor.stride, max_boxes=max_boxes)
+        boxes, record = prepare_volumes(found, config, stride=self.box_step, max_boxes=max_boxes)
         if predictor.limit is not None and len(record.boxes) > 1:
             check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)
         codes = tuple(

@@ -46,10 +46,11 @@ def test_boxes_hold_every_voxel_and_are_few_and_even(spans, shape, stride):
         assert (gaps <= max(stride, 0.75 * size)).all(), "they overlap by a quarter"
         assert np.ptp(gaps) <= stride
         reach = max(1, int(0.75 * size) // stride) * stride
-        assert (len(starts) - 2) * reach < length - size + stride, "one fewer would not do"
+        assert (len(starts) - 2) * reach < length - size + 2 * stride, "one fewer would not do"
+        assert not (starts[0] - centred_box(mask, shape)[axis]) % stride, "a network sees all as it would see one"
         outer = (low[axis] - starts[0], starts[-1] + size - high[axis])
         assert min(outer) >= 0
-        assert abs(outer[0] - outer[1]) <= 1
+        assert abs(outer[0] - outer[1]) <= stride
 
 
 def test_a_box_with_nothing_in_it_is_left_out():

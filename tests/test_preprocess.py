@@ -75,7 +75,46 @@ def test_the_grid_is_ras_aligned_and_covers_the_field_of_view(turn, spacing, tar
     index = ((affine[:3, :3] @ corners.T + affine[:3, 3:]) - grid[:3, 3:]) / np.array(target)[:, None]
     assert (index >= -0.52).all()
     assert (index <= np.array(size)[:, None] - 0.48).all()
-    assert (index.max(axis=1) - index.min(axis=1) > np.array(size) - 1.02).all(), "no larger than it has to be"
+    assert (index.min(axis=1) < 0.52).all(), "no larger than it has to be"
+    assert (index.max(axis=1) > np.array(size) - 1.52).all()
+
+
+offsets = st.tuples(*[st.floats(-200, 200) | st.integers(-20, 20).map(lambda halves: halves / 2)] * 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(turn=turns, spacing=spacings, target=spacings, offset=offsets, start=st.tuples(*[st.integers(-9, 9)] * 3))
+def test_the_grid_stays_where_it_is_when_a_file_is_padded_or_cropped(turn, spacing, target, offset, start):
+    turn = np.linalg.qr(np.eye(3) + np.array(turn).reshape(3, 3) / 2)[0]
+    affine = np.eye(4)
+    affine[:3, :3] = turn * np.sign(np.diag(turn)) @ np.diag(spacing)
+    affine[:3, 3] = affine[:3, :3] @ offset
+    config, data = replace(CONFIG, spacing_mm=target), np.zeros((12, 13, 14), np.float32)
+    one = model_grid([Volume(data, affine)], config)[0]
+    rounded = shifted(affine, start).astype(np.float32).astype(np.float64)  # as NIfTI stores it
+    other = model_grid([Volume(data[2:, :8], rounded)], config)[0]
+    steps = (other - one)[:3, 3] / target
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
+
+
+@pytest.mark.parametrize("turn", [None, TURN])
+def test_a_padded_and_a_cropped_file_give_the_same_model_input(turn):
+    """All have the same head in view; what is cropped and padded is air."""
+    shape, start, small = (70, 77, 69), (3, 4, 5), (65, 72, 62)
+    volume = head(centred((3.3, 3.2, 3.4), shape, turn), shape, noise=0)
+    wanted, record = prepare_volume(volume, CONFIG)
+    padded = Volume(np.pad(volume.data, ((3, 4), (5, 6), (8, 7))), shifted(volume.affine, (-3, -5, -8)))
+    for changed in (padded, crop_or_pad(volume, start, small, 0)):
+        got, other = prepare_volume(changed, CONFIG)
+        assert (other.low, other.high) == pytest.approx((record.low, record.high), rel=1e-6)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_tissue_at_the_end_of_the_field_of_view_is_not_mixed_with_air():
+    data = np.full((50, 60, 41), 100, np.float32)
+    data[0] += np.arange(41) % 2
+    volume = Volume(data, np.diag([1.0, 1, 1, 1]))
+    assert (resample(volume, *model_grid([volume], CONFIG), fill=0, reach=0.5).data > 99).all()
 
 
 def test_a_grid_beyond_the_limit_is_refused_before_it_is_made():

@@ -61,11 +61,14 @@ def test_a_field_of_view_as_long_as_a_scanner_s_is_taken_however_it_lies(started
         assert service.ask("POST", "/v1/translations", **scan).status_code == 202
 
 
-@pytest.mark.parametrize(("turned", "sides"), [(False, (20, 20, 20)), (True, (20, 29, 29))])
+@pytest.mark.parametrize(("turned", "sides"), [(False, (20, 20, 20)), (True, (20, 30, 29))])
 def test_a_grid_of_more_voxels_than_the_limit_is_refused(
     turned: bool, sides: tuple[int, int, int], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 160 mm on a side: 20 voxels of 8 mm; turned, the box around it is 28.3 voxels long on two axes."""
+    """Of 160 mm on a side: 20 voxels of 8 mm; turned, the box around it is 28.3 voxels long on two axes.
+
+    Along one of them it lies in 30 voxels of the grid, whose place the file's own voxels fix.
+    """
     monkeypatch.setattr(tempfile, "tempdir", None)
     scan, voxels = form((20, 20, 20), turned=turned), int(np.prod(sides))
     wide = Service(model, tmp_path / "wide", {}, max_grid_voxels=voxels)

@@ -17,7 +17,7 @@ from aldm.data.volume import Volume, crop_or_pad
 from aldm.diffusion import draw_noise
 from aldm.errors import UserError
 from aldm.memory import resident_bytes
-from aldm.predictors import MemoryLimit, Predictor
+from aldm.predictors import MemoryLimit, Predictor, build_predictor
 from aldm.presets import small, tiny
 from aldm.translate import Translator
 from aldm.translation import Request
@@ -327,6 +327,51 @@ def test_two_boxes_are_as_good_as_one_large_box_for_a_convolutional_network():
     (one, large), (two, boxes) = psnr_db((56, 72, 112)), psnr_db((56, 72, 64))
     assert (one, two) == (1, 2)
     assert boxes == pytest.approx(large, abs=0.1)
+
+
+def networks_of_fresh_weights(shape) -> Translator:
+    """The networks of the model that ships, as deep as it and narrower; voxel norms, 8 voxels to its coarsest step."""
+    config = replace(
+        small(),
+        modalities=MODALITIES,
+        preprocess=PreprocessConfig(spacing_mm=(2.0, 2.0, 2.0), spatial_shape=shape),
+        unet=replace(small().unet, channels=(8, 8, 8)),
+        precision="fp32",
+    )
+    statistics = {"mean": [0.0] * 8, "std": [1.0] * 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        predictor = build_predictor("aldm", config, {"latents": statistics})
+        torch.nn.init.normal_(predictor.unet.out.conv.weight, std=0.1)
+    return Translator(predictor, config, kind="aldm", median_percentiles=PERCENTILES, model_hash="abc")
+
+
+def test_two_boxes_say_what_one_says_with_a_network_that_halves_its_grid():
+    """Moved by less than a step of its coarsest grid it takes other voxels together, and says something else."""
+    volume = smooth_volume((14, 12, 120))
+    one, two = (networks_of_fresh_weights((16, 16, side)) for side in (128, 80))
+    assert two.predictor.period == 8
+    wanted, got = (model.translate(volume, "t1", "t2", intensity="unit") for model in (one, two))
+    assert (wanted.provenance["num_boxes"], got.provenance["num_boxes"]) == (1, 2)
+    inside = find_foreground(volume).mask
+    assert wanted.volume.data[inside].std() > 0.1
+    error = (got.volume.data - wanted.volume.data)[inside]
+    assert np.sqrt(np.mean(error**2)) < 0.005
+
+
+@torch.inference_mode()
+def test_an_answer_moves_with_the_volume_by_the_networks_period():
+    model = networks_of_fresh_weights((8, 8, 176))
+    x = torch.rand((1, 1, 8, 8, 192), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def answer(start: int) -> torch.Tensor:
+        code = model.predictor.encode(x[..., start : start + 176])
+        made = model.predictor.predict(code, [0], [1], model.sampling(), [torch.Generator()], None)
+        return made[..., 84 - start : 92 - start]  # the middle, which sees neither end
+
+    for shift in (2, 4, 8):
+        same = torch.allclose(answer(0), answer(shift), atol=1e-4)
+        assert same == (shift == model.predictor.period)
 
 
 def test_a_volume_that_one_box_holds_is_translated_as_model_input_and_put_back():

@@ -59,14 +59,15 @@ def cover(mask: np.ndarray, to_grid: np.ndarray, centre: Shape, shape: Shape, st
         to_grid: (4, 4) voxel of that grid -> voxel of the grid that the boxes are on.
         centre: the box to take along an axis where it holds the mask.
         shape: voxels of a box.
-        stride: boxes differ by multiples of so many voxels.
+        stride: boxes differ by multiples of so many voxels, from each other and from `centre`: where a network's answer
+            moves with its input by such steps alone, all of them say the same of a voxel.
     """
     first, last = np.full(3, np.inf), np.full(3, -np.inf)
     for places in _places(mask, to_grid):
         first, last = np.minimum(first, places.min(axis=0)), np.maximum(last, places.max(axis=0))
     low, high = np.floor(first + 0.5).astype(int), np.ceil(last - 0.5).astype(int)
     axes = [
-        [begin] if begin <= lo and hi < begin + size else _spread(lo, hi, size, stride)
+        [begin] if begin <= lo and hi < begin + size else _spread(lo, hi, size, stride, begin)
         for begin, lo, hi, size in zip(centre, low.tolist(), high.tolist(), shape, strict=True)
     ]
     boxes = [(x, y, z) for x, y, z in product(*axes)]
@@ -135,13 +136,19 @@ def _weights(axis: int, boxes: Sequence[Shape], box: Shape, size: int) -> np.nda
     return window / total
 
 
-def _spread(low: int, high: int, size: int, stride: int) -> list[int]:
-    """Return the starts along one axis: they cover low to high, and what is near where there is room."""
-    steps = max(0, math.ceil((high + 1 - low - size) / stride))  # from the first start to the last, in strides
+def _spread(low: int, high: int, size: int, stride: int, phase: int) -> list[int]:
+    """Return the starts along one axis: they cover low to high, and what is near where there is room.
+
+    They differ from `phase` by multiples of `stride`.
+    """
+    begin = low - (low - phase) % stride
+    steps = max(0, math.ceil((high + 1 - begin - size) / stride))  # from the first start to the last, in strides
     longest = max(1, int(size * (1 - MIN_OVERLAP)) // stride)
     pieces = math.ceil(steps / longest)
-    steps += min(pieces * longest - steps, int(2 * MARGIN * size) // stride)
-    begin = low - (steps * stride + size - (high + 1 - low)) // 2
+    spare = min(pieces * longest - steps, int(2 * MARGIN * size) // stride)
+    before, after = low - begin, begin + steps * stride + size - 1 - high
+    begin -= stride * ((spare + (before < after)) // 2)
+    steps += spare
     return [begin + stride * ((steps * piece) // max(1, pieces)) for piece in range(pieces + 1)]
 
 

@@ -96,8 +96,10 @@ def model_grid(
 ) -> tuple[np.ndarray, Shape]:
     """Return affine and shape of the RAS-aligned grid at `spacing_mm` that covers the first volume's field of view.
 
-    The grid is centred on the field of view (voxel edges included), so a reference that already lies on an RAS-aligned
-    grid of that spacing keeps its voxels as they are. The other volumes are resampled onto it.
+    The edges of its voxels lie at whole steps from one corner of the volume's own voxels, that nearest to the world's
+    origin: so the same head is sampled at the same places however far the file is padded or cropped, and a reference
+    that lies on an RAS-aligned grid of that spacing keeps its voxels as they are. The other volumes are resampled onto
+    it.
 
     Raises:
         UserError: the grid would have more than `max_voxels` voxels.
@@ -107,19 +109,29 @@ def model_grid(
     size = np.array(reference.data.shape)
     corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in size), indexing="ij")).reshape(3, 8)
     world = reference.affine[:3, :3] @ corners + reference.affine[:3, 3:]
-    extent, centre = world.max(axis=1) - world.min(axis=1), (world.max(axis=1) + world.min(axis=1)) / 2
-    sides = np.maximum(1, np.ceil(extent / spacing - 1e-2)).tolist()
+    low, high = world.min(axis=1), world.max(axis=1)
+    corner = _fixed_corner(reference.affine)
+    first = np.floor((low - corner) / spacing + 1e-2)
+    sides = np.maximum(1, np.ceil((high - corner) / spacing - 1e-2) - first).tolist()
     if not math.prod(sides) <= max_voxels:
-        field = " x ".join(f"{side:g}" for side in extent)
+        field = " x ".join(f"{side:g}" for side in high - low)
         raise UserError(
             f"a field of view of {field} mm at a spacing of {' x '.join(map(str, config.spacing_mm))} mm is a grid of "
             f"{' x '.join(f'{side:.9g}' for side in sides)} = {math.prod(sides):.9g} voxels, wanted at most "
             f"{max_voxels:,}: take a larger spacing, or cut the volume down"
         )
-    shape = np.array(sides, int)
     affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = centre - spacing * (shape - 1) / 2
-    return affine, _shape(shape)
+    affine[:3, 3] = corner + spacing * (first + 0.5)
+    return affine, _shape(sides)
+
+
+def _fixed_corner(affine: np.ndarray) -> np.ndarray:
+    """Return the corner of a grid's voxels, continued beyond its ends, that is nearest to the origin; (3,) mm.
+
+    An origin in the middle of a voxel is as near to two corners: rounding does not decide between them.
+    """
+    origin = np.linalg.solve(affine[:3, :3], -affine[:3, 3])
+    return np.asarray(affine[:3, :3] @ (np.floor(origin + 1 - 1e-3) - 0.5) + affine[:3, 3])
 
 
 def prepare_subject(
@@ -264,10 +276,10 @@ def _on_grid(
         found, bias = corrected(found)
     if config.intensity == "paper":
         volume, dark = found.with_background()
-        data = resample(volume, affine, shape, fill=dark).data
+        data = resample(volume, affine, shape, fill=dark, reach=0.5).data
         values = crop_or_pad(Volume(data, affine), start, config.spatial_shape, dark).data
     else:
-        data = resample(found.volume, affine, shape, fill=found.dark).data
+        data = resample(found.volume, affine, shape, fill=found.dark, reach=0.5).data
         values = data[_own_mask([found], affine, shape)]
     air = None if found.stripped or config.intensity == "paper" else found.dark
     return data, *intensity_range(values, config.intensity, air), bias

@@ -78,7 +78,13 @@ def shifted(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
 
 
 def resample(
-    volume: Volume, affine: np.ndarray, shape: Sequence[int], *, order: str = "linear", fill: float = 0.0
+    volume: Volume,
+    affine: np.ndarray,
+    shape: Sequence[int],
+    *,
+    order: str = "linear",
+    fill: float = 0.0,
+    reach: float = 0.0,
 ) -> Volume:
     """Sample a volume on another grid.
 
@@ -93,6 +99,8 @@ def resample(
         shape: voxels of the new grid.
         order: linear, or nearest (labels; no Gaussian).
         fill: value outside the volume's field of view, which ends half a voxel beyond the outer voxel centres.
+        reach: so many voxels of the new grid beyond its end there is what is at its end; 0.5 gives a value to every
+            voxel that lies partly in it.
     """
     assert order in ("linear", "nearest"), order
     shape = tuple(int(n) for n in shape)
@@ -120,21 +128,22 @@ def resample(
         mode="nearest",
         prefilter=False,
     )
-    _fill_outside(sampled, linear, offset, volume.data.shape, fill)
+    _fill_outside(sampled, linear, offset, volume.data.shape, fill, reach)
     return Volume(sampled, np.array(affine, np.float64))
 
 
 def _fill_outside(
-    sampled: np.ndarray, linear: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], fill: float
+    sampled: np.ndarray, linear: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], fill: float, reach: float
 ) -> None:
     """Set to `fill`, in place, what was sampled outside the field of view of a volume of `shape`."""
+    beyond = 0.501 + reach * np.linalg.norm(linear, axis=1)
     steps = [np.arange(n, dtype=np.float64) for n in sampled.shape]
     for x in range(sampled.shape[0]):
         outside = np.zeros(sampled.shape[1:], bool)
         for axis in range(3):
             along_y = linear[axis, 0] * x + linear[axis, 1] * steps[1] + offset[axis]
             index = along_y[:, None] + linear[axis, 2] * steps[2]
-            outside |= (index < -0.501) | (index > shape[axis] - 0.499)
+            outside |= (index < -beyond[axis]) | (index > shape[axis] - 1 + beyond[axis])
         sampled[x][outside] = fill
 
 
