@@ -12,6 +12,7 @@ from aldm.config import SAMPLERS
 from aldm.data.modalities import MODALITIES, check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
+from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.translate_files import (
     DICOM,
@@ -29,7 +30,7 @@ from pipelines.translate_files import (
 )
 from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
-from pipelines.translate_sources import ALL, AUTO, Pairs, choose_inputs
+from pipelines.translate_sources import ALL, AUTO, Pairs, choose_inputs, named_sources, several_sources
 from pipelines.translator_arguments import add_translator_arguments, check_seed
 
 if TYPE_CHECKING:
@@ -49,21 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: everything that the user can mend.
     """
     args = _parser().parse_args(argv)
-    if args.surplus:
-        raise UserError(
-            f"wanted one INPUT and one OUTPUT, got {2 + len(args.surplus)} names: put a glob into quotes, such as "
-            "'scans/*_t1.nii.gz', or the shell expands it"
-        )
+    named = named_sources(args.source)
+    places = [place for place in (args.input, args.output, *args.surplus) if place is not None]
+    args.input, args.output = _places(places, named)
     check_seed(args.seed)
     if args.max_voxels < 1:
         raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
-    _check_modalities(args, maker)
-    paths, is_batch = find_inputs(args.input)
-    inputs = choose_inputs(
-        paths, args.source, args.target, maker, is_batch=is_batch, series=args.series, max_voxels=args.max_voxels
-    )
-    into_folder = is_batch or len(inputs[0].targets) > 1
+    inputs, is_batch = _inputs(args, named, maker)
+    into_folder = is_batch or args.target == ALL
     tasks = plan_tasks(
         [one for one in inputs if not one.status],
         args.output,
@@ -85,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _translate_batch(inputs, tasks, maker, args)
         maker.make(tasks[0])
         for output in tasks[0].outputs:
-            print(
-                f"{output.path}: {output.target} from {tasks[0].source}, synthetic; made as {output.sidecar.name} says"
-            )
+            made = f"{output.target} from {tasks[0].sources}"
+            print(f"{output.path}: {made}, synthetic; made as {output.sidecar.name} says")
         return 0
     finally:
         for folder in new:
@@ -95,14 +89,35 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder.rmdir()
 
 
-def _check_modalities(args: argparse.Namespace, maker: "Maker") -> None:
-    """Refuse modalities and pairs that no input could be translated with."""
+def _places(places: Sequence[str], named: Sequence[tuple[str, Path]]) -> tuple[str | None, Path]:
+    """Return INPUT and OUTPUT; where --source names the files there is no INPUT."""
+    wanted = 1 if named else 2
+    if len(places) == wanted:
+        return (None if named else places[0]), Path(places[-1])
+    if named:
+        raise UserError(f"--source names the files, so OUTPUT alone is wanted, got {len(places)} names")
+    raise UserError(
+        f"wanted one INPUT and one OUTPUT, got {counted(len(places), 'name')}"
+        + (": put a glob into quotes, such as 'scans/*_t1.nii.gz', or the shell expands it" if len(places) > 2 else "")
+    )
+
+
+def _inputs(args: argparse.Namespace, named: Sequence[tuple[str, Path]], maker: "Maker") -> tuple[list[Input], bool]:
+    """Return what is translated, and whether it is a batch."""
     targets = maker.modalities if args.target == ALL else (args.target,)
     for name in targets:
         check_modality("target", name, maker.modalities)
-    if args.source != AUTO:
-        for name in [name for name in targets if maker.translates(args.source, name)] or targets:
-            maker.check_pair(args.source, name)
+    if named:
+        return [several_sources(named, args.target, maker)], False
+    (source,) = args.source
+    if source != AUTO:
+        for name in [name for name in targets if maker.translates(source, name)] or targets:
+            maker.check_pair(source, name)
+    paths, is_batch = find_inputs(args.input)
+    inputs = choose_inputs(
+        paths, source, args.target, maker, is_batch=is_batch, series=args.series, max_voxels=args.max_voxels
+    )
+    return inputs, is_batch
 
 
 class Maker(Pairs, Protocol):
@@ -173,7 +188,7 @@ def _dry_run(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args:
         words = {None: "", 1: ", 1 box"}.get(boxes, f", {boxes} boxes")
         print(f"{task.path}: {' x '.join(map(str, volume.data.shape))} voxels of {spacing} mm{words}")
         for output in task.outputs:
-            print(f"  {task.source} -> {output.target}: {output.path}")
+            print(f"  {task.sources} -> {output.target}: {output.path}")
     print("\n".join(maker.describe()))
     return EXIT_FAILED if failed else 0
 
@@ -184,12 +199,12 @@ def _parser() -> JobParser:
         "input",
         metavar="INPUT",
         help="a NIfTI file (.nii, .nii.gz), a DICOM series folder or an enhanced (multi-frame) DICOM file, a folder of "
-        "NIfTI files, or a quoted glob",
+        "NIfTI files, or a quoted glob; left out where --source names the files",
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT",
-        type=Path,
+        nargs="?",
         help="the NIfTI file to write (with --format dicom a folder); a folder for several inputs or --target all, "
         f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
     )
@@ -210,8 +225,12 @@ def _parser() -> JobParser:
     parser.add_argument(
         "--source",
         required=True,
+        action="append",
+        metavar="MODALITY[=PATH]",
         help=f"modality of the input ({names}; the model may know fewer), or {AUTO}: what its name says, or else its "
-        "header; of several inputs those whose names say another one, a mask or a map are skipped",
+        "header; of several inputs those whose names say another one, a mask or a map are skipped. For a model that "
+        "takes any sources say it once a file, such as --source t1=a.nii.gz --source t2=b.nii.gz: they are brought to "
+        "the first one's grid by their affines",
     )
     parser.add_argument(
         "--series",

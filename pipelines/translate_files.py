@@ -57,6 +57,8 @@ class Input:
     """Who said so: request, file name or header."""
     targets: tuple[str, ...] = ()
     """Modalities that are made of it."""
+    others: tuple[tuple[str, Path], ...] = ()
+    """(modality, path) of what is taken beside it, of the same head."""
     status: str = ""
     """skipped or failed where nothing is made of it."""
     message: str = ""
@@ -74,6 +76,13 @@ class Task:
     source_from: str
     """Who said so: request, file name or header."""
     outputs: tuple[Output, ...]
+    others: tuple[tuple[str, Path], ...] = ()
+    """(modality, path) of what is taken beside it, of the same head."""
+
+    @property
+    def sources(self) -> str:
+        """The modalities of all that is taken, in words."""
+        return " + ".join((self.source, *(name for name, _ in self.others)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ def plan_tasks(
                 place = output / (name if format == DICOM else name + suffix)
                 spread = None if uncertainty is None else uncertainty / f"{name}_std{suffix}"
             outputs.append(Output(target, place, spread))
-        tasks.append(Task(path, is_series, given.source, given.source_from, tuple(outputs)))
+        tasks.append(Task(path, is_series, given.source, given.source_from, tuple(outputs), given.others))
     if not into_folder:
         _check_suffixes([uncertainty] if format == DICOM else [output, uncertainty])
     _check_names(tasks)
@@ -180,7 +189,7 @@ def _check_suffixes(paths: Sequence[Path | None]) -> None:
 def _check_names(tasks: Sequence[Task]) -> None:
     """Refuse results that would replace each other or an input."""
     written: dict[Path, Path] = {}
-    read = {task.path.resolve() for task in tasks}
+    read = {path.resolve() for task in tasks for path in (task.path, *(other for _, other in task.others))}
     for task in tasks:
         for output in task.outputs:
             for path in (output.path, output.sidecar, output.uncertainty):
@@ -198,14 +207,23 @@ def _check_names(tasks: Sequence[Task]) -> None:
 
 def read_input(task: Task, max_voxels: int, series: str | None = None) -> tuple["Volume", "NiftiSource | DicomSource"]:
     """Read and check an input; `series` chooses among several. Raises UserError for all that makes it unusable."""
-    from aldm.data.dicom import read_series
+    return _read(task.path, max_voxels, series)
+
+
+def read_others(task: Task, max_voxels: int, series: str | None = None) -> dict[str, "Volume"]:
+    """Read and check what is taken beside the input, by modality. Raises UserError as `read_input`."""
+    return {name: _read(path, max_voxels, series)[0] for name, path in task.others}
+
+
+def _read(path: Path, max_voxels: int, series: str | None) -> tuple["Volume", "NiftiSource | DicomSource"]:
+    from aldm.data.dicom import is_series, read_series
     from aldm.data.volume import load_nifti
 
-    if task.is_series:
-        return read_series(task.path, series=series, max_voxels=max_voxels)
+    if is_series(path):
+        return read_series(path, series=series, max_voxels=max_voxels)
     if series is not None:
-        raise UserError(f"{task.path}: `series` chooses among DICOM series, and this is none: leave it out")
-    return load_nifti(task.path, max_voxels=max_voxels)
+        raise UserError(f"{path}: `series` chooses among DICOM series, and this is none: leave it out")
+    return load_nifti(path, max_voxels=max_voxels)
 
 
 class _NothingToWrite(Exception):

@@ -2,16 +2,17 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aldm.config import SamplingConfig
 from aldm.default_model import DESCRIPTION as DEFAULT_MODEL
 from aldm.default_model import default_model
 from aldm.errors import UserError
-from aldm.pairs import check_pair, pair_is_known
+from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.progress import progress
 from aldm.words import counted
-from pipelines.translate_files import Task, read_input, writing
+from pipelines.translate_files import Task, read_input, read_others, writing
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class LocalModel:
         """Refuse what the model was not trained for."""
         check_pair(self._config, self._kind, source, target)
 
+    def check_sources(self, sources: Sequence[str], target: str) -> None:
+        """Refuse several sources that the model was not trained for."""
+        check_sources(self._config, self._kind, sources, target)
+
     def load(self) -> None:
         """Load the model.
 
@@ -77,6 +82,7 @@ class LocalModel:
         translator, sampling = self._loaded
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
             volume, source = read_input(task, args.max_voxels, args.series)
+            others = read_others(task, args.max_voxels, args.series)
             for note in () if task.is_series else source.notes:  # of a series it is said already
                 logger.warning("%s: %s", task.path, note)
             targets = [output.target for output in task.outputs]
@@ -93,10 +99,14 @@ class LocalModel:
                     sampling=sampling,
                     seed=args.seed,
                     intensity=args.intensity,
+                    others=others,
                     on_step=step,
                 )
                 for output, result in zip(task.outputs, results, strict=True):
                     result.provenance["input"] = task.path.name
+                    if task.others:
+                        files = {task.source: task.path, **dict(task.others)}
+                        result.provenance["inputs"] = {name: path.name for name, path in files.items()}
                     if source.notes:
                         result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)

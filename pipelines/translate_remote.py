@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -98,6 +98,10 @@ class RemoteService:
         """Refuse a modality that the model does not know."""
         check_modality("source", source, self.modalities)
         check_modality("target", target, self.modalities)
+
+    def check_sources(self, sources: Sequence[str], target: str) -> None:
+        """Refuse several sources: the service takes one volume."""
+        raise UserError(f"--server takes one source, got {' and '.join(sources)}: give one, or translate them here")
 
     def load(self) -> None:
         """The service has loaded its model already."""

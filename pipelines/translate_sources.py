@@ -25,6 +25,62 @@ class Pairs(Protocol):
     def check_pair(self, source: str, target: str) -> None:
         """Refuse with a UserError what it does not translate."""
 
+    def check_sources(self, sources: Sequence[str], target: str) -> None:
+        """Refuse with a UserError several sources that it does not translate together."""
+
+
+def named_sources(values: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return (modality, path) of `--source MODALITY=PATH`, said several times; [] where the flag names no path.
+
+    Raises:
+        UserError: some name a path and some do not, or two name one modality.
+    """
+    pairs = [value.partition("=") for value in values]
+    named = [(name, Path(path)) for name, sign, path in pairs if sign]
+    if not named:
+        if len(values) > 1:
+            raise UserError(
+                f"--source is given {len(values)} times: once for an INPUT, or each with its file, such as "
+                "--source t1=a.nii.gz --source t2=b.nii.gz"
+            )
+        return []
+    wrong = [value for value, (name, sign, path) in zip(values, pairs, strict=True) if not (name and sign and path)]
+    if wrong:
+        raise UserError(f"--source {wrong[0]}: wanted MODALITY=PATH, as the others have it")
+    names = [name for name, _ in named]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--source names {', '.join(twice)} twice: give each modality once")
+    return named
+
+
+def several_sources(named: Sequence[tuple[str, Path]], target: str, pairs: Pairs) -> Input:
+    """Return the one input that several named files are: the result lies on the first one's grid.
+
+    Args:
+        named: (modality, path), at least one.
+        target: a modality, or all: every one that is not among the sources.
+        pairs: of the model.
+
+    Raises:
+        UserError: a file that is missing or whose name says another modality, or what the model does not translate.
+    """
+    for name, path in named:
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        check_source(path.name, name)
+    (first, path), *others = named
+    names = tuple(name for name, _ in named)
+    targets = tuple(name for name in pairs.modalities if name not in names) if target == ALL else (target,)
+    if not targets:
+        raise UserError(f"the sources {' and '.join(names)} are all that the model knows: nothing is left to make")
+    for one in targets:
+        if others:
+            pairs.check_sources(names, one)
+        else:
+            pairs.check_pair(first, one)
+    return Input(path, first, "request", targets, others=tuple(others))
+
 
 def choose_inputs(
     paths: Sequence[Path],

@@ -1,0 +1,105 @@
+"""`aldm translate --source t1=a.nii.gz --source t2=b.nii.gz`: several volumes of one head make one result."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from test_any_sources import ANY, head
+from untrained import save_untrained
+
+from aldm.cli import main
+from aldm.presets import small
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("translators") / "model"
+    return save_untrained(folder, config=replace(ANY, codec=small().codec))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    paths = {}
+    for seed, name in enumerate(("t1", "t2")):
+        volume = head(seed)
+        paths[name] = tmp_path / f"scan_{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(volume.data, volume.affine), paths[name])
+    return paths
+
+
+def run(*arguments: object) -> int:
+    return main(["translate", *map(str, arguments)])
+
+
+def test_the_result_and_its_sidecar_are_of_both_sources_in_either_order(
+    model: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [f"--source={name}={path}" for name, path in files.items()]
+    made = []
+    for number, order in enumerate((sources, sources[::-1])):
+        out = tmp_path / f"out{number}.nii.gz"
+        assert run(out, *order, "--target", "pd", "--model", model) == 0
+        assert "pd from t1 + t2" in capsys.readouterr().out or number
+        made.append(nibabel.load(out))
+    np.testing.assert_array_equal(made[0].get_fdata(), made[1].get_fdata())
+    record = json.loads((tmp_path / "out0.json").read_text())
+    assert record["source"] == "t1+t2"
+    assert record["inputs"] == {"t1": "scan_t1.nii.gz", "t2": "scan_t2.nii.gz"}
+    assert run(files["t1"], tmp_path / "alone.nii.gz", "--source", "t1", "--target", "pd", "--model", model) == 0
+    same = tmp_path / "same.nii.gz"
+    assert run(same, sources[0], "--target", "pd", "--model", model) == 0
+    np.testing.assert_array_equal(nibabel.load(same).get_fdata(), nibabel.load(tmp_path / "alone.nii.gz").get_fdata())
+    assert "inputs" not in json.loads((tmp_path / "same.json").read_text())
+
+
+def test_all_is_what_is_missing(
+    model: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [f"--source={name}={path}" for name, path in files.items()]
+    assert run(tmp_path / "out", *sources, "--target", "all", "--model", model, "--dry-run") == 0
+    assert "t1 + t2 -> pd" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", *sources, "--target", "all", "--model", model) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["scan_t1_synthetic-pd.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("out.nii.gz", "--source=t1={t1}", "--source=t2"), "--source t2: wanted MODALITY=PATH, as the others have it"),
+        (("{t1}", "out.nii.gz", "--source=t1", "--source=t2"), "--source is given 2 times: once for an INPUT,"),
+        (("out.nii.gz", "--source=t1={t1}", "--source=t1={t2}"), "--source names t1 twice: give each modality once"),
+        (
+            ("{t1}", "out.nii.gz", "--source=t1={t1}"),
+            "--source names the files, so OUTPUT alone is wanted, got 2 names",
+        ),
+        (("out.nii.gz", "--source=t1={t1}", "--source=t2=nowhere.nii"), "nowhere.nii does not exist"),
+        (("out.nii.gz", "--source=t1={t2}", "--source=t2={t1}"), "by its name it is t2"),
+        (("out.nii.gz", "--source=t1={t1}", "--source=pd={t2}"), "by its name it is t2"),
+        (("{t1}", "--source=t1={t1}", "--source=t2={t2}"), "is an input and would be replaced"),
+        (("{t1}", "--source=t1"), "wanted one INPUT and one OUTPUT, got 1 name"),
+    ],
+)
+def test_wrong_words_are_told_apart(
+    arguments: tuple[str, ...], words: str, model: Path, files: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    filled = [one.format(**files) for one in arguments]
+    assert run(*filled, "--target", "pd", "--model", model) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_target_among_the_sources_and_a_model_of_pairs_are_refused(
+    model: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [f"--source={name}={path}" for name, path in files.items()]
+    assert run(tmp_path / "out.nii.gz", *sources, "--target", "t2", "--model", model) == 2
+    assert "the target t2 is among the sources t1 and t2" in " ".join(capsys.readouterr().err.split())
+    pairs = save_untrained(tmp_path / "pairs")
+    assert run(tmp_path / "out.nii.gz", *sources, "--target", "pd", "--model", pairs) == 2
+    assert "this aldm model takes one source" in " ".join(capsys.readouterr().err.split())
