@@ -27,7 +27,7 @@ from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 from aldm.metrics import Scores, Truth, edges, to_unit
 from aldm.references import References, fit_references
-from aldm.score_table import MethodKey, ScoreRow
+from aldm.score_rows import MethodKey, ScoreRow
 from aldm.translate import Translator
 
 

@@ -1,26 +1,17 @@
-"""Rows of scores, and what is said of them: mean and spread, Table D's shape, and who beats whom with what confidence.
+"""What is said of rows of scores: mean and spread, Table D's shape, and who beats whom with what confidence."""
 
-A row is one translated volume over one region. A method is a model with its sampler and number of network evaluations,
-or one of the rows that keep a model honest (evaluation.py): REFERENCES, and the codec's reconstruction.
-"""
-
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from aldm.files import atomic_path
+from aldm.score_rows import MethodKey, ScoreRow, mean_scores, translations
 from aldm.significance import holm_texts, signed_rank_p
 from aldm.words import counted
 
-REFERENCES = ("identity", "training-mean", "intensity-map", "histogram-matching")
-"""Methods that need no network; every evaluation of a store has the same rows of them."""
 # Supplement, Table D (IXI test set, 115 subjects): (source, target) -> (PSNR dB, NMSE, SSIM) as mean and std
 TABLE_D: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("t1", "t1"): ((29.487, 0.522), (0.047, 0.020), (0.941, 0.024)),
@@ -43,53 +34,15 @@ COMPARISON_NOTE = (
     "numbers, of the method with the highest mean PSNR against each other one, corrected by Holm's method for the "
     "number of these comparisons."
 )
+CARD_NOTE = (
+    "Means over the translations (source and target differ). Lower is better: NMSE, MAE. Higher is better: PSNR, SSIM, "
+    "MS-SSIM (as many of five scales as have 11 voxels along every axis), NMI (1 to 2). Sharpness: gradient energy by "
+    "the target's, 1 is right, below 1 is blurred, above 1 is noise."
+)
 ONE_VALUE_PER_TARGET = (
     "training-mean",
     "reconstruction",
 )  # these do not depend on the source: the overview says it all
-
-
-class MethodKey(NamedTuple):
-    """What a score belongs to, besides the subject and the pair."""
-
-    method: str
-    sampler: str
-    num_inference_steps: int
-
-    def label(self) -> str:
-        """Return the words for a table."""
-        steps = f" {self.num_inference_steps}" if self.num_inference_steps else ""
-        return f"{self.method} ({self.sampler}{steps})" if self.sampler else self.method
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """One line of scores.csv."""
-
-    subject_id: str
-    method: str
-    """aldm, unet, one of REFERENCES, or reconstruction."""
-    source: str
-    target: str
-    sampler: str
-    """Empty where there is none."""
-    num_inference_steps: int
-    """Network evaluations per sample; 0 where there is no sampler."""
-    region: str
-    """volume, brain (or foreground), edges, lesion."""
-    psnr_db: float
-    nmse: float
-    ssim: float
-    mae: float = math.nan
-    """Like the scores below NaN in what earlier versions wrote."""
-    ms_ssim: float = math.nan
-    nmi: float = math.nan
-    sharpness: float = math.nan
-
-    @property
-    def key(self) -> MethodKey:
-        """What the score belongs to."""
-        return MethodKey(self.method, self.sampler, self.num_inference_steps)
 
 
 @dataclass(frozen=True)
@@ -133,27 +86,6 @@ class Comparison:
         return self.low_db > 0 or self.high_db < 0
 
 
-def write_csv(path: Path, rows: Sequence[ScoreRow], *, overwrite: bool = False) -> None:
-    """Write scores.csv: a header with ScoreRow's field names and a line per row."""
-    with atomic_path(path, overwrite=overwrite) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([field.name for field in fields(ScoreRow)])
-        writer.writerows(astuple(row) for row in rows)
-
-
-def read_csv(path: Path) -> list[ScoreRow]:
-    """Read what `write_csv` wrote."""
-    kinds = {
-        field.name: {"int": int, "float": float}.get(str(getattr(field.type, "__name__", "")), str)
-        for field in fields(ScoreRow)
-    }
-    with path.open(newline="") as stream:
-        return [
-            ScoreRow(**{name: kind(line[name]) for name, kind in kinds.items() if name in line})
-            for line in csv.DictReader(stream)
-        ]
-
-
 def summarize(rows: Iterable[ScoreRow]) -> Summary:
     """Return mean and sample standard deviation of the rows' scores (at least one row)."""
     values = np.array([(row.psnr_db, row.nmse, row.ssim) for row in rows])
@@ -187,8 +119,8 @@ def compare(
         the comparison with the better method first, or None where they share no finite row.
     """
     psnr: dict[MethodKey, dict[tuple[str, str, str], float]] = {one: {}, other: {}}
-    for row in rows:
-        wanted = row.region == region and row.source != row.target and target in (None, row.target)
+    for row in translations(rows):
+        wanted = row.region == region and target in (None, row.target)
         if wanted and row.key in psnr and math.isfinite(row.psnr_db):
             psnr[row.key][row.subject_id, row.source, row.target] = row.psnr_db
     by_subject: dict[str, list[float]] = defaultdict(list)
@@ -244,10 +176,23 @@ def overview(rows: Sequence[ScoreRow], region: str) -> str:
     ]
     for key in methods_of(rows):
         mine = [row for row in rows if row.key == key and row.region == region]
-        parts = ([r for r in mine if r.source != r.target], [r for r in mine if r.source == r.target])
+        parts = (translations(mine), [row for row in mine if row.source == row.target])
         if mine:
             texts = [f"{summarize(part).text()} | {len(part)}" if part else " | 0" for part in parts]
             lines.append(f"| {key.label()} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def card(rows: Sequence[ScoreRow], region: str) -> str:
+    """Return a table with a line per method: the mean of every score over its translations in a region."""
+    means = mean_scores(rows)
+    columns = ["PSNR (dB)", "NMSE", "SSIM", "MAE", "MS-SSIM", "NMI", "sharpness", "volumes"]
+    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    for line in means[means.index.get_level_values("region") == region].reset_index().itertuples():
+        scores = (line.psnr_db, line.nmse, line.ssim, line.mae, line.ms_ssim, line.nmi, line.sharpness)
+        cells = [_number(value, digits) for value, digits in zip(scores, (2, 3, 3, 4, 3, 3, 2), strict=True)]
+        label = MethodKey(line.method, line.sampler, line.num_inference_steps).label()
+        lines.append(f"| {label} | {' | '.join(cells)} | {line.volumes} |")
     return "\n".join(lines)
 
 
@@ -256,11 +201,12 @@ def comparisons(rows: Sequence[ScoreRow], region: str) -> str:
 
     Those with the method of the highest mean PSNR have a p-value, corrected for their number.
     """
-    own = [row for row in rows if row.region == region and row.source != row.target]
+    own = translations(row for row in rows if row.region == region)
     keys = methods_of(own)
     found = [compare(own, one, other, region) for i, one in enumerate(keys) for other in keys[i + 1 :]]
     known = sorted((c for c in found if c is not None), key=lambda c: -c.difference_db)
-    best = max(keys, key=lambda key: summarize(r for r in own if r.key == key).mean[0], default=None)
+    best_db = mean_scores(own)["psnr_db"]
+    best = max(keys, key=lambda key: best_db[*key, region], default=None)
     texts, heading = holm_texts({c: c.p_value for c in known if best in (c.better, c.than)})
     lines = [f"| better | than | by PSNR (dB) | 95 % interval | subjects | | {heading} |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -301,7 +247,8 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
         "the model's whole box. Synthetic images, for research use only.",
     ]
     for region in dict.fromkeys(row.region for row in rows):
-        parts += [f"## Region: {region}", overview(rows, region), "### Who beats whom", COMPARISON_NOTE]
+        parts += [f"## Region: {region}", overview(rows, region), "### All scores", CARD_NOTE, card(rows, region)]
+        parts += ["### Who beats whom", COMPARISON_NOTE]
         parts += [comparisons(rows, region)]
         for key in methods_of(rows):
             if key.method in ONE_VALUE_PER_TARGET:
@@ -321,4 +268,6 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _number(value: float, digits: int) -> str:
+    if math.isnan(value):
+        return "-"
     return f"{value:.{digits}f}" if math.isfinite(value) else "exact"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aldm.data.store import SubjectRecord, VolumeStore
     from aldm.models.codecs import Codec
-    from aldm.score_table import ScoreRow
+    from aldm.score_rows import ScoreRow
 
 BEFORE = ", before quantisation"
 """Behind a codec's name: the decoder given the latent as the encoder made it."""
@@ -174,7 +174,7 @@ def score_volumes(
     """
     from aldm.metrics import Truth, to_unit
     from aldm.progress import progress
-    from aldm.score_table import ScoreRow
+    from aldm.score_rows import ScoreRow
 
     rows = []
     for record in progress(subjects, description=description, unit="subject"):
@@ -191,7 +191,7 @@ def score_volumes(
 
 def _write(folder: Path, rows: Sequence["ScoreRow"], facts: Mapping[str, Any]) -> None:
     """Write the scores, then the facts: where these are, both are whole."""
-    from aldm.score_table import write_csv
+    from aldm.score_rows import write_csv
 
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / SCORES, rows, overwrite=True)
@@ -200,6 +200,6 @@ def _write(folder: Path, rows: Sequence["ScoreRow"], facts: Mapping[str, Any]) -
 
 
 def _rows(folder: Path) -> list["ScoreRow"]:
-    from aldm.score_table import read_csv
+    from aldm.score_rows import read_csv
 
     return read_csv(folder / SCORES)

@@ -16,7 +16,7 @@ from pipelines.benchmark_table import interval, means_of, minutes_of, samples_of
 
 if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
-    from aldm.score_table import ScoreRow
+    from aldm.score_rows import ScoreRow
 
 TABLE, TABLE_CSV, ALL_SCORES, PICTURE = "codecs.md", "codecs.csv", "scores.csv", "codecs.png"
 LOSSLESS_DB = 100.0

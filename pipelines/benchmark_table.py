@@ -16,7 +16,7 @@ from pipelines.benchmark_plan import MODEL, RECORD, SCORES, Contest, Entry
 
 if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
-    from aldm.score_table import ScoreRow
+    from aldm.score_rows import ScoreRow
 
 K = TypeVar("K")
 
@@ -76,7 +76,7 @@ def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     """Return (seed, row) of all entries, their trained codecs among them; rows that all evaluations repeat once."""
     from dataclasses import replace
 
-    from aldm.score_table import REFERENCES, read_csv
+    from aldm.score_rows import REFERENCES, read_csv
 
     rows: list[tuple[int, ScoreRow]] = []
     company: dict[tuple[str, str, str], ScoreRow] = {}

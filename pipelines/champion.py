@@ -22,7 +22,7 @@ from pipelines.registered import HASH_TAG, Registered, fetched, find_alias
 from pipelines.tracking_server import answering, connect, impatient, tracking_uri
 
 if TYPE_CHECKING:
-    from aldm.score_table import MethodKey, ScoreRow
+    from aldm.score_rows import MethodKey, ScoreRow
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +123,13 @@ def read_contest(scores: Path) -> Contest:
     Raises:
         UserError: no such folder, or a model that gave no numbers.
     """
-    from aldm.score_table import read_csv
+    from aldm.score_rows import read_csv, translations
     from pipelines.evaluation_files import RECORD, SCORES
 
     if not (scores / RECORD).is_file() or not (scores / SCORES).is_file():
         raise UserError(f"{scores} is no evaluation: make one with aldm evaluate --out {scores}")
     record = json.loads((scores / RECORD).read_text())
-    rows = [row for row in read_csv(scores / SCORES) if row.source != row.target]
+    rows = translations(read_csv(scores / SCORES))
     region = next((name for name in MASKS if any(row.region == name for row in rows)), "volume")
     rows = [row for row in rows if row.region == region]
     model, *others = record["models"]
@@ -208,7 +208,7 @@ def find_hash(name: str, digest: str, server: str) -> Registered | None:
 
 def _key(model: dict[str, Any]) -> "MethodKey":
     """Return what the scores of a model's own sampling are filed under."""
-    from aldm.score_table import MethodKey
+    from aldm.score_rows import MethodKey
 
     if model["kind"] != "aldm":
         return MethodKey(model["method"], "", 0)

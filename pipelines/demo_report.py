@@ -1,9 +1,8 @@
 """The report of `aldm demo`: what was scored, pictures, and the commands that made it."""
 
-import csv
 import json
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aldm.report import Code, Figures, Picture, Section, Table, Text, write_report
-from aldm.score_table import REFERENCES
+from aldm.score_rows import REFERENCES, MethodKey, ScoreRow, mean_scores, read_csv
 from pipelines.demo import REPORT
 
 ROWS = {
@@ -45,11 +44,10 @@ def write_demo_report(out: Path, steps: Sequence[Mapping[str, Any]], *, source: 
     Returns:
         the verdict, which the report shows too.
     """
-    rows = _read_scores(out / "scores" / "scores.csv")
-    region = next(name for name in ("brain", "foreground") if any(row["region"] == name for row in rows))
+    rows = read_csv(out / "scores" / "scores.csv")
+    region = next(name for name in ("brain", "foreground") if any(row.region == name for row in rows))
     pair = _pair_scores(rows, region, source, target)
-    across = [(row["source"], row["target"]) for row in rows if row["source"] != row["target"]]
-    overall = _mean_scores(rows, region, set(across))
+    overall = _mean_scores(rows, region)
     verdict = " ".join((scores_verdict(overall, pair, region, source, target), cost_verdict(steps)))
     sections = [
         _headline(pair, region, source, target, verdict),
@@ -182,33 +180,33 @@ def _unit(data: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip((data - low) / (high - low), 0, 1))
 
 
-def _all_pairs(rows: Sequence[Mapping[str, str]], region: str) -> Section:
+def _all_pairs(rows: Sequence[ScoreRow], region: str) -> Section:
     """ALDM's PSNR for every pair, the means of every method, and the sampler's card."""
-    names = list(dict.fromkeys(row["source"] for row in rows if row["method"] == "aldm"))
+    names = list(dict.fromkeys(row.source for row in rows if row.method == "aldm"))
     body = [
         [f"{source} to", *(f"{_pair_scores(rows, region, source, target)['aldm'][0]:.2f}" for target in names)]
         for source in names
     ]
-    means = defaultdict(list)
-    for row in rows:
-        if row["region"] == region and row["source"] != row["target"]:
-            means[_label(row)].append((float(row["psnr_db"]), float(row["nmse"]), float(row["ssim"])))
+    means = mean_scores([row for row in rows if row.region == region])
     overall = [
-        [label, f"{mean(p for p, _, _ in s):.2f}", f"{mean(n for _, n, _ in s):.4f}", f"{mean(q for _, _, q in s):.3f}"]
-        for label, s in means.items()
+        [_label(*key), f"{of['psnr_db']:.2f}", f"{of['nmse']:.4f}", f"{of['ssim']:.3f}", f"{of['sharpness']:.2f}"]
+        for (*key, _), of in means.to_dict("index").items()
     ]
     return Section(
         "Every pair",
         [
             Table(["source", *names], body, f"ALDM: PSNR (dB) inside the {region}; on the diagonal source = target"),
-            Table(["method", "PSNR (dB)", "NMSE", "SSIM"], overall, f"mean over all pairs off the diagonal, {region}"),
+            Table(
+                ["method", "PSNR (dB)", "NMSE", "SSIM", "sharpness"],
+                overall,
+                f"mean over all pairs off the diagonal, {region}",
+            ),
         ],
     )
 
 
-def _label(row: Mapping[str, str]) -> str:
-    sampler = f" ({row['sampler']}, {row['num_inference_steps']} steps)" if row["sampler"] else ""
-    return row["method"] + sampler
+def _label(method: str, sampler: str, steps: int) -> str:
+    return method + (f" ({sampler}, {steps} steps)" if sampler else "")
 
 
 def _trainings(out: Path) -> Section:
@@ -257,30 +255,23 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _read_scores(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _pair_scores(
-    rows: Iterable[Mapping[str, str]], region: str, source: str, target: str
-) -> dict[str, tuple[float, ...]]:
+def _pair_scores(rows: Iterable[ScoreRow], region: str, source: str, target: str) -> dict[str, tuple[float, ...]]:
     """Return method -> mean PSNR, NMSE, SSIM of a pair; a model's first sampler counts."""
-    return _mean_scores(rows, region, {(source, target)})
-
-
-def _mean_scores(
-    rows: Iterable[Mapping[str, str]], region: str, pairs: Container[tuple[str, str]]
-) -> dict[str, tuple[float, ...]]:
-    """Return method -> mean PSNR, NMSE, SSIM over all volumes of these pairs; a model's first sampler counts."""
     found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    first: dict[str, tuple[str, str]] = {}
+    first: dict[str, MethodKey] = {}
     for row in rows:
-        if row["region"] != region or (row["source"], row["target"]) not in pairs:
+        if (row.region, row.source, row.target) != (region, source, target):
             continue
-        sampling = (row["sampler"], row["num_inference_steps"])
-        if first.setdefault(row["method"], sampling) == sampling:
-            found[row["method"]].append((float(row["psnr_db"]), float(row["nmse"]), float(row["ssim"])))
+        if first.setdefault(row.method, row.key) == row.key:
+            found[row.method].append((row.psnr_db, row.nmse, row.ssim))
     return {
         method: tuple(mean(column) for column in zip(*found[method], strict=True)) for method in ROWS if method in found
     }
+
+
+def _mean_scores(rows: Iterable[ScoreRow], region: str) -> dict[str, tuple[float, ...]]:
+    """Return method -> mean PSNR, NMSE, SSIM over all translations; a model's first sampler counts."""
+    found: dict[str, tuple[float, ...]] = {}
+    for (method, *_), means in mean_scores([row for row in rows if row.region == region]).to_dict("index").items():
+        found.setdefault(method, (means["psnr_db"], means["nmse"], means["ssim"]))
+    return {method: found[method] for method in ROWS if method in found}

@@ -17,6 +17,7 @@ from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.evaluation_files import (
     CARD,
+    PARQUET,
     PICTURES,
     RECORD,
     SCORES,
@@ -42,7 +43,7 @@ DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a 
 PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
 segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
-(--baseline). Writes {SCORES}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
+(--baseline). Writes {SCORES} and the same table as {PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""

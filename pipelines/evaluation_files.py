@@ -12,11 +12,12 @@ from aldm.config import to_dict
 if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
     from aldm.evaluation import Candidate, Evaluation, Example
-    from aldm.score_table import MethodKey
+    from aldm.score_rows import MethodKey
     from pipelines.registered import Registered
 
-SCORES, TABLES, TIMES, CARD, RECORD, PICTURES = (
+SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (
     "scores.csv",
+    "scores.parquet",
     "scores.md",
     "times.csv",
     "quality.png",
@@ -48,9 +49,11 @@ def draw_panel(example: "Example", *, pictured: set[str], store: "VolumeStore", 
 
 def write_results(folder: Path, result: "Evaluation", store: "VolumeStore", args: argparse.Namespace) -> None:
     """Write all files but the panels and the record."""
-    from aldm.score_table import document, write_csv
+    from aldm.score_rows import write_csv, write_parquet
+    from aldm.score_table import document
 
     write_csv(folder / SCORES, result.rows)
+    write_parquet(folder / PARQUET, result.rows)
     _write_times(folder / TIMES, result.seconds)
     tables = document(
         result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
@@ -107,14 +110,15 @@ def _draw_card(path: Path, result: "Evaluation") -> None:
     import numpy as np
 
     from aldm.pictures import CardPoint, save_quality_card
+    from aldm.score_rows import mean_scores
 
     regions = {row.region for row in result.rows}
     region = next((name for name in ("brain", "foreground") if name in regions), "volume")
-    points = []
-    for key, values in result.seconds.items():
-        rows = [r for r in result.rows if r.key == key and r.region == region and r.source != r.target]
-        if rows:
-            mean_db = float(np.mean([row.psnr_db for row in rows]))
-            points.append(CardPoint(*key, seconds=float(np.median(values)), psnr_db=mean_db))
+    means_db = mean_scores(result.rows)["psnr_db"]
+    points = [
+        CardPoint(*key, seconds=float(np.median(values)), psnr_db=float(means_db[*key, region]))
+        for key, values in result.seconds.items()
+        if (*key, region) in means_db.index
+    ]
     if points:  # a store of one modality has no translation to show
         save_quality_card(path, points, title="quality and latency", region=region)

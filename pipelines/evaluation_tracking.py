@@ -24,7 +24,7 @@ from pipelines.tracking_server import (
 )
 
 if TYPE_CHECKING:
-    from aldm.score_table import MethodKey, ScoreRow
+    from aldm.score_rows import MethodKey, ScoreRow
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def log_evaluation(
     """
     from mlflow.entities import Metric
 
-    from aldm.score_table import read_csv
+    from aldm.score_rows import read_csv
     from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     uri = uri or tracking_uri(out)
@@ -81,29 +81,30 @@ def log_evaluation(
 
 def _mean_scores(rows: Sequence["ScoreRow"]) -> list[dict[str, Any]]:
     """Return a row per method and region."""
-    from aldm.score_table import summarize
+    from aldm.score_rows import SCORES, MethodKey, mean_scores
 
-    table = []
-    for key, region in dict.fromkeys((row.key, row.region) for row in rows):
-        mine = [row for row in rows if row.key == key and row.region == region]
-        mine = [row for row in mine if row.source != row.target] or mine
-        summary = summarize(mine)
-        means = dict(zip(("psnr_db", "nmse", "ssim"), summary.mean, strict=True))
-        table.append({"method": _method(key), "region": region, "volumes": summary.count, **means})
-    return table
+    return [
+        {
+            "method": _method(MethodKey(line["method"], line["sampler"], line["num_inference_steps"])),
+            "region": line["region"],
+            "volumes": line["volumes"],
+            **{name: line[name] for name in SCORES},
+        }
+        for line in mean_scores(rows, with_codec=True).reset_index().to_dict("records")
+    ]
 
 
 def _metric_values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {
-        f"{score}/{row['region']}/{row['method']}": row[score] for row in table for score in ("psnr_db", "nmse", "ssim")
-    }
+    from aldm.score_rows import SCORES
+
+    return {f"{score}/{row['region']}/{row['method']}": row[score] for row in table for score in SCORES}
 
 
 def _median_seconds(path: Path) -> dict[str, float]:
     """Return the median time of a volume, s, of every method that was timed."""
     import numpy as np
 
-    from aldm.score_table import MethodKey
+    from aldm.score_rows import MethodKey
 
     seconds: dict[str, list[float]] = {}
     with path.open(newline="") as stream:

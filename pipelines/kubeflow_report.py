@@ -47,7 +47,8 @@ def plan_page(p: Parameters) -> str:
 
 def score_page(p: Parameters) -> str:
     """Return the verdict and the tables of scores as Markdown."""
-    from aldm.score_table import overview, read_csv
+    from aldm.score_rows import read_csv
+    from aldm.score_table import overview
 
     rows = read_csv(p.folder / "scores" / "scores.csv")
     tables = [overview(rows, region) for region in dict.fromkeys(row.region for row in rows)]
@@ -84,13 +85,12 @@ def score_report(p: Parameters) -> str:
 
 def _means(p: Parameters, region: str) -> list[list[Any]]:
     """Return a row per method: its name and mean scores over translations in a region."""
-    from aldm.score_table import methods_of, read_csv, summarize
+    from aldm.score_rows import MethodKey, mean_scores, read_csv
 
     rows = [row for row in read_csv(p.folder / "scores" / "scores.csv") if row.region == region]
-    rows = [row for row in rows if row.source != row.target]
     return [
-        [key.label(), *(round(value, 4) for value in summarize([row for row in rows if row.key == key]).mean)]
-        for key in methods_of(rows)
+        [MethodKey(*key).label(), *(round(means[name], 4) for name in ("psnr_db", "nmse", "ssim"))]
+        for (*key, _), means in mean_scores(rows).to_dict("index").items()
     ]
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from aldm.config_baselines import BOTH_WAYS, METHODS
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from pipelines.export import Model
 
 CARD, SCORES_CARD = "README.md", "card.json"
-_FIELDS = ("psnr_db", "nmse", "ssim")
 
 
 def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None) -> str:
@@ -95,11 +96,13 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no evaluation, or one of another model.
     """
+    from aldm.score_rows import SCORES as NAMES
+    from aldm.score_rows import mean_scores, read_csv
     from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     try:
         record = json.loads((folder / RECORD).read_text())
-        rows = list(csv.DictReader((folder / SCORES).read_text().splitlines()))
+        rows = read_csv(folder / SCORES)
         times = list(csv.DictReader((folder / TIMES).read_text().splitlines()))
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {folder} is no evaluation ({error}): make one with aldm evaluate --out") from error
@@ -111,26 +114,23 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
         )
     seconds = defaultdict(list)
     for row in times:
-        seconds[row["method"], row["sampler"], row["num_inference_steps"]].append(float(row["seconds"]))
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        if row["source"] != row["target"]:
-            groups[row["method"], row["sampler"], row["num_inference_steps"], row["region"]].append(row)
+        seconds[row["method"], row["sampler"], int(row["num_inference_steps"])].append(float(row["seconds"]))
     return [
         {
             "method": method,
             "sampler": sampler or None,
-            "num_inference_steps": int(steps) or None,
+            "num_inference_steps": steps or None,
             "region": region,
-            **{name: _mean([float(row[name]) for row in group]) for name in _FIELDS},
-            "seconds": _mean(seconds[method, sampler, steps]),
+            **{name: _rounded(means[name]) for name in NAMES},
+            "seconds": _rounded(fmean(own)) if (own := seconds[method, sampler, steps]) else None,
         }
-        for (method, sampler, steps, region), group in groups.items()
+        for (method, sampler, steps, region), means in mean_scores(rows).to_dict("index").items()
     ]
 
 
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+def _rounded(value: float) -> float | None:
+    """Return what the card holds of a mean: None where it is not defined, which JSON has no number for."""
+    return None if math.isnan(value) else round(value, 4)
 
 
 def _measured(scores: list[dict[str, Any]] | None) -> list[str]:

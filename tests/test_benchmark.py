@@ -23,7 +23,7 @@ from aldm.baselines.methods import method_network
 from aldm.cli import main
 from aldm.data.store import VolumeStore
 from aldm.presets import small, tiny
-from aldm.score_table import REFERENCES, ScoreRow, write_csv
+from aldm.score_rows import REFERENCES, ScoreRow, write_csv
 from pipelines.benchmark_plan import BENCHMARKED, Contest, check_methods, plan_entry
 from pipelines.benchmark_run import finished
 from pipelines.benchmark_table import interval, read_scores, table

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aldm.errors import UserError
-from aldm.score_table import ScoreRow, write_csv
+from aldm.score_rows import ScoreRow, write_csv
 from pipelines.champion import (
     METHOD,
     NO_CHAMPION_DB,

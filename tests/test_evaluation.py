@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 from scipy import stats
 from untrained import save_untrained
@@ -19,9 +20,10 @@ from aldm.evaluation import Candidate, check_candidates, count_translations, eva
 from aldm.predictors import Predictor
 from aldm.presets import tiny
 from aldm.references import fit_references
-from aldm.score_table import MethodKey, ScoreRow
+from aldm.score_rows import REFERENCES, MethodKey, ScoreRow, frame, mean_scores, read_csv, write_csv
 from aldm.translate import Translator
 from pipelines.evaluate import main
+from pipelines.model_card import read_scores
 
 COLUMNS = (
     "subject_id,method,source,target,sampler,num_inference_steps,region,psnr_db,nmse,ssim,mae,ms_ssim,nmi,sharpness"
@@ -224,6 +226,34 @@ def row(subject, method, psnr_db, source="t1", target="t2", region="brain", samp
     return ScoreRow(subject, method, source, target, sampler, steps, region, psnr_db, 1 / psnr_db, psnr_db / 100)
 
 
+def test_means_are_over_translations_and_leave_out_what_is_not_defined():
+    rows = [row("1", "b", 20.0), row("2", "b", 23.0), row("1", "b", 99.0, target="t1"), row("1", "b", 7.0, region="x")]
+    rows = [replace(r, nmi=nmi) for r, nmi in zip(rows, (1.5, math.nan, 2.0, math.nan), strict=True)]
+    rows += [row("1", "reconstruction", 40.0, source="t2"), row("1", "a", 30.0, sampler="ddim", steps=4)]
+    means = mean_scores(rows)
+    assert list(means.index) == [("b", "", 0, "brain"), ("b", "", 0, "x"), ("a", "ddim", 4, "brain")]
+    brain = means.loc["b", "", 0, "brain"]
+    assert (brain.psnr_db, brain.ssim, brain.nmi, brain.volumes) == pytest.approx((21.5, 0.215, 1.5, 2))
+    assert math.isnan(means.loc["b", "", 0, "x"].nmi)
+    with_codec = mean_scores(rows, with_codec=True)
+    assert with_codec.loc["reconstruction", "", 0, "brain"].psnr_db == 40
+    assert with_codec.drop("reconstruction").equals(means)
+    lines = score_table.card(rows, "brain").splitlines()
+    assert lines[2:] == [
+        "| b | 21.50 | 0.047 | 0.215 | - | - | 1.500 | - | 2 |",
+        "| a (ddim 4) | 30.00 | 0.033 | 0.300 | - | - | - | - | 1 |",
+    ]
+
+
+def test_the_scores_of_earlier_versions_are_read_without_those_that_they_lack(tmp_path):
+    names = [name for name in COLUMNS.split(",") if name not in ("mae", "ms_ssim", "nmi", "sharpness")]
+    (tmp_path / "old.csv").write_text(f"{','.join(names)}\n1,b,t1,t2,,0,brain,20.0,0.05,0.2\n")
+    (old,) = read_csv(tmp_path / "old.csv")
+    assert (old.psnr_db, old.ssim) == (20.0, 0.2)
+    assert math.isnan(old.mae)
+    assert math.isnan(old.sharpness)
+
+
 def key(method):
     return MethodKey(method, "", 0)
 
@@ -314,6 +344,25 @@ def test_the_paper_s_table_stands_next_to_ixi_only():
     assert "Table D" not in document["brats"]
 
 
+def test_a_model_s_card_holds_the_means_of_all_scores_and_null_where_there_is_none(tmp_path):
+    rows = [replace(row("1", "aldm", psnr, sampler="ddim", steps=4), sharpness=0.5) for psnr in (20.0, 23.0)]
+    write_csv(tmp_path / "scores.csv", [*rows, row("1", "aldm", 99.0, target="t1", sampler="ddim", steps=4)])
+    (tmp_path / "times.csv").write_text(
+        "method,sampler,num_inference_steps,seconds\naldm,ddim,4,0.25\naldm,ddim,4,0.5\n"
+    )
+    (tmp_path / "evaluation.json").write_text(json.dumps({"models": [{"hash": "x"}]}))
+    (card,) = read_scores(tmp_path, "x")
+    assert {name: card[name] for name in ("method", "sampler", "num_inference_steps", "region")} == {
+        "method": "aldm",
+        "sampler": "ddim",
+        "num_inference_steps": 4,
+        "region": "brain",
+    }
+    assert (card["psnr_db"], card["ssim"], card["sharpness"], card["seconds"]) == (21.5, 0.215, 0.5, 0.375)
+    assert card["nmi"] is None
+    assert json.loads(json.dumps([card], allow_nan=False)) == [card]
+
+
 # ---------------------------------------------------------------------------------------------------------- the job
 
 
@@ -332,13 +381,14 @@ def test_the_job_writes_scores_tables_times_card_and_pictures(models, ixi_store,
     lines = (out / "scores.csv").read_text().splitlines()
     assert lines[0] == COLUMNS
     rows = list(csv.DictReader(lines))
+    pandas.testing.assert_frame_equal(pandas.read_parquet(out / "scores.parquet"), frame(read_csv(out / "scores.csv")))
     subjects = {record.subject_id for record in ixi_store.subjects("test")}
     assert {r["subject_id"] for r in rows} == subjects
     keys = {(r["method"], r["sampler"], r["num_inference_steps"]) for r in rows}
     assert keys == {
         ("aldm", "dpm-solver++", "3"),
         ("aldm", "ddim", "1"),
-        *((name, "", "0") for name in ("unet", *score_table.REFERENCES, "reconstruction")),
+        *((name, "", "0") for name in ("unet", *REFERENCES, "reconstruction")),
     }
     assert {r["region"] for r in rows} == {"volume", ixi_store.region(min(subjects)), "edges"}
     assert "Table D" in (out / "scores.md").read_text()
