@@ -28,7 +28,9 @@ from aldm.errors import UserError
 from aldm.metrics import Scores, Truth, edges, to_unit
 from aldm.references import References, fit_references
 from aldm.score_rows import MethodKey, ScoreRow
+from aldm.subsets import several
 from aldm.translate import Translator
+from aldm.translation import Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,11 @@ class Candidate:
     translator: Translator
     samplings: tuple[SamplingConfig, ...]
     """At least one; the first one is the one that pictures show."""
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether it translates from several sources."""
+        return self.translator.kind == "aldm" and self.translator.config.diffusion.any_sources
 
     def key(self, sampling: SamplingConfig) -> MethodKey:
         """Return what the scores are filed under."""
@@ -67,12 +74,15 @@ class Evaluation:
     """All that was measured."""
 
     rows: list[ScoreRow] = field(default_factory=list)
+    several: list[ScoreRow] = field(default_factory=list)
+    """Translations from several sources, joined by `+` (subsets.py), of candidates that take any."""
     seconds: dict[MethodKey, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Wall time of every translated volume, encoding and decoding included, s."""
 
     def extend(self, other: "Evaluation") -> None:
         """Append what was measured elsewhere."""
         self.rows += other.rows
+        self.several += other.several
         for key, values in other.seconds.items():
             self.seconds[key] += values
 
@@ -90,6 +100,8 @@ def evaluate(
     load: Callable[[], Sequence[Candidate]] | None = None,
 ) -> Evaluation:
     """Score every candidate and the honest rows over every pair of modalities that a subject has.
+
+    A candidate that takes any sources is scored over every two or more of them as well, with its first sampling.
 
     Args:
         store: prepared with the candidates' own preprocessing.
@@ -162,6 +174,8 @@ def count_translations(
         for candidate in candidates:
             own = sum(candidate.translator.translates(source, target) for source, target in pairs)
             total += own * len(candidate.samplings)
+            if pair is None and candidate.takes_several:
+                total += len(several([name for name in record.modalities if name in modalities]))
     return total
 
 
@@ -228,6 +242,8 @@ class _SubjectTask:
                     self.on_example,
                     self.on_volume,
                 )
+            if self.pair is None and candidate.takes_several:
+                _score_several(candidate, volumes, scorer, result, self.on_volume)
         return result
 
 
@@ -265,10 +281,17 @@ class _Scorer:
         """Return the scores of a prediction in [-1, 1] over each region."""
         return self.truth(target).score(to_unit(prediction))
 
-    def file(self, key: MethodKey, source: str, target: str, scores: Mapping[str, Scores]) -> None:
-        """Append a row per region."""
+    def file(
+        self,
+        key: MethodKey,
+        source: str,
+        target: str,
+        scores: Mapping[str, Scores],
+        rows: list[ScoreRow] | None = None,
+    ) -> None:
+        """Append a row per region, to `rows` in place of the subject's where they are given."""
         for region, values in scores.items():
-            self.rows.append(
+            (self.rows if rows is None else rows).append(
                 ScoreRow(
                     self.subject_id,
                     key.method,
@@ -280,6 +303,24 @@ class _Scorer:
                     **asdict(values),
                 )
             )
+
+
+def _score_several(
+    candidate: Candidate,
+    volumes: Mapping[str, np.ndarray],
+    scorer: _Scorer,
+    result: Evaluation,
+    on_volume: Callable[[], None],
+) -> None:
+    """Score translations from every two or more of a subject's modalities. Each is encoded once."""
+    translator, sampling = candidate.translator, candidate.samplings[0]
+    codes = {name: translator.encode(volume) for name, volume in volumes.items()}
+    for sources, target in several(tuple(volumes)):
+        request = Request({name: codes[name] for name in sources}, target, 0)
+        ((mean, _),) = translator.translate_batch([request], sampling=sampling)
+        scores = scorer.scores(target, mean)
+        scorer.file(candidate.key(sampling), request.source, target, scores, result.several)
+        on_volume()
 
 
 def _score_company(

@@ -264,6 +264,32 @@ def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "
     _save(figure, path)
 
 
+def save_subsets(path: Path, means: Mapping[tuple[str, str], float], *, title: str = "") -> None:
+    """Write a PNG of mean PSNR (dB) by sources (a row each, fewest first) and target, as numbers on colour.
+
+    Args:
+        path: the file to write (replaced if it exists).
+        means: (sources joined by +, target) -> dB, at least one.
+        title: text above the table.
+    """
+    sources = sorted({source for source, _ in means}, key=lambda source: source.count("+"))
+    targets = list(dict.fromkeys(target for _, target in means))
+    values = np.array([[means.get((source, target), np.nan) for target in targets] for source in sources])
+    figure = _figure(2.4 + 0.9 * len(targets), 1.3 + 0.3 * len(sources), title)
+    height = 0.3 * len(sources) / (1.3 + 0.3 * len(sources))
+    axes = figure.add_axes((0.34, 0.5 - height / 2 - 0.04, 0.62, height))
+    axes.imshow(values, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(targets)), [f"to {target}" for target in targets], fontsize=8)
+    axes.set_yticks(range(len(sources)), [source.replace("+", " + ") for source in sources], fontsize=8)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            color = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    _save(figure, path)
+
+
 def save_rates(path: Path, points: Sequence[RatePoint], *, title: str = "", region: str = "volume") -> None:
     """Write a PNG of mean PSNR (dB) against voxels per scalar (log scale) and against bits per voxel.
 

@@ -21,6 +21,8 @@ from pipelines.evaluation_files import (
     PICTURES,
     RECORD,
     SCORES,
+    SUBSETS,
+    SUBSETS_PICTURE,
     TABLES,
     TIMES,
     draw_panel,
@@ -43,7 +45,8 @@ DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a 
 PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
 segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
-(--baseline). Writes {SCORES} and the same table as {PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/."""
+(--baseline). Writes {SCORES} and the same table as {PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that
+takes any sources is scored over every subset of them too ({SUBSETS}, {SUBSETS_PICTURE})."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aldm.score_rows import MethodKey
     from pipelines.registered import Registered
 
+SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
 SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (
     "scores.csv",
     "scores.parquet",
@@ -58,8 +59,27 @@ def write_results(folder: Path, result: "Evaluation", store: "VolumeStore", args
     tables = document(
         result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
     )
-    (folder / TABLES).write_text(tables)
+    (folder / TABLES).write_text(tables + _any_sources(folder, result))
     _draw_card(folder / CARD, result)
+
+
+def _any_sources(folder: Path, result: "Evaluation") -> str:
+    """Write the scores of translations from several sources and their picture, if there are any; return the tables."""
+    from aldm import subsets
+    from aldm.pictures import save_subsets
+    from aldm.score_rows import write_csv
+
+    if not result.several:
+        return ""
+    write_csv(folder / SUBSETS, result.several)
+    keys = list(dict.fromkeys(row.key for row in result.several))
+    rows = [row for row in result.rows if row.key in keys] + result.several
+    regions = list(dict.fromkeys(row.region for row in rows))
+    region = next((name for name in ("brain", "foreground") if name in regions), "volume")
+    cells = subsets.psnr_of(rows, keys[0], region)
+    means = {place: sum(psnr.values()) / len(psnr) for place, psnr in cells.items()}
+    save_subsets(folder / SUBSETS_PICTURE, means, title=f"{keys[0].label()}: mean PSNR, {region} (dB)")
+    return "\n" + "\n".join(subsets.document(rows, key, regions) for key in keys)
 
 
 def write_record(
