@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aldm.data.modalities import sort_modalities
 from aldm.errors import UserError
 from aldm.files import atomic_path
 
@@ -265,15 +266,15 @@ def save_quality_card(path: Path, points: Sequence[CardPoint], *, title: str = "
 
 
 def save_subsets(path: Path, means: Mapping[tuple[str, str], float], *, title: str = "") -> None:
-    """Write a PNG of mean PSNR (dB) by sources (a row each, fewest first) and target, as numbers on colour.
+    """Write a PNG of mean PSNR (dB) by sources (a row each, in their order) and target, as numbers on colour.
 
     Args:
         path: the file to write (replaced if it exists).
         means: (sources joined by +, target) -> dB, at least one.
         title: text above the table.
     """
-    sources = sorted({source for source, _ in means}, key=lambda source: source.count("+"))
-    targets = list(dict.fromkeys(target for _, target in means))
+    sources = list(dict.fromkeys(source for source, _ in means))
+    targets = sort_modalities(target for _, target in means)
     values = np.array([[means.get((source, target), np.nan) for target in targets] for source in sources])
     figure = _figure(2.4 + 0.9 * len(targets), 1.3 + 0.3 * len(sources), title)
     height = 0.3 * len(sources) / (1.3 + 0.3 * len(sources))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from aldm.data.modalities import MODALITIES, sort_modalities
 from aldm.score_rows import MethodKey, ScoreRow
 from aldm.translation import SEVERAL
 
@@ -52,8 +53,8 @@ def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
         region: where.
     """
     cells = psnr_of(rows, key, region)
-    targets = list(dict.fromkeys(target for _, target in cells))
-    sources = sorted({source for source, _ in cells}, key=lambda source: source.count(SEVERAL))
+    targets = sort_modalities(target for _, target in cells)
+    sources = list(dict.fromkeys(source for source, _ in cells))
     lines = [f"| PSNR (dB) | {' | '.join(f'-> {target}' for target in targets)} |", "|---" * (len(targets) + 1) + "|"]
     for source in sources:
         texts = [_mean_text(cells[source, target]) if (source, target) in cells else "" for target in targets]
@@ -62,12 +63,21 @@ def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
 
 
 def psnr_of(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Return (source, target) -> subject -> PSNR, dB, of the translations (the target is not among the sources)."""
+    """Return (source, target) -> subject -> PSNR, dB, of the translations (the target is not among the sources).
+
+    Few sources come first, then the vocabulary's order.
+    """
     cells: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row.key == key and row.region == region and row.target not in row.source.split(SEVERAL):
             cells[row.source, row.target][row.subject_id] = row.psnr_db
-    return dict(cells)
+    return {place: cells[place] for place in sorted(cells, key=_rank)}
+
+
+def _rank(place: tuple[str, str]) -> tuple[int, list[int], int]:
+    """Return what sorts (source, target): few sources first, then the vocabulary's order."""
+    names = place[0].split(SEVERAL)
+    return len(names), [MODALITIES.index(name) for name in names], MODALITIES.index(place[1])
 
 
 def added_source(cells: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[tuple[str, str, str], Difference]:

@@ -74,6 +74,19 @@ def test_what_an_added_source_brings_is_the_mean_difference_over_subjects() -> N
     assert "edges" not in text
 
 
+def test_few_sources_come_first_then_the_vocabulary_s_order() -> None:
+    places = [
+        ("t1+t2", "flair"),
+        ("flair", "t1"),
+        ("t1", "t2"),
+        ("t1", "flair"),
+        ("t1+t1ce+t2", "flair"),
+        ("t1ce", "t2"),
+    ]
+    cells = subsets.psnr_of(rows_of(dict.fromkeys(places, (20.0,))), KEY, "brain")
+    assert list(cells) == [places[2], places[3], places[5], places[1], places[0], places[4]]
+
+
 def test_nothing_with_two_sources_has_no_gain() -> None:
     assert subsets.two_against_one(subsets.psnr_of(rows_of({("t1", "t2"): (1.0,)}), KEY, "brain")) is None
 
