@@ -70,7 +70,7 @@ def test_what_an_added_source_brings_is_the_mean_difference_over_subjects() -> N
     text = subsets.document(rows, KEY, ["brain", "edges"])
     assert f"the best single one: {found.text()} dB (3 subjects, mean over targets)" in text
     assert "The least that an added source brings: +1.33" in text
-    assert "| t1 + t2 | 23.33 ± " in text
+    assert "| t1 + t2 |  | 23.33 ± " in text
     assert "edges" not in text
 
 
