@@ -30,6 +30,7 @@ from aldm.data.parallel import ProcessWorkers, Workers, map_in_order, remove_lef
 from aldm.data.store import SHARD_FOLDER, ShardReader, VolumeStore, shard_path, write_shard
 from aldm.errors import UserError
 from aldm.files import atomic_folder
+from aldm.likeness import fit_statistics
 from aldm.models.codecs import Codec
 from aldm.records import check_record, has_file, read_record
 
@@ -65,6 +66,10 @@ def codec_hash(config: CodecConfig, weights: Mapping[str, Tensor]) -> str:
 
 def data_record(store: VolumeStore, modalities: Sequence[str]) -> dict[str, Any]:
     """Return what a checkpoint keeps of the data that it was trained on (JSON-able)."""
+    train, held_out = (
+        {name: store.likeness_rows(name, split) for name in modalities} for split in ("train", "validation")
+    )
+    statistics = fit_statistics(train, held_out)
     return {
         "layout": store.layout,
         "fingerprint": store.fingerprint,
@@ -72,6 +77,7 @@ def data_record(store: VolumeStore, modalities: Sequence[str]) -> dict[str, Any]
         "num_subjects": {split: len(store.subjects(split)) for split in ("train", "validation", "test")},
         "median_percentiles": {name: list(store.median_percentiles(name)) for name in modalities},
         "backgrounds": {name: store.median_background(name) for name in modalities},
+        "likeness": None if statistics is None else statistics.to_dict(),
     }
 
 

@@ -20,6 +20,7 @@ from aldm.data.modalities import modality_index, sort_modalities
 from aldm.data.preprocess import PreprocessRecord, count_boxes, prepare_volumes
 from aldm.data.volume import Volume, one_grid
 from aldm.errors import UserError
+from aldm.likeness import NOT_MEASURED, Likeness, Statistics
 from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.predictors import Predictor
 from aldm.sampling import OnStep, sample_many
@@ -43,6 +44,7 @@ class Translator:
         median_percentiles: dict[str, tuple[float, float]],
         backgrounds: Mapping[str, float | None] | None = None,
         model_hash: str,
+        statistics: Statistics | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Take a trained predictor and what it has to know about its training set.
@@ -54,10 +56,12 @@ class Translator:
             median_percentiles: modality -> the training set's median lower and upper percentile, in its own units.
             backgrounds: modality -> background of the training set's masked volumes, None where they are not masked.
             model_hash: identifies the weights.
+            statistics: what tells how unlike the training volumes another one is; None where that was not kept.
             device: where to compute.
         """
         self.predictor, self.config, self.kind, self.model_hash = predictor, config, kind, model_hash
         self.median_percentiles, self.backgrounds = median_percentiles, dict(backgrounds or {})
+        self.statistics = statistics
         self.device = torch.device(device)
         predictor.to(self.device).eval().requires_grad_(False)
 
@@ -76,8 +80,8 @@ class Translator:
 
         Args:
             folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
-                data.median_percentiles {modality: [low, high]}, data.backgrounds {modality: value or None} and, for
-                kind aldm, latents.mean and latents.std.
+                data.median_percentiles {modality: [low, high]}, data.backgrounds {modality: value or None}, for kind
+                aldm latents.mean and latents.std, and where it was measured data.likeness (`Statistics.to_dict`).
             device: where to compute.
             sampling, precision: instead of the folder's own.
             max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
@@ -98,6 +102,7 @@ class Translator:
             median_percentiles=model.median_percentiles,
             backgrounds=model.backgrounds,
             model_hash=model.model_hash,
+            statistics=model.statistics,
             device=device,
         )
 
@@ -356,6 +361,18 @@ class Translator:
         )
         return Encoded(codes, record, config.spatial_shape, predictor.stride)
 
+    def likeness(self, record: PreprocessRecord, sources: Sequence[str]) -> Likeness | None:
+        """Return how unlike the training data prepared volumes are: that of the one that is most; None: cannot tell.
+
+        Args:
+            record: of what `prepare` returned.
+            sources: their modalities, in the order of its codes.
+        """
+        if self.statistics is None:
+            return None
+        found = [self.statistics.measure(row, name) for row, name in zip(record.features, sources, strict=True)]
+        return max((one for one in found if one is not None), key=lambda one: one.distance, default=None)
+
     def finished(
         self,
         results: Sequence[BoxResult],
@@ -395,6 +412,8 @@ class Translator:
             made |= {**asdict(sampling), "seed": request.seed}
         made |= {"intensity": intensity, "intensity_range": [low, high]}
         made |= {"num_boxes": len(record.boxes), "share_outside": record.share_outside}
+        likeness = self.likeness(record, tuple(request.codes))
+        made["likeness"] = NOT_MEASURED if likeness is None else asdict(likeness)
         if volume.num_nan:
             made["nan_background_voxels"] = volume.num_nan
         if record.bias is not None:

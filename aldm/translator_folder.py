@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from aldm.checkpoint import Checkpoint, load_checkpoint, load_weights
+from aldm.checkpoint import CONFIG, Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.denoising import check_regression_weights
 from aldm.errors import UserError
+from aldm.likeness import Statistics
 from aldm.precision import usable_precision
 from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.records import Kinds
@@ -32,6 +33,8 @@ class TrainedModel:
     """Modality -> background of the training set's masked volumes, None where they are not masked."""
     model_hash: str
     """Identifies the weights."""
+    statistics: Statistics | None
+    """What tells how unlike the training volumes another one is; None in models of before that was kept."""
 
 
 def load_model(
@@ -59,7 +62,7 @@ def load_model(
     percentiles = _percentiles(checkpoint)
     checkpoint.check_meta({"data.backgrounds": dict})
     backgrounds = checkpoint.meta["data"]["backgrounds"]
-    model = TrainedModel(predictor, config, kind, percentiles, backgrounds, checkpoint.hash)
+    model = TrainedModel(predictor, config, kind, percentiles, backgrounds, checkpoint.hash, _statistics(checkpoint))
     del checkpoint  # its copy of the weights
     if max_memory_gb is not None:
         if torch.device(device).type != "cpu":
@@ -67,6 +70,14 @@ def load_model(
         predictor.limit = MemoryLimit(int(max_memory_gb * 1e9), scratch_dir)
         check_limit(predictor, predictor.limit)
     return model
+
+
+def _statistics(checkpoint: Checkpoint) -> Statistics | None:
+    """Return the statistics of the training volumes, where the folder has them."""
+    if checkpoint.meta["data"].get("likeness") is None:
+        return None
+    checkpoint.check_meta({"data.likeness": dict})
+    return Statistics.from_dict(checkpoint.meta["data"]["likeness"], checkpoint.path / CONFIG)
 
 
 def _percentiles(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:

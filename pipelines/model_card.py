@@ -65,6 +65,8 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             f"voxels, intensities scaled to [-1, 1] by the rule {config.preprocess.intensity}{shading}. "
             f"Fingerprint {data['fingerprint']}.",
             "",
+            _likeness(data),
+            "",
             "## Scores",
             "",
             "On validation subjects, whole volumes, measured while training; `aldm evaluate` measures the test split.",
@@ -131,6 +133,17 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
 def _rounded(value: float) -> float | None:
     """Return what the card holds of a mean: None where it is not defined, which JSON has no number for."""
     return None if math.isnan(value) else round(value, 4)
+
+
+def _likeness(data: dict[str, Any]) -> str:
+    """Return the line of the README that says whether an input's likeness to the data is measured."""
+    names = list((data.get("likeness") or {}).get("modalities", ()))
+    if not names:
+        return "How unlike an input is to these volumes is not measured: their statistics were not kept."
+    return (
+        f"How unlike an input is to these volumes is measured for {', '.join(names)}: `likeness` in the sidecar, 1 at "
+        "the limit that hardly any volume of the kind exceeds."
+    )
 
 
 def _measured(scores: list[dict[str, Any]] | None) -> list[str]:

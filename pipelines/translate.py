@@ -12,6 +12,7 @@ from aldm.config import SAMPLERS
 from aldm.data.modalities import MODALITIES, check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
+from aldm.likeness import Likeness
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.translate_files import (
@@ -126,8 +127,8 @@ class Maker(Pairs, Protocol):
     def load(self) -> None:
         """Get ready; raises UserError for what every input would fail with."""
 
-    def make(self, task: Task) -> None:
-        """Translate one input into every target; all results appear, or none."""
+    def make(self, task: Task) -> Likeness | None:
+        """Translate one input into every target; all results appear, or none. Return how unlike the training it is."""
 
     def count_boxes(self, volume: "Volume") -> int | None:
         """Return how many boxes of the model's shape a volume takes; None where that is not known here."""
@@ -142,14 +143,14 @@ def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Make
     for one in inputs:
         if one.status:
             logger.warning("%s %s: %s", one.path, one.status, one.message)
-            results.append(Result(str(one.path), "", "", args.target, "", one.status, 0, one.message))
+            results.append(Result(str(one.path), "", "", args.target, "", one.status, None, 0, one.message))
     not_made = [one.status for one in inputs if one.status]
     write_results(args.output / RESULTS_FILE, results)
     failed = 0
     for task in tasks:
-        start, message = time.perf_counter(), ""
+        start, message, likeness = time.perf_counter(), "", None
         try:
-            maker.make(task)
+            likeness = maker.make(task)
         except UserError as error:
             message = with_flags(str(error))
             logger.error("%s failed: %s", task.path, message)
@@ -161,7 +162,8 @@ def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Make
         for output in task.outputs:
             path = str(output.path) if not message else ""
             taken = (task.source, task.source_from, output.target)
-            results.append(Result(str(task.path), *taken, path, status, seconds, message))
+            distance = None if likeness is None else likeness.distance
+            results.append(Result(str(task.path), *taken, path, status, distance, seconds, message))
         write_results(args.output / RESULTS_FILE, sorted(results, key=lambda result: result.input))
     done = len(tasks) - failed
     words = f", {not_made.count('skipped')} skipped" if "skipped" in not_made else ""
@@ -283,6 +285,12 @@ def _parser() -> JobParser:
     )
     parser.add_argument(
         "--max-voxels", type=int, default=MAX_VOXELS, metavar="N", help="largest volume, in voxels, that is read"
+    )
+    parser.add_argument(
+        "--accept-unlike",
+        action="store_true",
+        help="translate volumes that are unlike the model's training data (likeness above 1 in the sidecar) without a "
+        "warning; with --server at all: a service refuses them",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     return parser

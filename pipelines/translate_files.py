@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.data.nifti_header import is_input_name
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path, check_folder
+from aldm.likeness import Likeness
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +99,8 @@ class Result:
     output: str
     status: str
     """ok, skipped or failed."""
+    likeness: float | None
+    """How unlike the training data the input is, 1 at the limit; None where that was not measured."""
     seconds: float
     message: str
 
@@ -388,6 +391,12 @@ def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
     ):
         for entry in archive.infolist():
             (temporary / Path(entry.filename).name).write_bytes(archive.read(entry))
+
+
+def likeness_of(made: Mapping[str, Any]) -> Likeness | None:
+    """Return the likeness in a provenance; None where it was not measured."""
+    found = made.get("likeness")
+    return Likeness(**found) if isinstance(found, dict) else None
 
 
 def describe(made: dict[str, Any]) -> str:

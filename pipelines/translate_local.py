@@ -5,14 +5,16 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from aldm.cli import with_flags
 from aldm.config import SamplingConfig
 from aldm.default_model import DESCRIPTION as DEFAULT_MODEL
 from aldm.default_model import default_model
 from aldm.errors import UserError
+from aldm.likeness import Likeness
 from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.progress import progress
 from aldm.words import counted
-from pipelines.translate_files import Task, read_input, read_others, writing
+from pipelines.translate_files import Task, likeness_of, read_input, read_others, writing
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
@@ -76,9 +78,10 @@ class LocalModel:
             )
         self._loaded = translator, sampling
 
-    def make(self, task: Task) -> None:
-        """Translate one input into every target; all results appear, or none."""
+    def make(self, task: Task) -> Likeness | None:
+        """Translate one input into every target; all results appear, or none. Return how unlike the training it is."""
         args = self._args
+        likeness = None
         translator, sampling = self._loaded
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=args.keep_patient) as writer:
             volume, source = read_input(task, args.max_voxels, args.series)
@@ -104,12 +107,16 @@ class LocalModel:
                 )
                 for output, result in zip(task.outputs, results, strict=True):
                     result.provenance["input"] = task.path.name
+                    likeness = likeness_of(result.provenance)
                     if task.others:
                         files = {task.source: task.path, **dict(task.others)}
                         result.provenance["inputs"] = {name: path.name for name, path in files.items()}
                     if source.notes:
                         result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)
+        if likeness is not None and likeness.is_unlike and not args.accept_unlike:
+            logger.warning("%s: %s", task.path, with_flags(likeness.words()))
+        return likeness
 
     def count_boxes(self, volume: "Volume") -> int:
         """Return how many boxes of the model's shape a volume takes."""

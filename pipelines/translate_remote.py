@@ -20,8 +20,9 @@ from aldm.data.dicom_files import SUFFIXES
 from aldm.data.modalities import check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
+from aldm.likeness import Likeness
 from aldm.progress import progress
-from pipelines.translate_files import DICOM, Files, Output, Task, writing
+from pipelines.translate_files import DICOM, Files, Output, Task, likeness_of, writing
 
 if TYPE_CHECKING:
     import httpx
@@ -113,8 +114,8 @@ class RemoteService:
         """Return what is known of the service."""
         return [f"{self._args.server}: {self._model['description']}, hash {self._model['hash'][:12]}"]
 
-    def make(self, task: Task) -> None:
-        """Have one input translated into every target; all results appear, or none.
+    def make(self, task: Task) -> Likeness | None:
+        """Have one input translated into every target; all results appear, or none. Return its likeness.
 
         The service forgets it then, also when something goes wrong; it is asked to keep a translation only when it goes
         away before all results are here.
@@ -123,18 +124,22 @@ class RemoteService:
             UserError: what the service refuses, or it went away for good.
         """
         args = self._args
+        likeness = None
         with writing(task, format=args.format, overwrite=args.overwrite, keep_patient=False) as writer:
             job = self._submit(task)
             try:
                 self._follow(job, task.path.name)
                 for output in task.outputs:
-                    writer.put(output, self._files(job, output, task.path.name))
+                    files = self._files(job, output, task.path.name)
+                    likeness = likeness_of(files.provenance)
+                    writer.put(output, files)
             except _Away:
                 raise
             except BaseException:
                 self._forget(job)
                 raise
             self._forget(job)
+        return likeness
 
     def _forget(self, job: dict[str, Any]) -> None:
         with contextlib.suppress(UserError):
@@ -151,6 +156,7 @@ class RemoteService:
             "num_samples": args.num_samples,
             "seed": args.seed,
             "series": args.series,
+            "accept_unlike": "true" if args.accept_unlike else None,
             "format": "dicom" if args.format == DICOM else "nii.gz",
         }
         fields = {name: value for name, value in fields.items() if value is not None}

@@ -56,6 +56,10 @@ SeriesName = Annotated[
     str | None,
     Form(description="which series of a zip that holds several: its number, UID, or a part of its description"),
 ]
+AcceptUnlike = Annotated[
+    bool,
+    Form(description="translate a volume that is unlike the model's training data, which is answered 422 otherwise"),
+]
 Seed = Annotated[int, Form(ge=0, lt=2**63 - 2**20, description="of the first sample; sample i has seed + i")]
 
 
@@ -102,11 +106,13 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         seed: Seed = 0,
         series: SeriesName = None,
         format: Annotated[Literal["nii.gz", "dicom"], Form(description="of the results")] = "nii.gz",
+        accept_unlike: AcceptUnlike = False,
     ) -> JobView:
         """Queue a translation. Its state is at the answer's Location."""
         await _check_fields(request, FIELDS)
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": format, "series": series}
+        values |= {"accept_unlike": accept_unlike}
         view = await service.submit(request, volume, values, target)
         response.headers["Location"] = view.links.self
         return view
@@ -127,11 +133,13 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         num_samples: Samples = None,
         seed: Seed = 0,
         series: SeriesName = None,
+        accept_unlike: AcceptUnlike = False,
     ) -> FileResponse:
         """Translate in one call that ends with the result, for scripts."""
         await _check_fields(request, FIELDS - {"format"})
         values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI, "series": series}
+        values |= {"accept_unlike": accept_unlike}
         view = await service.submit(request, volume, values, [target])
         owner = request.state.owner
         try:

@@ -227,6 +227,7 @@ class JobStore:
         error: dict[str, Any] | None = None,
         num_boxes: int | None = None,
         share_outside: float | None = None,
+        likeness: dict[str, Any] | None = None,
     ) -> None:
         """End a job of a worker: done, or failed with a problem; what is no longer the worker's stays as it is."""
         job, lease = self._jobs.get(job_id), self._leases.get(job_id)
@@ -237,7 +238,7 @@ class JobStore:
                 self._folders.clear(job)  # what a worker wrote that did not hear of it
             return
         if job.state == RUNNING:
-            job.error, job.num_boxes, job.share_outside = error, num_boxes, share_outside
+            job.error, job.num_boxes, job.share_outside, job.likeness = error, num_boxes, share_outside, likeness
             self._finish(job, DONE if error is None else FAILED)
         else:
             self._folders.clear(job)  # cancelled while the worker wrote

@@ -5,7 +5,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-FIELDS = frozenset({"source", "target", "sampler", "num_inference_steps", "num_samples", "seed", "format", "series"})
+FIELDS = frozenset(
+    {"source", "target", "sampler", "num_inference_steps", "num_samples", "seed", "format", "series", "accept_unlike"}
+)
 """The fields of the form, which have the library's names."""
 _PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 MEDIA_TYPE = "application/problem+json"

@@ -44,6 +44,10 @@ class Job:
     """Boxes of the model's shape that the volume took; None before it has been made."""
     share_outside: float | None = None
     """Share of the volume's foreground that lies in none of them, and so is background in the result."""
+    accept_unlike: bool = False
+    """Whether a volume unlike the training data is to be translated."""
+    likeness: dict[str, Any] | None = None
+    """How unlike it is (`aldm.likeness.Likeness`); None before it was prepared, and where the model cannot tell."""
     state: str = QUEUED
     progress: float = 0.0
     attempt: int = 0

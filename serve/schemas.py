@@ -62,6 +62,15 @@ class Links(BaseModel):
     results: dict[str, ResultLinks]
 
 
+class LikenessView(BaseModel):
+    """How unlike the volume is to the training data."""
+
+    distance: float = Field(description="1 is as unlike as is taken without accept_unlike")
+    source: str = Field(description="the modality whose training volumes it is compared with")
+    differs_in: str = Field(description="in what: shape, brightness (where it is bright), contrast or texture")
+    looks_like: str = Field(description="the modality whose training volumes it is nearest to")
+
+
 class JobView(BaseModel):
     """A translation: what was asked for and where it stands."""
 
@@ -79,6 +88,10 @@ class JobView(BaseModel):
     num_boxes: int | None = Field(description="boxes of the model's shape that the volume took; null until it is done")
     share_outside: float | None = Field(
         description="share of the volume's foreground outside of these, which is background in the result"
+    )
+    accept_unlike: bool
+    likeness: LikenessView | None = Field(
+        description="null until the job ends, and for a model that keeps no statistics of its training data"
     )
     progress: float = Field(ge=0, le=1)
     queue_position: int | None

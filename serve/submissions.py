@@ -77,6 +77,7 @@ class Service:
                 eta=sampling.eta,
                 seed=values["seed"],
                 format=values["format"],
+                accept_unlike=values["accept_unlike"],
                 model={"name": self.model.name, "hash": self.model.hash},
                 voxels=voxels,
             )

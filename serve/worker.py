@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from serve.store import start_store
 
 if TYPE_CHECKING:
     from aldm.data.volume import Volume
+    from aldm.likeness import Likeness
     from aldm.translate import Translator
     from aldm.translation import BoxResult, Encoded, Request
 
@@ -130,9 +132,8 @@ class Worker:
         for job in jobs:
             problem = problems.get(job.id)
             try:
-                self._store.call(
-                    "finish", self.name, job.id, problem and problem.as_dict(), job.num_boxes, job.share_outside
-                )
+                found = (job.num_boxes, job.share_outside, job.likeness)
+                self._store.call("finish", self.name, job.id, problem and problem.as_dict(), *found)
             except Problem:
                 logger.warning("the job store does not answer; the job will be made again")
         self._progress = {}
@@ -212,6 +213,7 @@ def translate(
             if job.id in stopped:  # to prepare it is what may take long
                 continue
             encoded = translator.prepare({job.source: volume}, max_boxes=max(1, max_evaluations // evaluations))
+            _check_likeness(translator.likeness(encoded.record, (job.source,)), job)
             works.append(_Work(job, encoded, volume, source))
     if not works:
         return
@@ -236,6 +238,13 @@ def translate(
                 made = translator.finished(work.results, request, work.volume, work.encoded.record, sampling)
                 write_results(folder / work.job.id, made, work.volume, work.source, work.job.format)
             work.results.clear()
+
+
+def _check_likeness(likeness: "Likeness | None", job: Job) -> None:
+    """Note how unlike a job's volume is, and refuse one beyond the limit that the client does not accept."""
+    job.likeness = None if likeness is None else asdict(likeness)
+    if likeness is not None and likeness.is_unlike and not job.accept_unlike:
+        raise UserError(f"volume: {likeness.words()}")
 
 
 class _Work:

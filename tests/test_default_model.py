@@ -1,17 +1,21 @@
-"""The model that ships: its answer to a fixed volume, and that it is better than no model."""
+"""The model that ships: its answer to a fixed volume, that it is better than no model, and what it finds unlike."""
 
 import json
 import shutil
 from pathlib import Path
 
+import corruptions
 import golden_default_model as golden
 import numpy as np
+import pytest
 
 from aldm.data.preprocess import prepare_subject
-from aldm.data.volume import Volume, crop_or_pad
+from aldm.data.volume import Volume, crop_or_pad, load_nifti
 from aldm.default_model import default_model
 from aldm.metrics import psnr_db
 from aldm.translate import Translator
+from serve.models import read_model
+from serve.pages import example_of
 
 
 def test_its_answer_is_the_one_that_was_written_down():
@@ -62,3 +66,55 @@ def test_a_held_out_subject_is_better_translated_than_copied_or_averaged():
 
     assert score(made) > score(mean) + 2
     assert score(made) > score(held_out["t1"]) + 5
+
+
+@pytest.fixture(scope="module")
+def translator() -> Translator:
+    return Translator.load(default_model())
+
+
+@pytest.fixture(scope="module")
+def head() -> dict[str, Volume]:
+    """A held-out subject as the model's training had them."""
+    return corruptions.subject(0)
+
+
+@pytest.mark.parametrize("source", ["t1", "t2", "pd"])
+def test_a_held_out_volume_is_like_the_training_data_and_another_contrast_is_not(
+    source: str, translator: Translator, head: dict[str, Volume]
+) -> None:
+    found = corruptions.likeness(translator, head[source], source)
+    assert not found.is_unlike
+    assert found.looks_like == source
+    for said in {"t1", "t2", "pd"} - {source}:
+        other = corruptions.likeness(translator, head[source], said)
+        assert other.is_unlike
+        assert other.looks_like == source
+
+
+UNLIKE = [
+    "turned by 180 degrees about the body's axis",
+    "turned by 180 degrees about the axis from ear to ear",
+    "upside down (mirrored)",
+    "two legs",
+    "noise alone",
+    "lower half zeros",
+    "skull-stripped",
+    "noise, 10 %",
+    "ghost, strong (0.6)",
+]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_is_unlike_the_training_data_is_told(name: str, translator: Translator, head: dict[str, Volume]) -> None:
+    assert corruptions.likeness(translator, corruptions.CORRUPTIONS[name](head["t1"]), "t1").is_unlike
+
+
+@pytest.mark.parametrize("name", corruptions.HARMLESS)
+def test_what_makes_no_difference_is_not_told(name: str, translator: Translator, head: dict[str, Volume]) -> None:
+    assert not corruptions.likeness(translator, corruptions.HARMLESS[name](head["t1"]), "t1").is_unlike
+
+
+def test_the_example_of_the_page_is_like_the_training_data(translator: Translator, tmp_path: Path) -> None:
+    source, path = example_of(tmp_path, read_model(default_model(), "default"))
+    assert not corruptions.likeness(translator, load_nifti(path)[0], source).is_unlike

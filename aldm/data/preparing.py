@@ -197,6 +197,7 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "backgrounds": {name: record.background for name, record in prepared.records.items()},
         "clipped": {name: (clipped.mask, clipped.seg) for name, clipped in prepared.clipped.items()},
         "sources": sources,
+        "likeness": {name: record.features[0] for name, record in prepared.records.items()},
     }
 
 

@@ -8,7 +8,7 @@ Arrays are X Y Z of RAS+ volumes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from aldm.data.intensity import clipped_share, intensity_range, rescale
 from aldm.data.modalities import sort_modalities
 from aldm.data.volume import MAX_VOXELS, Volume, crop_or_pad, resample, shifted
 from aldm.errors import UserError
+from aldm.likeness import features
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class PreprocessRecord:
     """Intensity of the constant background of a masked volume; None where there is none."""
     bias: BiasField | None = None
     """What the volume was divided by; None where its shading was left alone."""
+    features: tuple[tuple[float, ...], ...] = ()
+    """Of each volume, what tells how unlike the training data it is (`likeness.features`) in the box of a store."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as dictionaries and lists."""
@@ -60,6 +63,7 @@ class PreprocessRecord:
             high=float(values["high"]),
             background=None if values["background"] is None else float(values["background"]),
             bias=None if values["bias"] is None else BiasField.from_dict(values["bias"]),
+            features=tuple(tuple(float(value) for value in row) for row in values.get("features", ())),
         )
 
 
@@ -173,10 +177,11 @@ def prepare_subject(
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         dark = found.pop(name).background
-        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high, dark, bias)
         in_seg = None if labels is None else clipped_share(data[labels > 0], low, high)
         clipped[name] = Clipped(clipped_share(data[inside], low, high), in_seg)
         scaled[name] = rescale(data, low, high)
+        measured = features(crop_or_pad(Volume(scaled[name], affine), box, config.spatial_shape, -1).data)
+        records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high, dark, bias, (measured,))
     return PreparedSubject(scaled, records, inside, region, labels, clipped)
 
 
@@ -224,13 +229,16 @@ def prepare_volumes(
         )
     outside = share_outside(_united(found), np.linalg.inv(affine) @ volumes[0].affine, boxes, box)
     scaled_by = head_box(mask, box, config.spacing_mm)  # the box that a store would have
-    arrays, records = [], []
+    arrays, records, measured = [], [], []
     for one in found:
         data, low, high, bias = _on_grid(one, config, affine, shape, scaled_by)
         whole = Volume(data, affine)
-        arrays.append([rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes])
+        own = [rescale(crop_or_pad(whole, start, box, low).data, low, high) for start in boxes]
+        arrays.append(own)
+        head = own[0] if boxes == (scaled_by,) else rescale(crop_or_pad(whole, scaled_by, box, low).data, low, high)
+        measured.append(features(head))
         records.append(PreprocessRecord(_rows(affine), shape, boxes, outside, low, high, one.background, bias))
-    return arrays, records[0]
+    return arrays, replace(records[0], features=tuple(measured))
 
 
 def count_boxes(volume: Volume, config: PreprocessConfig, *, stride: int = 1) -> int:

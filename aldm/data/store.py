@@ -13,7 +13,7 @@ import json
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ class SubjectRecord:
     """Modality -> path, affine and shape of the file that it was read from (the file's own axes)."""
     share_outside: float | None = None
     """Share of the region, 0 to 1, that lies outside the model's box; None in stores of before it was measured."""
+    likeness: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Modality -> what `likeness.features` says of the model's box; empty in stores of before it was measured."""
 
 
 class VolumeStore:
@@ -226,6 +228,11 @@ class VolumeStore:
         values = [value for value in found if value is not None]
         return statistics.median(values) if 2 * len(values) > len(found) else None
 
+    def likeness_rows(self, modality: str, split: str) -> list[tuple[float, ...]]:
+        """Return what `likeness.features` says of a split's volumes; those that it was not asked about are left out."""
+        rows = [record.likeness.get(modality, ()) for record in self.subjects(split)]
+        return [row for row in rows if row]
+
     def training_mean(self, modality: str) -> np.ndarray:
         """Return the mean over the training volumes, (spatial_shape) float32 in [-1, 1] (kept in memory)."""
         if modality not in self._means:
@@ -306,6 +313,7 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
             "background": record.backgrounds[modality],
             "clipped": record.clipped[modality][0],
             "clipped_seg": record.clipped[modality][1],
+            "likeness": list(record.likeness.get(modality, ())),
             "source_path": record.sources[modality]["path"],
             "source_affine": [value for row in record.sources[modality]["affine"] for value in row],
             "source_shape": list(record.sources[modality]["shape"]),
@@ -352,6 +360,7 @@ def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
         percentiles={row["modality"]: (row["low"], row["high"]) for row in rows},
         backgrounds={row["modality"]: row["background"] for row in rows},
         clipped={row["modality"]: (row["clipped"], row["clipped_seg"]) for row in rows},
+        likeness={row["modality"]: tuple(row["likeness"]) for row in rows if row.get("likeness")},
         sources={
             row["modality"]: {
                 "path": row["source_path"],

@@ -124,6 +124,7 @@ function fields() {
     if ($(id).value !== "" && !(id === "seed" && $(id).value === "0")) chosen.push([name, $(id).value]);
   }
   if ($("format").value !== "nii.gz") chosen.push(["format", $("format").value]);
+  if ($("accept-unlike").checked) chosen.push(["accept_unlike", "true"]);
   return chosen;
 }
 
@@ -162,7 +163,7 @@ async function translate() {
     if (job.state === "failed") throw new Problem(job.error.status, job.error.detail);
     if (job.state === "cancelled") return tell("Cancelled.");
     await showJob();
-    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${job.source}${covered(job)}.`);
+    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${job.source}${covered(job)}. ${likeness(job)}`);
   } catch (error) {
     if (error.name === "AbortError") tell("Cancelled.");
     else complain(error);
@@ -170,6 +171,15 @@ async function translate() {
     running = null;
     busy(false);
   }
+}
+
+// How far the volume is from what the model was trained on.
+function likeness({ likeness: found, source }) {
+  if (!found) return "Its likeness to the training data was not measured.";
+  const { distance, differs_in, looks_like } = found;
+  const near = looks_like === source ? "" : `, nearer to ${looks_like}`;
+  if (distance <= 1) return `It is like the training data: ${distance.toFixed(2)} of 1 allowed${near}.`;
+  return `It is unlike the training data (${distance.toFixed(2)}, 1 allowed, most of all in ${differs_in}${near}): trust it less.`;
 }
 
 // What of the volume was translated.
