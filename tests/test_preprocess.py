@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aldm.config import PreprocessConfig
-from aldm.data.boxes import centred_box
+from aldm.data.boxes import blend, centred_box
 from aldm.data.foreground import brain_mask, find_foreground
 from aldm.data.intensity import PERCENTILES, unscale
 from aldm.data.preprocess import (
+    count_boxes,
     model_grid,
     prepare_subject,
     prepare_volume,
+    prepare_volumes,
     restore,
 )
 from aldm.data.registration import register_rigid
@@ -108,6 +110,42 @@ def test_a_padded_and_a_cropped_file_give_the_same_model_input(turn):
         got, other = prepare_volume(changed, CONFIG)
         assert (other.low, other.high) == pytest.approx((record.low, record.high), rel=1e-6)
         np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_the_grid_hangs_on_the_voxel_corner_that_is_nearest_to_the_origin():
+    """Voxels of 4 mm whose corners lie at 1.5 + 4 k mm: the nearest to 0 is 1.5, and 5 mm steps go from there."""
+    volume = Volume(np.zeros((20, 20, 20), np.float32), np.diag([4.0, 4.0, 4.0, 1.0]))
+    for shift in (3.5, 3.5 - 40, 3.5 + 40):  # of the first voxel's centre
+        volume.affine[:3, 3] = shift
+        affine, _ = model_grid([volume], PreprocessConfig(spacing_mm=(5.0, 5.0, 5.0)))
+        np.testing.assert_allclose((affine[:3, 3] - 2.5 - 1.5) % 5, 0, atol=1e-9)
+    for rounding in (-1e-6, 0, 1e-6):  # the middle of a voxel is as near to two corners: the lower one
+        volume.affine[:3, 3] = rounding
+        affine, _ = model_grid([volume], PreprocessConfig(spacing_mm=(5.0, 5.0, 5.0)))
+        np.testing.assert_allclose((affine[:3, 3] - 2.5 + 2 + 2.5) % 5, 2.5, atol=1e-5)
+
+
+def test_two_boxes_come_back_where_they_were_cut():
+    config = replace(CONFIG, spatial_shape=(24, 60, 44))
+    arrays, record = prepare_volume(STRIPPED, config)
+    assert len(record.boxes) == count_boxes(STRIPPED, config) == 2
+    region = unscale(blend(arrays, record.boxes, -1), record.low, record.high)
+    back = restore(region, record, STRIPPED, fill=record.low)
+    wanted = STRIPPED.data.clip(record.low, record.high)
+    inside = find_foreground(STRIPPED).mask
+    np.testing.assert_allclose(back[inside], wanted[inside], atol=0.05)
+
+
+def test_the_boxes_of_several_volumes_hold_the_foreground_of_each():
+    lower, front = (Volume(STRIPPED.data.copy(), STRIPPED.affine) for _ in range(2))
+    lower.data[:, :, 20:] = 0
+    front.data[:, :25] = 0
+    config = replace(CONFIG, spatial_shape=(40, 48, 22))
+    assert len(prepare_volume(lower, config)[1].boxes) == 1
+    for volumes in ([lower, STRIPPED], [lower, front], [lower, lower, front]):
+        arrays, record = prepare_volumes(volumes, config)
+        assert len(record.boxes) == 2
+        assert [len(boxes) for boxes in arrays] == [2] * len(volumes)
 
 
 def test_tissue_at_the_end_of_the_field_of_view_is_not_mixed_with_air():

@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aldm.models.quantizer import (
+    CHUNK_BYTES,
     REVIVE_AFTER_STEPS,
     USAGE_WINDOW_STEPS,
     Codebook,
@@ -72,6 +73,35 @@ def test_gradients_go_straight_through_and_the_commitment_is_that_of_the_paper()
     torch.testing.assert_close(out.commitment_loss, 0.25 * distance)
     (gradient,) = torch.autograd.grad(out.commitment_loss, z)
     torch.testing.assert_close(gradient, 0.25 * 2 * (z - quantizer.lookup(z)).detach() / z.numel())
+
+
+@pytest.mark.parametrize("make", [lambda: Codebook(16, 2), lambda: FiniteScalars((5, 4))])
+def test_what_comes_out_is_the_code_and_training_counts_its_steps(make: Callable[[], Quantizer]) -> None:
+    quantizer = make().train()
+    z = torch.randn(2, 2, 3, 3, 3)
+    for step in range(1, 4):
+        quantizer(z)
+        assert int(quantizer.step) == step
+    quantizer.eval()
+    torch.testing.assert_close(quantizer(z).z_q, quantizer.lookup(z))
+    assert int(quantizer.step) == 3
+
+
+def test_the_memory_of_a_search_is_that_of_a_chunk_of_distances() -> None:
+    assert Codebook(16, 2).search_bytes(10) == 4 * 10 * 16
+    assert Codebook(16, 2).search_bytes(10**9) == CHUNK_BYTES
+    assert FiniteScalars((5, 4)).search_bytes(10**9) == 0
+
+
+def test_rows_are_drawn_with_a_probability_proportional_to_their_weights() -> None:
+    """One row has as much weight as fifty others together: it is the first that is drawn in half of the steps."""
+    quantizer, rows = Codebook(1, 1), torch.arange(51.0)[:, None]
+    weights = torch.tensor([50.0] + [1.0] * 50)
+    first = 0
+    for step in range(1000):
+        quantizer.step.fill_(step)
+        first += int(quantizer._candidates(rows, weights)) == 0
+    assert 430 <= first <= 570
 
 
 def test_the_codebook_starts_on_vectors_of_the_first_batch() -> None:

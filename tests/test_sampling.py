@@ -304,6 +304,21 @@ def test_what_cannot_work_is_refused_with_the_way_out(objective, values, message
         check_sampling(DiffusionConfig(objective=objective), **values)
 
 
+def test_a_sample_that_cannot_work_is_not_begun():
+    asked = []
+    with pytest.raises(UserError, match="one-step"):
+        sample(
+            lambda z, t: asked.append(t),
+            config=DiffusionConfig(),
+            schedule=SCHEDULE,
+            sampler="one-step",
+            num_inference_steps=1,
+            z_start=torch.zeros(1, 1, 2, 2, 2),
+            generator=torch.Generator(),
+        )
+    assert not asked
+
+
 def test_several_samples_give_mean_and_standard_deviation_of_each_of_a_batch():
     def one(generator: torch.Generator) -> torch.Tensor:
         return 2 + 3 * torch.randn(1, 2, 2, 2, generator=generator)
