@@ -348,8 +348,8 @@ class DiffusionStage:
         self._together, self._any_sources = self.config.diffusion.together, self.config.diffusion.any_sources
         if self._any_sources and self.config.pair is not None:
             raise UserError(
-                "diffusion.any_sources learns from subsets of all modalities, and `pair` names one pair: leave one of "
-                "them out"
+                "diffusion.any_sources learns from subsets of all modalities: leave `source` and `target` out, or "
+                "diffusion.any_sources"
             )
         self.unet = build_unet(self.config, latents.latent_channels)
         self.players = [Player("unet", self.unet, self._training, self._loss)]

@@ -101,7 +101,7 @@ def translate(config: Config) -> None:
     networks = build_ms_spade(config, channels), build_unet(config, channels)
     predictor = LatentDiffusion(config, codec, *networks, torch.zeros(channels), torch.ones(channels)).eval()
     code = predictor.encode(torch.randn(1, 1, *config.preprocess.spatial_shape))
-    predictor.predict(code, [0], [1], config.sampling, [torch.Generator().manual_seed(0)], None)
+    predictor.predict(code, [(0,)], [1], config.sampling, [torch.Generator().manual_seed(0)], None)
 
 
 def measured_peak(run: Callable[[], None]) -> int:

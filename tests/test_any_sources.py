@@ -230,7 +230,7 @@ def test_any_sources_needs_all_targets() -> None:
 
 
 def test_one_pair_has_no_subsets(latents: LatentStore) -> None:
-    with pytest.raises(UserError, match="learns from subsets of all modalities, and `pair` names one pair"):
+    with pytest.raises(UserError, match="learns from subsets of all modalities: leave `source` and `target` out"):
         stage_of(latents, replace(ANY, pair=("t1", "t2")))
 
 

@@ -366,7 +366,7 @@ def test_an_answer_moves_with_the_volume_by_the_networks_period():
 
     def answer(start: int) -> torch.Tensor:
         code = model.predictor.encode(x[..., start : start + 176])
-        made = model.predictor.predict(code, [0], [1], model.sampling(), [torch.Generator()], None)
+        made = model.predictor.predict(code, [(0,)], [1], model.sampling(), [torch.Generator()], None)
         return made[..., 84 - start : 92 - start]  # the middle, which sees neither end
 
     for shift in (2, 4, 8):
