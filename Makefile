@@ -1,6 +1,6 @@
 # make demo        everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
 # make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones (about 6 minutes)
-# make test-all    formatting, lint, types, import layers, all tests but those of the image (about 20 minutes)
+# make test-all    formatting, lint, types, import layers, all tests but those of the image (about 16 minutes)
 # make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
 # make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (goes on where it stopped)
