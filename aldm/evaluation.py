@@ -16,7 +16,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -25,9 +25,10 @@ from aldm.config import SamplingConfig
 from aldm.data.parallel import Workers, map_in_order
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
-from aldm.metrics import Scores, Truth, edges, to_unit
+from aldm.metrics import to_unit
 from aldm.references import References, fit_references
 from aldm.score_rows import MethodKey, ScoreRow
+from aldm.subject_scorer import SubjectScorer
 from aldm.subsets import several
 from aldm.translate import Translator
 from aldm.translation import Request
@@ -221,7 +222,7 @@ class _SubjectTask:
         result = Evaluation()
         names = tuple(name for name in record.modalities if name in self.modalities)
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
-        scorer = _Scorer(result.rows, self.store, record, volumes)
+        scorer = SubjectScorer(result.rows, self.store, record, volumes)
         pairs = wanted_pairs(names, self.candidates, self.pair)
         _score_company(scorer, self.store, self.references, pairs, self.candidates)
         for candidate in self.candidates:
@@ -247,68 +248,10 @@ class _SubjectTask:
         return result
 
 
-class _Scorer:
-    """Files the scores of one subject."""
-
-    def __init__(
-        self,
-        rows: list[ScoreRow],
-        store: VolumeStore,
-        record: SubjectRecord,
-        volumes: Mapping[str, np.ndarray],
-    ) -> None:
-        self.rows, self.subject_id, self._volumes = rows, record.subject_id, volumes
-        self.mask, self._name = store.mask(record.subject_id), record.region
-        labels = store.seg(record.subject_id)
-        self._lesion = None if labels is None else labels > 0
-        self._truths: dict[str, Truth] = {}
-
-    def truth(self, name: str) -> Truth:
-        """Return a volume of the subject with its regions; one without a voxel in the box is left out."""
-        if name not in self._truths:
-            x = to_unit(self._volumes[name])
-            masks = {self._name: self.mask, "edges": edges(x, self.mask)}
-            if self._lesion is not None:
-                masks["lesion"] = self._lesion
-            self._truths[name] = Truth(x, {"volume": None} | {name: mask for name, mask in masks.items() if mask.any()})
-        return self._truths[name]
-
-    def add(self, key: MethodKey, source: str, target: str, prediction: np.ndarray) -> None:
-        """Score a prediction in [-1, 1] and file it."""
-        self.file(key, source, target, self.scores(target, prediction))
-
-    def scores(self, target: str, prediction: np.ndarray) -> dict[str, Scores]:
-        """Return the scores of a prediction in [-1, 1] over each region."""
-        return self.truth(target).score(to_unit(prediction))
-
-    def file(
-        self,
-        key: MethodKey,
-        source: str,
-        target: str,
-        scores: Mapping[str, Scores],
-        rows: list[ScoreRow] | None = None,
-    ) -> None:
-        """Append a row per region, to `rows` in place of the subject's where they are given."""
-        for region, values in scores.items():
-            (self.rows if rows is None else rows).append(
-                ScoreRow(
-                    self.subject_id,
-                    key.method,
-                    source,
-                    target,
-                    key.sampler,
-                    key.num_inference_steps,
-                    region,
-                    **asdict(values),
-                )
-            )
-
-
 def _score_several(
     candidate: Candidate,
     volumes: Mapping[str, np.ndarray],
-    scorer: _Scorer,
+    scorer: SubjectScorer,
     result: Evaluation,
     on_volume: Callable[[], None],
 ) -> None:
@@ -324,7 +267,7 @@ def _score_several(
 
 
 def _score_company(
-    scorer: _Scorer,
+    scorer: SubjectScorer,
     store: VolumeStore,
     references: References,
     pairs: Sequence[tuple[str, str]],
@@ -352,7 +295,7 @@ def _score_candidate(
     source: str,
     targets: Sequence[str],
     volumes: Mapping[str, np.ndarray],
-    scorer: _Scorer,
+    scorer: SubjectScorer,
     seconds: dict[MethodKey, list[float]],
     seed: int,
     on_example: Callable[[Example], None],

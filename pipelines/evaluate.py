@@ -58,11 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: everything that the user can mend.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.model is None and not args.self_test:
+        parser.error("the following arguments are required: --model")
     check_seed(args.seed)
     if args.pictures < 0:
         raise UserError(f"--pictures is {args.pictures}, wanted at least 0")
+    if args.max_subjects is not None and args.max_subjects < 1:
+        raise UserError(f"--max-subjects is {args.max_subjects}, wanted at least 1")
     check_folder(args.out, args.overwrite, marker=SCORES)
+    if args.self_test:
+        from pipelines.evaluation_self_test import run_self_test
+
+        return run_self_test(args)
     if args.group is not None:
         from pipelines.tracking_server import check_server, tracking_uri
 
@@ -81,8 +90,6 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
     from aldm.score_table import overview
 
     store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
-    if args.max_subjects is not None and args.max_subjects < 1:
-        raise UserError(f"--max-subjects is {args.max_subjects}, wanted at least 1")
     subjects = store.subjects(args.split)[: args.max_subjects]
     models = _models(args)
     candidates = [model.candidate for model in models]
@@ -251,7 +258,7 @@ def _dry_run(
 
 def _parser() -> JobParser:
     parser = job_parser("evaluate", DESCRIPTION, default_preset="the model's own configuration")
-    add_translator_arguments(parser)
+    add_translator_arguments(parser, without_model="none; needed but for --self-test")
     parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="which subjects")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -290,6 +297,13 @@ def _parser() -> JobParser:
         metavar="NAME",
         help="log tables, card and pictures to MLflow as a run nested in this one, such as that of the model's "
         "trainings: its name, or the full path of the folder around their run folders (default: not logged)",
+    )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="measure the scores instead of a model: the split's own volumes with blur, noise, a gain, a shift and "
+        f"ghosting of two strengths each, against the unchanged ones; {TABLES} then shows how much each score reacts "
+        "to which fault",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --out")
     add_worker_arguments(parser, "a subject")

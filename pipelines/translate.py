@@ -211,7 +211,7 @@ def _parser() -> JobParser:
         f"made if it is missing, with {RESULTS_FILE} beside the results of several inputs",
     )
     parser.add_argument("surplus", nargs="*", default=[], help=argparse.SUPPRESS)  # what an unquoted glob leaves over
-    add_translator_arguments(parser, needs_model=False)
+    add_translator_arguments(parser)
     parser.add_argument(
         "--server",
         metavar="URL",

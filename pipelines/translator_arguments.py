@@ -27,15 +27,20 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed is {seed}, wanted 0 to {MAX_SEED}")
 
 
-def add_translator_arguments(parser: JobParser, *, needs_model: bool = True) -> None:
-    """Add the flags that choose a translator and its limits."""
-    words = "translator folder, written by aldm export"
+def add_translator_arguments(
+    parser: JobParser, *, without_model: str = "the small model that ships with the package"
+) -> None:
+    """Add the flags that choose a translator and its limits.
+
+    Args:
+        parser: of the job.
+        without_model: what happens without --model, for the help.
+    """
     parser.add_argument(
         "--model",
         type=Path,
-        required=needs_model,
         metavar="DIR",
-        help=words if needs_model else f"{words} (default: the small model that ships with the package)",
+        help=f"translator folder, written by aldm export (default: {without_model})",
     )
     parser.add_argument(
         "--max-memory-gb",
