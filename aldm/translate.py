@@ -310,6 +310,7 @@ class Translator:
             self.check_sources(tuple(volumes), target)
         chosen = self.sampling() if sampling is None else sampling
         encoded = self.prepare(volumes)
+        volume = volumes[next(iter(encoded.codes[0]))]  # the one that the record is of
         for target in targets:
             requests = encoded.requests(target, seed)
             results: list[BoxResult] = []
@@ -349,10 +350,9 @@ class Translator:
         """
         predictor, config = self.predictor, self.config.preprocess
         names = sort_modalities(volumes) if one_grid(volumes.values()) else tuple(volumes)
-        if predictor.limit is not None:
-            for volume in volumes.values():
-                check_room(volume, config, predictor.limit)
         found = [volumes[name] for name in names]
+        if predictor.limit is not None:
+            check_room(found, config, predictor.limit)
         boxes, record = prepare_volumes(found, config, stride=self.box_step, max_boxes=max_boxes)
         if predictor.limit is not None and len(record.boxes) > 1:
             check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)

@@ -54,7 +54,7 @@ class Encoded:
     """A volume, ready to be translated."""
 
     codes: tuple[Mapping[str, Tensor], ...]
-    """Of each of its boxes, source modality -> what `Translator.encode` returned."""
+    """Of each of its boxes, source modality -> what `Translator.encode` returned, that of the record's volume first."""
     record: PreprocessRecord
     """How the boxes lie in the volume."""
     shape: Shape
@@ -135,10 +135,10 @@ def on_own_grid(
     return data, spread
 
 
-def check_room(volume: Volume, config: PreprocessConfig, limit: MemoryLimit) -> None:
-    """Refuse a volume whose preparation would break the limit."""
-    _, grid = model_grid([volume], config)
-    voxels = max(volume.data.size, math.prod(grid))
+def check_room(volumes: Sequence[Volume], config: PreprocessConfig, limit: MemoryLimit) -> None:
+    """Refuse volumes whose preparation would break the limit."""
+    _, grid = model_grid(volumes, config)
+    voxels = sum(max(volume.data.size, math.prod(grid)) for volume in volumes)
     needed, left = PREPARATION_BYTES * voxels, limit.left()
     if needed > left:
         raise UserError(

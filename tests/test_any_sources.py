@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_all_targets import stage_of as stage_of_pairs
 from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig
@@ -19,8 +20,7 @@ from aldm.latents import LatentStore
 from aldm.models.intensity_map import IntensityMap, look_up
 from aldm.presets import small, tiny
 from aldm.randomness import derived_generator
-from aldm.stages import DiffusionStage, MSSpadeStage
-from aldm.training import PlainEngine
+from aldm.stages import DiffusionStage
 from aldm.translate import Translator
 
 ANY = replace(
@@ -36,15 +36,8 @@ def latents(haar_latents: Path) -> LatentStore:
 
 
 def stage_of(latents: LatentStore, config: Config = ANY) -> DiffusionStage:
-    torch.manual_seed(0)
-    ms_spade = MSSpadeStage(config, latents).ms_spade
-    torch.nn.init.uniform_(ms_spade.precision, 0.1, 1)
-    stage = DiffusionStage(config, latents, ms_spade, "0" * 64)
-    torch.nn.init.normal_(stage.unet.out.conv.weight, std=0.05)
-    engine = PlainEngine()
-    for player in stage.players:
-        engine.prepare(player)
-    stage.connect(engine)
+    stage = stage_of_pairs(latents, config)
+    torch.nn.init.uniform_(stage._ms_spade.precision, 0.1, 1)
     return stage
 
 
@@ -164,6 +157,7 @@ def head(seed: int) -> Volume:
 
 def test_the_order_of_the_sources_does_not_matter_to_the_bit(model: Translator) -> None:
     t1, t2 = head(0), head(1)
+    t2.data[:, :10] = 0  # another constant background, which a masked volume's result has too
     one = model.translate(t1, "t1", "pd", others={"t2": t2})
     other = model.translate(t2, "t2", "pd", others={"t1": t1})
     assert one.volume.data.tobytes() == other.volume.data.tobytes()
