@@ -27,6 +27,7 @@ from pipelines.translate_files import (
     make_folder,
     plan_tasks,
     read_input,
+    read_others,
     write_results,
 )
 from pipelines.translate_local import LocalModel
@@ -181,6 +182,7 @@ def _dry_run(inputs: Sequence[Input], tasks: Sequence[Task], maker: Maker, args:
         try:
             check_outputs(task, format=args.format, overwrite=args.overwrite)
             volume, _ = read_input(task, args.max_voxels, args.series)
+            read_others(task, args.max_voxels, args.series)
             boxes = maker.count_boxes(volume)
         except UserError as error:
             failed += 1

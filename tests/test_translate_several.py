@@ -103,3 +103,12 @@ def test_a_target_among_the_sources_and_a_model_of_pairs_are_refused(
     pairs = save_untrained(tmp_path / "pairs")
     assert run(tmp_path / "out.nii.gz", *sources, "--target", "pd", "--model", pairs) == 2
     assert "this aldm model takes one source" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_dry_run_reads_every_source(
+    model: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files["t2"].write_bytes(b"no volume")
+    sources = [f"--source={name}={path}" for name, path in files.items()]
+    assert run(tmp_path / "out.nii.gz", *sources, "--target", "pd", "--model", model, "--dry-run") == 2
+    assert "scan_t2.nii.gz" in capsys.readouterr().out
