@@ -6,11 +6,11 @@ It holds no job and no model, so it may die at any time.
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -29,19 +29,18 @@ from serve.schemas import REFUSALS, Default, Grid, Health, JobView, Limits, Mode
 from serve.security import Guard
 from serve.settings import Settings
 from serve.store import StoreHandle
-from serve.submissions import AUTO, Service
+from serve.submissions import Service
+from serve.volumes import OF_FIELD, Uploads
 from serve.work_folder import INCOMING
 
 ALIVE_S = 10.0
 """How long an event stream may be silent."""
 MAX_TARGETS = 16
-FORM_LIMITS = {"max_files": 1, "max_fields": MAX_TARGETS + 8, "max_part_size": 1024}
-"""Of an upload's form: the volume, targets, and each other field once."""
+FORM_LIMITS = {"max_files": len(OF_FIELD), "max_fields": MAX_TARGETS + 8, "max_part_size": 1024}
+"""Of an upload's form: the volumes, targets, and each other field once."""
 
 DESCRIPTION = f"""Translate a 3D MR volume into other modalities. Results are on exactly the grid of the upload, and
 each is a {NOTICE}. Errors are problem details (RFC 9457)."""
-Volume = Annotated[UploadFile, File(description="NIfTI (.nii, .nii.gz) or a zip of one DICOM series")]
-Source = Annotated[str, Form(description="modality of the volume; auto reads it from the file's name or header")]
 SamplerName = Annotated[str | None, Form(description="of the model's samplers; none takes the default")]
 Steps = Annotated[int | None, Form(ge=1, le=10_000, description="network evaluations per sample")]
 Samples = Annotated[
@@ -95,11 +94,10 @@ def _add_translations(app: FastAPI, service: Service) -> None:
     async def submit(
         request: Request,
         response: Response,
-        volume: Volume,
+        uploads: Uploads,
         target: Annotated[
             list[str], Form(min_length=1, max_length=MAX_TARGETS, description="wanted modality; repeatable")
         ],
-        source: Source = AUTO,
         sampler: SamplerName = None,
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
@@ -109,11 +107,11 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         accept_unlike: AcceptUnlike = False,
     ) -> JobView:
         """Queue a translation. Its state is at the answer's Location."""
-        await _check_fields(request, FIELDS)
-        values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
+        await _check_fields(request, FIELDS, service.model.config.modalities)
+        values = {"sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": format, "series": series}
         values |= {"accept_unlike": accept_unlike}
-        view = await service.submit(request, volume, values, target)
+        view = await service.submit(request, uploads, values, target)
         response.headers["Location"] = view.links.self
         return view
 
@@ -125,9 +123,8 @@ def _add_translations(app: FastAPI, service: Service) -> None:
     )
     async def translate(
         request: Request,
-        volume: Volume,
+        uploads: Uploads,
         target: Annotated[str, Form(description="wanted modality")],
-        source: Source = AUTO,
         sampler: SamplerName = None,
         num_inference_steps: Steps = None,
         num_samples: Samples = None,
@@ -136,11 +133,11 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         accept_unlike: AcceptUnlike = False,
     ) -> FileResponse:
         """Translate in one call that ends with the result, for scripts."""
-        await _check_fields(request, FIELDS - {"format"})
-        values = {"source": source, "sampler": sampler, "num_inference_steps": num_inference_steps}
+        await _check_fields(request, FIELDS - {"format"}, service.model.config.modalities)
+        values = {"sampler": sampler, "num_inference_steps": num_inference_steps}
         values |= {"num_samples": num_samples, "seed": seed, "format": files.NIFTI, "series": series}
         values |= {"accept_unlike": accept_unlike}
-        view = await service.submit(request, volume, values, [target])
+        view = await service.submit(request, uploads, values, [target])
         owner = request.state.owner
         try:
             while view.state not in FINISHED:
@@ -178,11 +175,12 @@ def _add_translations(app: FastAPI, service: Service) -> None:
         return Response(status_code=204)
 
 
-async def _check_fields(request: Request, known: frozenset[str]) -> None:
+async def _check_fields(request: Request, known: frozenset[str], modalities: Sequence[str]) -> None:
     """Refuse a field that would be passed over, such as a misspelt one."""
-    unknown = sorted(set(await request.form()) - known - {"volume"})
+    unknown = sorted(set(await request.form()) - known - set(OF_FIELD))
     if unknown:
-        raise Problem(422, f"unknown field {unknown[0]!r}, wanted of volume, {', '.join(sorted(known))}")
+        volumes = [field for field, name in OF_FIELD.items() if name is None or name in modalities]
+        raise Problem(422, f"unknown field {unknown[0]!r}, wanted of {', '.join((*volumes, *sorted(known)))}")
 
 
 async def _events(service: Service, view: JobView, owner: str) -> AsyncIterator[str]:

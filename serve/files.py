@@ -1,11 +1,13 @@
 """The files of a job, `WORK_DIR/jobs/ID/`: the accepted upload and what was made of it. Every name is ours.
 
 `volume.nii.gz` is the upload as a NIfTI file that names nobody; of a DICOM series `series.json` keeps the grid as well.
+Of several volumes the others lie alike in folders of their own, `beside-1` and so on.
 """
 
 import json
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,11 @@ def uncertainty_file(folder: Path, target: str) -> Path:
 def preview_file(folder: Path, target: str) -> Path:
     """Return where the picture of source and result is."""
     return folder / f"preview_{target}.png"
+
+
+def volume_folders(folder: Path, count: int) -> list[Path]:
+    """Return where the accepted volumes of a job are, in the form's order: the first one in the job's own folder."""
+    return [folder, *(folder / f"beside-{number}" for number in range(1, count))]
 
 
 def source_file(folder: Path) -> Path:
@@ -105,15 +112,21 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
 
 
 def write_results(
-    folder: Path, translation: "Translation", volume: "Volume", source: "NiftiSource | DicomSource", format: str
+    folder: Path,
+    translation: "Translation",
+    volume: "Volume",
+    source: "NiftiSource | DicomSource",
+    format: str,
+    sources: Sequence[str],
 ) -> None:
     """Write a translation, its standard deviation, its picture and how it was made; replaces what is there.
 
     Args:
         folder: of the job.
-        translation: of `volume`.
-        volume, source: from `load_source`.
+        translation: on the grid of `volume`.
+        volume, source: of the first volume, from `load_source`.
         format: nii.gz or dicom.
+        sources: modalities of all volumes, in the form's order.
 
     Raises:
         UserError: the disk is full.
@@ -125,6 +138,8 @@ def write_results(
     made, result = translation.provenance, translation.volume
     if source.notes:
         made["notes"] = list(source.notes)
+    if len(sources) > 1:
+        made["sources"] = list(sources)
     target, words = made["target"], describe(made)
     path = result_file(folder, target, format)
     grid = source if isinstance(source, NiftiSource) else source_of(result.affine, result.data.shape, path)
@@ -137,7 +152,7 @@ def write_results(
         spread = to_source_orientation(translation.uncertainty, grid)
         words = f"standard deviation of {words}"
         save_nifti(uncertainty_file(folder, target), spread, grid, description=words, overwrite=True)
-    _write_preview(preview_file(folder, target), translation, volume)
+    _write_preview(preview_file(folder, target), translation, volume, sources)
     with atomic_path(provenance_file(folder, target), overwrite=True) as temporary:
         temporary.write_text(json.dumps(made, indent=2) + "\n")
 
@@ -166,7 +181,7 @@ def _write_series(path: Path, translation: "Translation", source: "DicomSource")
         shutil.rmtree(series, ignore_errors=True)
 
 
-def _write_preview(path: Path, translation: "Translation", volume: "Volume") -> None:
+def _write_preview(path: Path, translation: "Translation", volume: "Volume", sources: Sequence[str]) -> None:
     from aldm.pictures import save_translation_panel
 
     low, high = (float(value) for value in np.percentile(volume.data, (0.5, 99.5)))
@@ -178,7 +193,7 @@ def _write_preview(path: Path, translation: "Translation", volume: "Volume") -> 
         source=_unit(volume.data, low, high),
         prediction=_unit(translation.volume.data, dark, bright),
         uncertainty=None if spread is None else spread / (bright - dark),
-        source_name=made["source"],
+        source_name=sources[0] if len(sources) == 1 else f"{sources[0]} (of {made['source']})",
         target_name=f"{made['target']}, synthetic",
         spacing_mm=volume.spacing_mm,
         title="synthetic, research use only",

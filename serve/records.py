@@ -27,6 +27,7 @@ class Job:
     owner: str
     """Name and part of the hash of the token that made it."""
     source: str
+    """Of the volume whose grid the result has."""
     source_from: str
     """request, file name or header."""
     targets: list[str]
@@ -39,7 +40,7 @@ class Job:
     model: dict[str, str]
     """name and hash."""
     voxels: int = 0
-    """Of the upload, and so of every result."""
+    """Of the first volume, and so of every result."""
     num_boxes: int | None = None
     """Boxes of the model's shape that the volume took; None before it has been made."""
     share_outside: float | None = None
@@ -58,10 +59,16 @@ class Job:
     """Who has it, or had it last."""
     claim: str = ""
     """Which of the worker's requests it was lent at."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Modality of every volume, in the form's order -> who said so; `source` is the first."""
     created: float = field(default_factory=time.time)
     started: float | None = None
     finished: float | None = None
     error: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Complete a record that was written when a job had one volume."""
+        self.sources = self.sources or {self.source: self.source_from}
 
     def batch_key(self) -> tuple[Any, ...]:
         """Jobs of the same key can be made in one pass: volumes all lie on the model's grid, so shapes are equal."""

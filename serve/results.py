@@ -14,6 +14,7 @@ from serve.schemas import REFUSALS
 from serve.submissions import Service
 
 GZIP, ZIP, PNG = "application/gzip", "application/zip", "image/png"
+Modality = Annotated[str | None, Query(description="of the volume; none takes the first")]
 Target = Annotated[str, Query(description="modality of the result")]
 
 
@@ -54,12 +55,17 @@ def add_results(app: FastAPI, service: Service) -> None:
         return made
 
     @app.get(f"{base}/source", response_class=FileResponse, responses=kinds(GZIP), tags=["results"])
-    async def source(request: Request, job_id: str) -> FileResponse:
-        """Return the upload as NIfTI, its header free of names."""
+    async def source(request: Request, job_id: str, modality: Modality = None) -> FileResponse:
+        """Return a volume of the upload as NIfTI, its header free of names."""
         view, folder = await service.file(job_id, request.state.owner)
         if view.state in (FAILED, CANCELLED):
             raise Problem(404, f"the translation is {view.state}, its files are gone")
-        return attached(files.source_file(folder), f"source-{view.source}")
+        if modality is not None and modality not in view.sources:
+            have = ", ".join(view.sources)
+            raise Problem(404, f"this translation has no source {modality[:40]!r}; it has {have}")
+        name = modality or view.source
+        folders = dict(zip(view.sources, files.volume_folders(folder, len(view.sources)), strict=True))
+        return attached(files.source_file(folders[name]), f"source-{name}")
 
 
 class KeptFile(FileResponse):

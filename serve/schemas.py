@@ -58,12 +58,13 @@ class Links(BaseModel):
 
     self: str
     events: str
-    source: str
+    source: str = Field(description="the first volume")
+    sources: dict[str, str] = Field(description="every volume, by its modality")
     results: dict[str, ResultLinks]
 
 
 class LikenessView(BaseModel):
-    """How unlike the volume is to the training data."""
+    """How unlike the volume is to the training data; of several, that which is most."""
 
     distance: float = Field(description="1 is as unlike as is taken without accept_unlike")
     source: str = Field(description="the modality whose training volumes it is compared with")
@@ -71,13 +72,17 @@ class LikenessView(BaseModel):
     looks_like: str = Field(description="the modality whose training volumes it is nearest to")
 
 
+SaidBy = Literal["request", "file name", "header"]
+
+
 class JobView(BaseModel):
     """A translation: what was asked for and where it stands."""
 
     id: str
     state: Literal["queued", "running", "done", "failed", "cancelled"]
-    source: str
-    source_from: Literal["request", "file name", "header"]
+    source: str = Field(description="modality of the first volume, whose grid the results have")
+    source_from: SaidBy
+    sources: dict[str, SaidBy] = Field(description="modality of every volume, in the form's order, and who said so")
     targets: list[str]
     sampler: str | None
     num_inference_steps: int
@@ -183,8 +188,9 @@ def job_view(values: dict[str, Any], now: float) -> JobView:
         **{
             name: values[name]
             for name in JobView.model_fields
-            if name in values and name not in ("error", "model", "links")
+            if name in values and name not in ("error", "model", "links", "sources")
         },
+        sources=job.sources,
         created_at=_time(job.created),
         started_at=_time(job.started),
         finished_at=_time(job.finished),
@@ -198,6 +204,7 @@ def job_view(values: dict[str, Any], now: float) -> JobView:
             self=base,
             events=f"{base}/events",
             source=f"{base}/source",
+            sources={name: f"{base}/source?modality={name}" for name in job.sources},
             results={
                 target: ResultLinks(
                     result=f"{base}/result?target={target}",

@@ -329,7 +329,9 @@ def _checked_length(headers: dict[str, str], limit: int) -> int | None:
 def _check_form(headers: dict[str, str]) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        raise Problem(415, "wanted a form of type multipart/form-data with the file in its field volume")
+        raise Problem(
+            415, "wanted a form of type multipart/form-data with the file in its field volume or volume_MODALITY"
+        )
 
 
 def _digest(token: str) -> str:

@@ -3,16 +3,17 @@
 import asyncio
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-from fastapi import Request, UploadFile
+from fastapi import Request
 
 from aldm.config import SamplingConfig
 from aldm.data.naming import choose_source
 from aldm.errors import UserError
-from aldm.pairs import check_pair
+from aldm.pairs import check_sources
 from aldm.sampling_choice import choose_sampling
 from serve import files
 from serve.grids import check_grid
@@ -23,10 +24,8 @@ from serve.records import DONE, FINISHED, Job, new_id
 from serve.schemas import JobView, job_view
 from serve.settings import Settings
 from serve.store import StoreHandle
-from serve.uploads import accept
+from serve.volumes import AUTO, Upload, accept_all
 from serve.work_folder import JOBS
-
-AUTO = "auto"
 
 
 class Service:
@@ -42,34 +41,40 @@ class Service:
         """Return a job; raises Problem 404."""
         return job_view(await self.store.acall("get", job_id, owner), time.time())
 
-    async def submit(self, request: Request, volume: UploadFile, values: dict[str, Any], targets: list[str]) -> JobView:
-        """Check a request to the end, keep its volume, and queue it.
+    async def submit(
+        self, request: Request, uploads: Sequence[Upload], values: dict[str, Any], targets: list[str]
+    ) -> JobView:
+        """Check a request to the end, keep its volumes, and queue it.
 
         Raises:
             Problem: whatever is wrong with it; nothing is kept then.
         """
         targets = list(dict.fromkeys(targets))
-        sampling = self._check(values, targets)
+        sampling = self._check(uploads, values, targets)
         job_id = new_id()
         folder = self.folder / job_id
-        name = volume.filename or ""
         folder.mkdir(mode=0o700)
         try:
             async with self._checking:
                 words, voxels = await anyio.to_thread.run_sync(
-                    accept, volume.file, name, folder, self.settings, values["series"] or None
+                    accept_all, uploads, folder, self.settings, values["series"] or None
                 )
+                folders, fields = files.volume_folders(folder, len(uploads)), [upload.field for upload in uploads]
                 limit = self.settings.max_grid_voxels
-                await anyio.to_thread.run_sync(check_grid, folder, self.model.config.preprocess, limit)
-            source, source_from = self._source(values["source"], name, words)
-            self.check_pairs(source, targets)
+                await anyio.to_thread.run_sync(check_grid, folders, fields, self.model.config.preprocess, limit)
+            sources = self._sources(uploads, words)
+            self._check_sources(list(sources), targets)
             if values["format"] == files.DICOM and not files.is_series(folder):
-                raise Problem(422, "format dicom makes a derived series, wanted a zip of a DICOM series as volume")
+                raise Problem(
+                    422, f"format dicom makes a derived series, wanted a zip of a DICOM series as {fields[0]}"
+                )
+            source = next(iter(sources))
             job = Job(
                 id=job_id,
                 owner=request.state.owner,
                 source=source,
-                source_from=source_from,
+                source_from=sources[source],
+                sources=sources,
                 targets=targets,
                 sampler=sampling.sampler if self.model.kind == "aldm" else None,
                 num_inference_steps=sampling.num_inference_steps,
@@ -88,12 +93,15 @@ class Service:
             raise
         return job_view(view, time.time())
 
-    def _check(self, values: dict[str, Any], targets: list[str]) -> SamplingConfig:
-        """Refuse what needs no look at the volume."""
+    def _check(self, uploads: Sequence[Upload], values: dict[str, Any], targets: list[str]) -> SamplingConfig:
+        """Refuse what needs no look at the volumes."""
         known = self.model.config.modalities
-        for name in ([] if values["source"] == AUTO else [values["source"]]) + targets:
+        named = [upload.source for upload in uploads if upload.source != AUTO]
+        for name in named + targets:
             if name not in known:
                 raise Problem(422, f"unknown modality {name[:40]!r}: this model knows {', '.join(known)}")
+        if len(named) == len(uploads) > 1:
+            self._check_sources(named, targets)
         if (values["num_samples"] or 1) > self.settings.max_samples:
             raise Problem(422, f"num_samples is {values['num_samples']}, the limit is {self.settings.max_samples}")
         try:
@@ -115,21 +123,28 @@ class Service:
             )
         return sampling
 
-    def check_pairs(self, source: str, targets: list[str]) -> None:
+    def _check_sources(self, sources: Sequence[str], targets: list[str]) -> None:
         """Refuse a translation that the model was not trained for; raises Problem 422."""
         try:
             for target in targets:
-                check_pair(self.model.config, self.model.kind, source, target)
+                check_sources(self.model.config, self.model.kind, sources, target)
         except UserError as error:
             raise Problem(422, str(error)) from error
 
-    def _source(self, wanted: str, name: str, words: str) -> tuple[str, str]:
-        if wanted != AUTO:
-            return wanted, "request"
-        try:
-            return choose_source(name, words, self.model.config.modalities)
-        except UserError as error:
-            raise Problem(422, f"volume: {error}") from error
+    def _sources(self, uploads: Sequence[Upload], words: Sequence[str]) -> dict[str, str]:
+        """Return the modality of every volume, and who said so; raises Problem 422 where two are of one."""
+        found: dict[str, str] = {}
+        for upload, header in zip(uploads, words, strict=True):
+            source, said_by = upload.source, "request"
+            if source == AUTO:
+                try:
+                    source, said_by = choose_source(upload.name, header, self.model.config.modalities)
+                except UserError as error:
+                    raise Problem(422, f"{upload.field}: {error}") from error
+            if source in found:
+                raise Problem(422, f"two of the volumes are {source}: give each modality once")
+            found[source] = said_by
+        return found
 
     async def remove(self, job_id: str, owner: str) -> None:
         """Cancel a job that is not finished, forget one that is; raises Problem 404."""

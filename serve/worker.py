@@ -197,7 +197,7 @@ def translate(
         on_step: called as on_step(jobs, share done).
         max_evaluations: most network evaluations of one job; one whose boxes take more fails.
     """
-    from serve.files import load_source, write_results
+    from serve.files import load_source, volume_folders, write_results
 
     first = jobs[0]
     sampling = translator.sampling(
@@ -209,12 +209,14 @@ def translate(
         if job.id in stopped:
             continue
         with _noted(job, folder, problems):
-            volume, source = load_source(folder / job.id)
+            folders = volume_folders(folder / job.id, len(job.sources))
+            loaded = dict(zip(job.sources, map(load_source, folders), strict=True))
             if job.id in stopped:  # to prepare it is what may take long
                 continue
-            encoded = translator.prepare({job.source: volume}, max_boxes=max(1, max_evaluations // evaluations))
-            _check_likeness(translator.likeness(encoded.record, (job.source,)), job)
-            works.append(_Work(job, encoded, volume, source))
+            volumes = {name: volume for name, (volume, _) in loaded.items()}
+            encoded = translator.prepare(volumes, max_boxes=max(1, max_evaluations // evaluations))
+            _check_likeness(translator.likeness(encoded.record, tuple(encoded.codes[0])), job)
+            works.append(_Work(job, encoded, volumes, loaded[job.source][1]))
     if not works:
         return
     passes = max(len(work.requests) for work in works)
@@ -235,8 +237,9 @@ def translate(
             if work.job.id in stopped or len(work.results) < len(work.encoded.codes):
                 continue
             with _noted(work.job, folder, problems):
-                made = translator.finished(work.results, request, work.volume, work.encoded.record, sampling)
-                write_results(folder / work.job.id, made, work.volume, work.source, work.job.format)
+                made = translator.finished(work.results, request, work.recorded, work.encoded.record, sampling)
+                first, sources = work.volumes[work.job.source], list(work.job.sources)
+                write_results(folder / work.job.id, made, first, work.source, work.job.format, sources)
             work.results.clear()
 
 
@@ -244,14 +247,15 @@ def _check_likeness(likeness: "Likeness | None", job: Job) -> None:
     """Note how unlike a job's volume is, and refuse one beyond the limit that the client does not accept."""
     job.likeness = None if likeness is None else asdict(likeness)
     if likeness is not None and likeness.is_unlike and not job.accept_unlike:
-        raise UserError(f"volume: {likeness.words()}")
+        raise UserError(f"{'volume' if len(job.sources) == 1 else 'one of the volumes'}: {likeness.words()}")
 
 
 class _Work:
-    """A job with its volume."""
+    """A job with its volumes."""
 
-    def __init__(self, job: Job, encoded: "Encoded", volume: "Volume", source: Any) -> None:
-        self.job, self.encoded, self.volume, self.source = job, encoded, volume, source
+    def __init__(self, job: Job, encoded: "Encoded", volumes: "dict[str, Volume]", source: Any) -> None:
+        self.job, self.encoded, self.volumes, self.source = job, encoded, volumes, source
+        self.recorded = volumes[next(iter(encoded.codes[0]))]  # the one that the record is of
         job.num_boxes, job.share_outside = len(encoded.codes), encoded.record.share_outside
         self.requests: list[Request] = [
             request for target in job.targets for request in encoded.requests(target, job.seed)

@@ -15,15 +15,13 @@ from aldm.config import PreprocessConfig, to_dict
 from aldm.data.dicom import is_series, read_series
 from aldm.data.layouts import Problem, SubjectFiles, stopping
 from aldm.data.nifti_header import MAX_VOXELS
-from aldm.data.overlap import labels_inside, lost_labels, shared_field_of_view
+from aldm.data.overlap import MIN_OVERLAP, labels_inside, lost_labels, shared_field_of_view
 from aldm.data.preprocess import model_grid
 from aldm.data.registration import misalignment_mm
 from aldm.data.store import FORMAT_VERSION, ShardReader, shard_path
 from aldm.data.volume import NiftiSource, Volume, load_nifti
 from aldm.errors import UserError
 
-MIN_OVERLAP = 1 / 3
-"""Of the smaller of two fields of view. Centred boxes of which one begins at the origin share an eighth."""
 MIN_LABELS_INSIDE = 0.95
 """Of a segmentation's or mask's voxels, in the field of view of the first modality."""
 MAX_MISALIGNMENT_MM = 2.0

@@ -1,11 +1,14 @@
 """Do a subject's files lie on each other? Shared fields of view, and labels that fall outside or between voxels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from aldm.data.volume import Volume, resample
+from aldm.errors import UserError
 
+MIN_OVERLAP = 1 / 3
+"""Of the smaller of two fields of view. Centred boxes of which one begins at the origin share an eighth."""
 _FIELD_SAMPLES = 24
 """Points along each axis of a field of view that are looked at."""
 
@@ -15,6 +18,25 @@ def shared_field_of_view(first: Volume, second: Volume) -> float:
     smaller, larger = sorted((first, second), key=_millilitres)
     steps = [(np.arange(_FIELD_SAMPLES) + 0.5) / _FIELD_SAMPLES * n - 0.5 for n in smaller.data.shape]
     return float(_inside(np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3), smaller, larger).mean())
+
+
+def check_one_place(volumes: Mapping[str, Volume]) -> None:
+    """Refuse volumes of one head that do not lie on each other.
+
+    Args:
+        volumes: name -> volume; the others are compared with the first.
+
+    Raises:
+        UserError: less than a third of the smaller field of view is shared.
+    """
+    (first, fixed), *others = volumes.items()
+    for name, volume in others:
+        shared = shared_field_of_view(fixed, volume)
+        if shared < MIN_OVERLAP:
+            raise UserError(
+                f"{name} lies elsewhere than {first}: {shared:.0%} of the smaller field of view is in both, wanted "
+                f"{MIN_OVERLAP:.0%}; their affines have to place them in one head: register them first"
+            )
 
 
 def labels_inside(labels: Volume, volume: Volume) -> tuple[int, int]:
