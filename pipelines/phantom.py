@@ -1,4 +1,4 @@
-"""`aldm phantom`: write simulated subjects as a BraTS or IXI tree."""
+"""`aldm phantom`: write simulated subjects as a BraTS or IXI tree, or heads to train on."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from aldm.data.phantom import (
     volume_path,
     write_phantom,
 )
-from aldm.progress import progress
 from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config
 
@@ -24,11 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     parser = job_parser(
         "phantom",
-        "Write simulated multi-contrast subjects as a tree of NIfTI files in the layout of BraTS 2021 or IXI. The seed "
-        "fixes every byte, and a larger set contains a smaller one.",
+        "Write simulated multi-contrast subjects as a tree of NIfTI files: in the layout of BraTS 2021 or IXI, or "
+        "heads of all modalities, whole and skull-stripped, from scanners drawn at random, which aldm prepare takes as "
+        "layout brats. The seed fixes every byte, and a larger set contains a smaller one.",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose files, modalities and grids to imitate")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, required=True, help="whose files, modalities and grids to imitate, or heads"
+    )
     parser.add_argument("--num-subjects", type=int, default=24, metavar="N", help="how many subjects")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the whole set")
     parser.add_argument(
@@ -36,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=3.0,
         metavar="F",
-        help="voxel size in mm (1 is BraTS's own; 0.9375 is IXI's own in the slice, whose slices are thicker)",
+        help="voxel size in mm (1 is BraTS's own; 0.9375 is IXI's own in the slice, whose slices are thicker; of heads "
+        "the smallest side of a voxel)",
     )
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="subjects made at a time")
     parser.add_argument("--overwrite", action="store_true", help="replace a tree that this job wrote before")
     args = parser.parse_args(argv)
     resolve_config(args)  # nothing here depends on it, but a wrong one is said so
@@ -47,18 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = volume_path(args.layout, subject_name(args.layout, 0), "t1")
         subjects = counted(args.num_subjects, "subject")
         print(f"would write {subjects} at {args.spacing_mm:g} mm, the first to {args.out / first}")
-        print(f"memory: about {expected_memory_gib(args.layout, args.spacing_mm):.1f} GiB")
+        each = " each process" if args.num_processes > 1 else ""
+        print(f"memory: about {expected_memory_gib(args.layout, args.spacing_mm):.1f} GiB{each}")
         return 0
-    with progress(total=args.num_subjects, description="phantom", unit="subject") as bar:
-        write_phantom(
-            args.out,
-            args.layout,
-            args.num_subjects,
-            args.seed,
-            args.spacing_mm,
-            on_progress=lambda done, total: bar.update(),
-            overwrite=args.overwrite,
-        )
+    write_phantom(
+        args.out,
+        args.layout,
+        args.num_subjects,
+        args.seed,
+        args.spacing_mm,
+        overwrite=args.overwrite,
+        num_processes=args.num_processes,
+    )
     logger.info("wrote %d simulated subjects to %s", args.num_subjects, args.out)
     return 0
 

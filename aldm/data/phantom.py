@@ -1,6 +1,7 @@
-"""Simulated multi-contrast subjects, written as real BraTS 2021 and IXI trees: the data of the tests and of the demo.
+"""Simulated multi-contrast subjects: real BraTS 2021 and IXI trees for the tests and the demo, and heads to train on.
 
-Anatomy: phantom_anatomy.py. Signal: phantom_physics.py. Here: the scanners' grids, and the files.
+Anatomy: phantom_anatomy.py. Signal: phantom_physics.py. Heads: phantom_heads.py. Here: the scanners' grids, and the
+files.
 World coordinates are RAS+ in mm; arrays are X Y Z in the scanner's own axes.
 """
 
@@ -8,47 +9,47 @@ import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from aldm.data.phantom_anatomy import Array, Grid, Head, SmoothField, Tissues, rotation
+from aldm.data.modalities import MODALITIES
+from aldm.data.parallel import ProcessWorkers
+from aldm.data.phantom_anatomy import Array, Grid, Head, SimulatedVolume, SmoothField, Tissues, rotation
+from aldm.data.phantom_heads import canvas_step_mm, simulate_head
 from aldm.data.phantom_physics import Tissue, coil_profile, magnitude, rician, tissues_of_subject
 from aldm.errors import UserError
 from aldm.files import atomic_folder, check_folder
 
-LAYOUTS = ("brats", "ixi")
-MODALITIES_OF_LAYOUT = {"brats": ("t1", "t1ce", "t2", "flair"), "ixi": ("t1", "t2", "pd")}
+LAYOUTS = ("brats", "ixi", "heads")
+MODALITIES_OF_LAYOUT = {"brats": ("t1", "t1ce", "t2", "flair"), "ixi": ("t1", "t2", "pd"), "heads": MODALITIES}
 MARKER = "phantom.json"
 _IXI_SITES = ("Guys", "HH", "IOP")
-
-
-@dataclass(frozen=True, eq=False)
-class SimulatedVolume:
-    """A volume as the scanner stores it: int16 (uint8 for seg) in its own axes, affine voxel -> world RAS in mm."""
-
-    data: Array
-    affine: Array
 
 
 # ------------------------------------------------------------------------------------------------------------ scans
 
 
 def simulate_subject(seed: int, index: int, layout: str, spacing_mm: float) -> dict[str, SimulatedVolume]:
-    """Simulate one subject: its modalities, and `seg` for brats.
+    """Simulate one subject: its modalities, and `seg` for brats and for heads with a lesion.
 
     Args:
         seed, index: together they fix the subject; index counts from 0.
         layout: brats (one L P S grid of 240 x 240 x 155 mm, exactly zero outside the brain, a lesion) or ixi (T1 on a
             sagittal P S R grid of 240 x 240 x 180 mm, T2 and PD on an axial L A S grid of 240 x 240 x 162.5 mm, both
-            turned by up to 5 degrees an axis, noise in the background, no lesion).
+            turned by up to 5 degrees an axis, noise in the background, no lesion), or heads (whole or skull-stripped,
+            all modalities, grids and sequences at random: phantom_heads.py).
         spacing_mm: voxel size, 0.5 to 16 mm. For ixi that is the size in the slice, and slices are thicker by IXI's
-            own ratios, 1.28 (T1) and 1.333 (T2, PD): 0.9375 gives IXI's 256 x 256 x 150 and 256 x 256 x 130 voxels.
+            own ratios, 1.28 (T1) and 1.333 (T2, PD): 0.9375 gives IXI's 256 x 256 x 150 and 256 x 256 x 130 voxels. For
+            heads it is the smallest side that a voxel may have.
 
     Raises:
         UserError: an argument out of range.
     """
     check_arguments(layout, index + 1, seed, spacing_mm)
+    if layout == "heads":
+        return simulate_head(seed, index, spacing_mm)
     streams = np.random.SeedSequence([seed, index, LAYOUTS.index(layout)]).spawn(4)
     shape, lesion, chemistry, scanner = (np.random.default_rng(stream) for stream in streams)
     head = Head(shape, lesion if layout == "brats" else None)
@@ -152,15 +153,15 @@ def _voxels(extent_mm: tuple[float, float, float], spacing_mm: Array) -> tuple[i
 
 
 def subject_name(layout: str, index: int) -> str:
-    """Name of a subject as the data set writes it: BraTS2021_00000, IXI002-Guys-0828."""
-    if layout == "brats":
-        return f"BraTS2021_{index:05d}"
+    """Name of a subject as the data set writes it: BraTS2021_00000, IXI002-Guys-0828; of a head: Head_00000."""
+    if layout != "ixi":
+        return f"{'BraTS2021' if layout == 'brats' else 'Head'}_{index:05d}"
     return f"IXI{index + 2:03d}-{_IXI_SITES[index % 3]}-{(828 + 471 * index) % 10000:04d}"
 
 
 def volume_path(layout: str, subject_id: str, modality: str) -> Path:
     """Where the data set's tree keeps a volume, relative to its root."""
-    if layout == "brats":
+    if layout != "ixi":
         return Path(subject_id) / f"{subject_id}_{modality}.nii.gz"
     return Path(f"IXI-{modality.upper()}") / f"{subject_id}-{modality.upper()}.nii.gz"
 
@@ -174,10 +175,12 @@ def write_phantom(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     overwrite: bool = False,
+    num_processes: int = 1,
 ) -> list[str]:
     """Write simulated subjects as a tree of the data set's own layout and return their names.
 
-    The tree appears whole or not at all. (seed, index) fixes a subject's bytes, so a larger set contains a smaller one.
+    The tree appears whole or not at all. (seed, index) fixes a subject's bytes, so a larger set contains a smaller one,
+    and the number of processes does not matter. Heads are named like BraTS, and `prepare` takes them as layout brats.
 
     Args:
         out: folder to make.
@@ -185,18 +188,21 @@ def write_phantom(
         num_subjects: how many, from index 0.
         on_progress: called with (subjects done, subjects in all).
         overwrite: replace a tree that an earlier call wrote.
+        num_processes: how many subjects are made at a time.
 
     Raises:
         UserError: an argument out of range, or `out` cannot be written or holds something else.
     """
     check_arguments(layout, num_subjects, seed, spacing_mm)
     names = [subject_name(layout, index) for index in range(num_subjects)]
-    with atomic_folder(out, overwrite, marker=MARKER) as folder:
-        for index, name in enumerate(names):
-            for modality, volume in simulate_subject(seed, index, layout, spacing_mm).items():
-                _write_nifti(folder / volume_path(layout, name, modality), volume)
+    if num_processes < 1:
+        raise UserError(f"`num_processes` is {num_processes}, wanted at least 1")
+    with atomic_folder(out, overwrite, marker=MARKER) as folder, ProcessWorkers(num_processes) as workers:
+        write = partial(_write_subject, folder=folder, layout=layout, seed=seed, spacing_mm=spacing_mm)
+        written = workers.map(write, range(num_subjects), description="phantom", unit="subject")
+        for done, _ in enumerate(written, 1):
             if on_progress is not None:
-                on_progress(index + 1, num_subjects)
+                on_progress(done, num_subjects)
         about = {
             "simulated": True,
             "layout": layout,
@@ -208,12 +214,21 @@ def write_phantom(
     return names
 
 
+def _write_subject(index: int, *, folder: Path, layout: str, seed: int, spacing_mm: float) -> int:
+    """Write a subject's files below a folder and return its index."""
+    name = subject_name(layout, index)
+    for modality, volume in simulate_subject(seed, index, layout, spacing_mm).items():
+        _write_nifti(folder / volume_path(layout, name, modality), volume)
+    return index
+
+
 def check_arguments(layout: str, num_subjects: int, seed: int, spacing_mm: float) -> None:
     """Raise UserError unless `write_phantom` takes these."""
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}, wanted one of: {', '.join(LAYOUTS)}")
-    if not 1 <= num_subjects <= 998:  # IXI numbers its subjects with three digits, from 002
-        raise UserError(f"number of subjects is {num_subjects}, wanted 1 to 998")
+    most = 99_999 if layout == "heads" else 998  # IXI numbers its subjects with three digits, from 002
+    if not 1 <= num_subjects <= most:
+        raise UserError(f"number of subjects is {num_subjects}, wanted 1 to {most}")
     if seed < 0:
         raise UserError(f"seed is {seed}, wanted 0 or more")
     if not 0.5 <= spacing_mm <= 16:
@@ -223,8 +238,11 @@ def check_arguments(layout: str, num_subjects: int, seed: int, spacing_mm: float
 def expected_memory_gib(layout: str, spacing_mm: float) -> float:
     """Peak memory of `aldm phantom`, GiB: the program with the template, and bytes a voxel.
 
-    Measured at 2 and 1 mm, GB resident: 0.53 and 1.08 with the layout brats, 0.53 and 1.13 with ixi.
+    Measured at 2 and 1 mm, GB resident: 0.53 and 1.08 with the layout brats, 0.53 and 1.13 with ixi, 0.86 and 1.24
+    with heads.
     """
+    if layout == "heads":
+        return 0.48 + 53 * 210 * 264 * 264 / canvas_step_mm(spacing_mm) ** 3 / 2**30
     slab_mm = 155 if layout == "brats" else 180 / 1.28
     return 0.43 + 84 * 240 * 240 * slab_mm / spacing_mm**3 / 2**30
 

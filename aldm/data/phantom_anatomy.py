@@ -16,11 +16,19 @@ Array = np.ndarray
 
 SEG_LABELS = {"necrosis": 1, "edema": 2, "enhancing": 4}
 """BraTS's label of each part of a lesion."""
-_TEMPLATE_MIDDLE_MM = np.array([0.0, -19.0, 6.0])
+TEMPLATE_MIDDLE_MM = np.array([0.0, -19.0, 6.0])
 _REACH_MM = np.array([100.0, 126.0, 100.0])
 """Semi-axes of an ellipsoid around the head's middle that holds every brain."""
 _LATTICE_MM = 8.0
 _HALF_EXTENT_MM = 136.0
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedVolume:
+    """A volume as the scanner stores it: int16 (uint8 for seg) in its own axes, affine voxel -> world RAS in mm."""
+
+    data: Array
+    affine: Array
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def icbm152_file(kind: str) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _template() -> tuple[Array, Array]:
+def template_fractions() -> tuple[Array, Array]:
     """Return (fractions (3, X, Y, Z) of grey, white, csf; world coordinates of voxel 0) of ICBM152 at 1 mm.
 
     The maps are averages over many heads; squaring and renormalising sharpens them towards one head's. What the maps
@@ -92,7 +100,7 @@ def _antialiased(spacing_ras_mm: tuple[float, float, float]) -> tuple[Array, Arr
     """
     from scipy.ndimage import gaussian_filter
 
-    fractions, origin = _template()
+    fractions, origin = template_fractions()
     sigma = [0.425 * spacing if spacing > 1.25 else 0.0 for spacing in spacing_ras_mm]
     step = max(1, int(min(spacing_ras_mm) / 2))
     blurred = [gaussian_filter(channel, sigma, truncate=3.0)[::step, ::step, ::step] for channel in fractions]
@@ -192,7 +200,7 @@ class Head:
         shear = np.eye(3)
         shear[np.triu_indices(3, 1)] = shape.normal(0, 0.03, 3)
         self._to_template = rotation(np.deg2rad(shape.normal(0, 4, 3))) @ np.diag(1 / scale) @ shear
-        self._shift = _TEMPLATE_MIDDLE_MM + shape.normal(0, 3, 3)
+        self._shift = TEMPLATE_MIDDLE_MM + shape.normal(0, 3, 3)
         self._warp = [SmoothField(shape, 34.0) for _ in range(3)]
         self._proportions = np.exp(shape.normal(0, 0.2, 3))
         self._lesion = None if lesion is None else Lesion(lesion)
