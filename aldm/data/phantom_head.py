@@ -94,8 +94,10 @@ def _at(point: Vector | Array, shift: Array) -> Vector:
 def _mirrored(shape: Shape) -> Shape:
     flip, still = np.array([-1, 1, 1]), np.zeros(3)
     if isinstance(shape, Tube):
-        return replace(shape, start=_at(shape.start * flip, still), end=_at(shape.end * flip, still))
-    return replace(shape, centre=_at(shape.centre * flip, still))
+        return replace(
+            shape, start=_at(np.array(shape.start) * flip, still), end=_at(np.array(shape.end) * flip, still)
+        )
+    return replace(shape, centre=_at(np.array(shape.centre) * flip, still))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -262,9 +264,9 @@ def _air(painter: _Painter, grain: Array) -> None:
         painter.shapes("air", Ellipsoid((0, 52, -79), (20, 26, float(generator.uniform(1, 5)))))
     painter.shapes("air", *pair(Tube((88, -24, -32), (56, -26, -36), 3.2)))
     mastoid = np.clip(0.5 + 1.5 * grain, 0, 1) * float(generator.uniform(0.3, 1))
-    for shape in pair(Ellipsoid((56, -40, -46), (9, 13, 15))):
-        painter.shapes("air", shape, mix=mastoid)
-        painter.shapes("bone", shape)
+    for cells_of_side in pair(Ellipsoid((56, -40, -46), (9, 13, 15))):
+        painter.shapes("air", cells_of_side, mix=mastoid)
+        painter.shapes("bone", cells_of_side)
 
 
 def _bones(painter: _Painter, layers: _Layers, inner: Array, grain: Array) -> None:
