@@ -186,7 +186,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HaarUNetConfig:
-    """The regression U-Net on Haar bands that stands beside every model."""
+    """A U-Net on Haar bands: the regression U-Net that stands beside every model, or one of a segmenter's."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     """Width at each level; the first works at half the volume's resolution, every step to the next halves it again."""
@@ -295,12 +295,14 @@ class Config:
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     haar_unet: HaarUNetConfig = field(default_factory=HaarUNetConfig)
+    segmenter: HaarUNetConfig = field(default_factory=lambda: HaarUNetConfig(channels=(16, 32, 64)))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train_vqgan: TrainingConfig = field(default_factory=TrainingConfig)
     train_ms_spade: TrainingConfig = field(default_factory=TrainingConfig)
     train_diffusion: TrainingConfig = field(default_factory=TrainingConfig)
     train_unet: TrainingConfig = field(default_factory=TrainingConfig)
+    train_segmenter: TrainingConfig = field(default_factory=TrainingConfig)
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def __post_init__(self) -> None:
@@ -316,7 +318,7 @@ class Config:
 
 
 def training_of(config: Config, stage: str) -> TrainingConfig:
-    """Return the section of a training: vqgan, ms-spade, diffusion, unet, or a comparison method."""
+    """Return the section of a training: vqgan, ms-spade, diffusion, unet, segmenter, or a comparison method."""
     owner, name = _training_place(config, stage)
     training: TrainingConfig = getattr(owner, name)
     return training

@@ -7,6 +7,11 @@ Beside every model stand the rows that keep it honest:
 * intensity-map, histogram-matching: the source with other intensities, voxel by voxel (references.py).
 * reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
 
+With a segmenter that was trained on real volumes all of these are segmented as well (usefulness.py), and beside them:
+
+* real: the target itself, which says how good the segmenter is.
+* empty: a volume without anything in it.
+
 Scores are taken on the model's box, on images in [0, 1] (metrics.py), over `volume` (the whole box), the store's mask
 (`brain`, or `foreground` where none is marked off), `edges` (the tenth of the mask's inner voxels where the target has
 the largest gradients) and `lesion` (the segmentation's voxels, where there is one).
@@ -26,12 +31,14 @@ from aldm.data.parallel import Workers, map_in_order
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 from aldm.metrics import to_unit
+from aldm.models.segmenter import Segmenter
 from aldm.references import References, fit_references
 from aldm.score_rows import MethodKey, ScoreRow
 from aldm.subject_scorer import SubjectScorer
 from aldm.subsets import several
 from aldm.translate import Translator
 from aldm.translation import Request
+from aldm.usefulness import EMPTY, REAL
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +106,7 @@ def evaluate(
     pair: tuple[str, str] | None = None,
     workers: Workers | None = None,
     load: Callable[[], Sequence[Candidate]] | None = None,
+    segmenter: Segmenter | None = None,
 ) -> Evaluation:
     """Score every candidate and the honest rows over every pair of modalities that a subject has.
 
@@ -116,6 +124,7 @@ def evaluate(
         workers: measure a subject each, the rows being the same; the store's path, which must be absolute, is one that
             all of them reach. None measures in this process.
         load: returns the candidates anew; every worker calls it once. None sends them to the workers, pickled.
+        segmenter: of the store's modalities, on the CPU; segments whatever is scored of the subjects that have labels.
 
     Raises:
         UserError: no subjects, or a candidate whose modalities or preprocessing are not the store's.
@@ -126,7 +135,7 @@ def evaluate(
     pairs = [(source, target) for source, target in wanted_pairs(modalities, candidates, pair) if source != target]
     references = fit_references(store, pairs)
     load = load or partial(tuple, candidates)
-    measure = _SubjectTask(store, load, modalities, references, seed, on_example or _ignore, pair)
+    measure = _SubjectTask(store, load, modalities, references, seed, on_example or _ignore, pair, segmenter)
     result = Evaluation()
     if workers is None:
         measure.candidates, measure.on_volume = candidates, on_volume or _ignore
@@ -213,6 +222,7 @@ class _SubjectTask:
     seed: int
     on_example: Callable[[Example], None]
     pair: tuple[str, str] | None
+    segmenter: Segmenter | None
     on_volume: Callable[[], None] = _ignore
     candidates: Sequence[Candidate] | None = None
 
@@ -222,7 +232,7 @@ class _SubjectTask:
         result = Evaluation()
         names = tuple(name for name in record.modalities if name in self.modalities)
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
-        scorer = SubjectScorer(result.rows, self.store, record, volumes)
+        scorer = SubjectScorer(result.rows, self.store, record, volumes, self.segmenter)
         pairs = wanted_pairs(names, self.candidates, self.pair)
         _score_company(scorer, self.store, self.references, pairs, self.candidates)
         for candidate in self.candidates:
@@ -288,6 +298,10 @@ def _score_company(
         if codec_of is not None:
             truth = (scorer.truth(target).image * 2 - 1).astype(np.float32)
             scorer.add(MethodKey("reconstruction", "", 0), target, target, codec_of.reconstruct(truth))
+        if scorer.segments:
+            real = scorer.truth(target).image * 2 - 1
+            for method, x in ((REAL, real), (EMPTY, np.full_like(real, -1))):
+                scorer.file(MethodKey(method, "", 0), target, target, scorer.overlaps(target, x))
 
 
 def _score_candidate(

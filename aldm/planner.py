@@ -19,6 +19,7 @@ from aldm.baselines.pairs import image_shape
 from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, TrainingConfig, training_of
 from aldm.config_baselines import METHODS
+from aldm.data.labels import LESION, TISSUES
 from aldm.data.modalities import MODALITIES
 from aldm.denoising import build_ms_spade, build_unet, denoise, refine_all, refine_missing
 from aldm.engine import PlainEngine
@@ -26,10 +27,11 @@ from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
 from aldm.precision import arithmetic, usable_precision
 from aldm.predictors import LatentDiffusion
+from aldm.segmenter_stage import SegmenterStage
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
 
-TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")
+TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet", "segmenter")
 GIB = 2**30
 LIBRARY_BYTES = 20 * 2**20
 """What oneDNN and MKL keep for themselves (compiled kernels, packing buffers): 10 to 25 MiB measured with
@@ -44,7 +46,7 @@ class MemoryPlan:
     alive where tensors are smaller than 32 MiB; MALLOC_MMAP_THRESHOLD_=1048576 in the environment prevents that.
 
     Attributes:
-        stage: vqgan, ms-spade, diffusion, unet or inference.
+        stage: vqgan, ms-spade, diffusion, unet, segmenter or inference.
         shape: sides of the volume, crop or slice that goes in.
         batch_size: samples of a step.
         precision: fp32, tf32 or bf16.
@@ -219,6 +221,12 @@ def stage_and_batch(
         batch |= {key: torch.zeros(size, 1, *shape) for key in names}
         stage: Any = VQGANStage(config, data) if name == "vqgan" else RegressionStage(config, data)
         return stage, None, batch, shape
+    if name == "segmenter":
+        shape = training.crop or whole
+        number = len(config.modalities)
+        batch |= {"volumes": torch.zeros(size, number, *shape), "has": torch.ones(size, number)}
+        batch["labels"] = torch.zeros(size, *shape, dtype=torch.uint8)
+        return SegmenterStage(config, data, (*TISSUES, LESION)), None, batch, shape
     if name in METHODS:
         pairs = method_stage(config, data, name)
         plane = image_shape(config, name, pairs.spatial_dims)

@@ -373,7 +373,7 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     training = training_of(config, stage)
     before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
     others = [name for name in to_dict(config) if name.startswith("train_") and name != training_name(stage)]
-    others += ["haar_unet"] if stage != "unet" else []
+    others += ["haar_unet"] * (stage != "unet") + ["segmenter"] * (stage != "segmenter")
     free = {name: getattr(config, name) for name in ("activation_checkpointing", *others)}
     before = replace(before, **free)
     different = _differences(to_dict(before), to_dict(config))

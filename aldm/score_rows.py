@@ -1,7 +1,8 @@
 """Rows of scores: one translated volume over one region each, their files, and the one place where means are taken.
 
 A method is a model with its sampler and number of network evaluations, or one of the rows that keep a model honest
-(evaluation.py): REFERENCES, and the codec's reconstruction.
+(evaluation.py): REFERENCES, and the codec's reconstruction. A row is of an image's scores over a region, or of what a
+segmenter finds in the image of one structure; the other's scores are NaN in it.
 """
 
 import csv
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aldm.files import atomic_path
 from aldm.metrics import Scores
+from aldm.segmentation import Overlap
 
 if TYPE_CHECKING:
     import pandas
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 REFERENCES = ("identity", "training-mean", "intensity-map", "histogram-matching")
 """Methods that need no network; every evaluation of a store has the same rows of them."""
 SCORES = tuple(field.name for field in fields(Scores))
-"""Columns of the scores, in their order."""
+"""Columns of an image's scores, in their order."""
+OVERLAPS = tuple(field.name for field in fields(Overlap))
+"""Columns of the scores of a segmentation, in their order."""
+SEGMENTED = "segmented "
+"""What stands before a structure's name in the region of a row with the scores of a segmentation."""
 GROUP = ("method", "sampler", "num_inference_steps", "region")
 """What `mean_scores` takes means for."""
 
@@ -44,7 +50,7 @@ class ScoreRow:
 
     subject_id: str
     method: str
-    """aldm, unet, one of REFERENCES, or reconstruction."""
+    """aldm, unet, one of REFERENCES, reconstruction, or where a segmenter is measured real or empty."""
     source: str
     target: str
     sampler: str
@@ -52,15 +58,19 @@ class ScoreRow:
     num_inference_steps: int
     """Network evaluations per sample; 0 where there is no sampler."""
     region: str
-    """volume, brain (or foreground), edges, lesion."""
-    psnr_db: float
-    nmse: float
-    ssim: float
+    """volume, brain (or foreground), edges, lesion; or SEGMENTED and a structure."""
+    psnr_db: float = math.nan
+    nmse: float = math.nan
+    ssim: float = math.nan
     mae: float = math.nan
     """Like the scores below NaN in what earlier versions wrote."""
     ms_ssim: float = math.nan
     nmi: float = math.nan
     sharpness: float = math.nan
+    dice: float = math.nan
+    hd95_mm: float = math.nan
+    volume_ml: float = math.nan
+    volume_error_ml: float = math.nan
 
     @property
     def key(self) -> MethodKey:
@@ -95,13 +105,18 @@ def frame(rows: Iterable[ScoreRow]) -> "pandas.DataFrame":
 
     names = [field.name for field in fields(ScoreRow)]
     table = pandas.DataFrame([astuple(row) for row in rows], columns=names)
-    return table.astype(dict.fromkeys(SCORES, float) | {"num_inference_steps": int})
+    return table.astype(dict.fromkeys(SCORES + OVERLAPS, float) | {"num_inference_steps": int})
 
 
 def write_parquet(path: Path, rows: Iterable[ScoreRow], *, overwrite: bool = False) -> None:
     """Write the table of `frame` as Parquet; what is not defined is null."""
     with atomic_path(path, overwrite=overwrite) as temporary:
         frame(rows).to_parquet(temporary, engine="pyarrow", index=False)
+
+
+def of_images(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
+    """Return the rows of images' scores, without those of segmentations."""
+    return [row for row in rows if not row.region.startswith(SEGMENTED)]
 
 
 def translations(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
@@ -119,13 +134,13 @@ def mean_scores(rows: Sequence[ScoreRow], *, with_codec: bool = False) -> "panda
 
     Returns:
         a line per (method, sampler, num_inference_steps, region), the index, in the order of their first rows; the
-        columns are SCORES, whose means leave NaN out, and `volumes`, their number.
+        columns are SCORES and OVERLAPS, whose means leave NaN out, and `volumes`, their number.
     """
     counted = translations(rows)
     if with_codec:
         translate = {(row.key, row.region) for row in counted}
         counted = [row for row in rows if row.source != row.target or (row.key, row.region) not in translate]
     groups = frame(counted).groupby(list(GROUP), sort=False)
-    means = groups[list(SCORES)].mean()
+    means = groups[[*SCORES, *OVERLAPS]].mean()
     means["volumes"] = groups.size()
     return means

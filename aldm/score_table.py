@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from aldm.score_rows import MethodKey, ScoreRow, mean_scores, translations
+from aldm import usefulness
+from aldm.score_rows import MethodKey, ScoreRow, mean_scores, of_images, translations
 from aldm.significance import holm_texts, signed_rank_p
 from aldm.words import counted
 
@@ -246,6 +247,9 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
         "`volume` is "
         "the model's whole box. Synthetic images, for research use only.",
     ]
+    segmented = usefulness.table(rows)
+    parts += ["## Usefulness", usefulness.verdict(rows), segmented, usefulness.NOTE] if segmented else []
+    rows = of_images(rows)
     for region in dict.fromkeys(row.region for row in rows):
         parts += [f"## Region: {region}", overview(rows, region), "### All scores", CARD_NOTE, card(rows, region)]
         parts += ["### Who beats whom", COMPARISON_NOTE]

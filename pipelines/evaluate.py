@@ -29,6 +29,7 @@ from pipelines.evaluation_files import (
     write_record,
     write_results,
 )
+from pipelines.evaluation_segmenter import measured_segmenter, print_usefulness
 from pipelines.ray_workers import add_worker_arguments, open_workers
 from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
@@ -45,8 +46,9 @@ DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a 
 PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
 segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
-(--baseline). Writes {SCORES} and the same table as {PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that
-takes any sources is scored over every subset of them too ({SUBSETS}, {SUBSETS_PICTURE})."""
+(--baseline). --segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES}, the same table as
+{PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that takes any sources is scored over every subset of them
+too ({SUBSETS}, {SUBSETS_PICTURE})."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""
@@ -87,6 +89,7 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
     from aldm.data.parallel import remove_leftovers
     from aldm.data.store import VolumeStore
     from aldm.evaluation import check_candidates, count_translations, evaluate
+    from aldm.score_rows import of_images
     from aldm.score_table import overview
 
     store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
@@ -100,6 +103,7 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
     if left_out:
         logger.warning("not every model knows %s: left out", ", ".join(left_out))
     pair = _pair(args, candidates)
+    segmenter, segmenter_hash = measured_segmenter(args, store, subjects)
     total = count_translations(store, subjects, candidates, pair)
     if not total:
         raise UserError("no subject of the split has a pair of modalities that a model was trained for")
@@ -120,12 +124,15 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
                     pair=pair,
                     workers=workers,
                     load=load,
+                    segmenter=segmenter,
                 )
             remove_leftovers(folder)
             write_results(folder, result, store, args)
-            write_record(folder / RECORD, candidates, store, args, champion)
-    regions = dict.fromkeys(row.region for row in result.rows)
-    print("\n\n".join(overview(result.rows, region) for region in regions))
+            write_record(folder / RECORD, candidates, store, args, champion, segmenter_hash)
+    rows = of_images(result.rows)
+    print("\n\n".join(overview(rows, region) for region in dict.fromkeys(row.region for row in rows)))
+    if segmenter is not None:
+        print_usefulness(result.rows)
     print(f"\nall tables: {args.out / TABLES}")
     if args.group is not None:
         from pipelines.evaluation_tracking import log_evaluation
@@ -287,6 +294,13 @@ def _parser() -> JobParser:
         help="measure the version of this registered model with that alias as well, as the row champion, if there is "
         "one yet; the registry is at MLFLOW_TRACKING_URI, or in the file mlflow.db beside --out (default: none; the "
         "alias: champion)",
+    )
+    parser.add_argument(
+        "--segmenter",
+        type=Path,
+        metavar="RUN",
+        help="run folder of aldm train segmenter: measure also how well it finds tissues and lesions in the synthetic "
+        "volumes, beside the real ones, copied sources and empty volumes (default: not measured)",
     )
     parser.add_argument("--num-samples", type=int, metavar="K", help="samples averaged (default: the model's)")
     parser.add_argument("--max-subjects", type=int, metavar="N", help="the first N subjects only (default: all)")

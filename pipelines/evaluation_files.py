@@ -67,13 +67,13 @@ def _any_sources(folder: Path, result: "Evaluation") -> str:
     """Write the scores of translations from several sources and their picture, if there are any; return the tables."""
     from aldm import subsets
     from aldm.pictures import save_subsets
-    from aldm.score_rows import write_csv
+    from aldm.score_rows import of_images, write_csv
 
     if not result.several:
         return ""
     write_csv(folder / SUBSETS, result.several)
     keys = list(dict.fromkeys(row.key for row in result.several))
-    rows = [row for row in result.rows if row.key in keys] + result.several
+    rows = of_images([row for row in result.rows if row.key in keys] + result.several)
     regions = list(dict.fromkeys(row.region for row in rows))
     region = next((name for name in ("brain", "foreground") if name in regions), "volume")
     cells = subsets.psnr_of(rows, keys[0], region)
@@ -88,6 +88,7 @@ def write_record(
     store: "VolumeStore",
     args: argparse.Namespace,
     champion: "Registered | None",
+    segmenter_hash: str | None,
 ) -> None:
     """Write what was measured with what, so that the scores explain themselves."""
     from aldm.run_folder import git_state
@@ -101,6 +102,7 @@ def write_record(
         "max_subjects": args.max_subjects,
         "seed": args.seed,
         "champion": record_of(champion),
+        "segmenter": None if segmenter_hash is None else {"folder": str(args.segmenter), "hash": segmenter_hash},
         **git_state(),
         "models": [
             {

@@ -22,7 +22,11 @@ def run_self_test(args: argparse.Namespace) -> int:
     from aldm.score_reactions import CORRUPTIONS, reaction_table, reactions
     from aldm.score_rows import write_csv, write_parquet
 
-    given = [name for name in ("model", "baseline", "champion", "source", "target", "group") if getattr(args, name)]
+    given = [
+        name
+        for name in ("model", "baseline", "champion", "source", "target", "segmenter", "group")
+        if getattr(args, name)
+    ]
     if given:
         raise UserError(f"--self-test measures the scores and no model: leave out --{', --'.join(given)}")
     store = VolumeStore.open(args.store)

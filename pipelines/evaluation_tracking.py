@@ -81,23 +81,24 @@ def log_evaluation(
 
 def _mean_scores(rows: Sequence["ScoreRow"]) -> list[dict[str, Any]]:
     """Return a row per method and region."""
-    from aldm.score_rows import SCORES, MethodKey, mean_scores
+    from aldm.score_rows import OVERLAPS, SCORES, MethodKey, mean_scores
 
     return [
         {
             "method": _method(MethodKey(line["method"], line["sampler"], line["num_inference_steps"])),
             "region": line["region"],
             "volumes": line["volumes"],
-            **{name: line[name] for name in SCORES},
+            **{name: line[name] for name in (*SCORES, *OVERLAPS)},
         }
         for line in mean_scores(rows, with_codec=True).reset_index().to_dict("records")
     ]
 
 
 def _metric_values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from aldm.score_rows import SCORES
+    from aldm.score_rows import OVERLAPS, SCORES
 
-    return {f"{score}/{row['region']}/{row['method']}": row[score] for row in table for score in SCORES}
+    names = (*SCORES, *OVERLAPS)
+    return {f"{score}/{row['region']}/{row['method']}": row[score] for row in table for score in names}
 
 
 def _median_seconds(path: Path) -> dict[str, float]:

@@ -47,10 +47,10 @@ def plan_page(p: Parameters) -> str:
 
 def score_page(p: Parameters) -> str:
     """Return the verdict and the tables of scores as Markdown."""
-    from aldm.score_rows import read_csv
+    from aldm.score_rows import of_images, read_csv
     from aldm.score_table import overview
 
-    rows = read_csv(p.folder / "scores" / "scores.csv")
+    rows = of_images(read_csv(p.folder / "scores" / "scores.csv"))
     tables = [overview(rows, region) for region in dict.fromkeys(row.region for row in rows)]
     return "\n\n".join([f"# {p.run_name}", contest_of(p).verdict(p.min_gain_db), *tables, FOOTER]) + "\n"
 

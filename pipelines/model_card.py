@@ -99,12 +99,12 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
         UserError: no evaluation, or one of another model.
     """
     from aldm.score_rows import SCORES as NAMES
-    from aldm.score_rows import mean_scores, read_csv
+    from aldm.score_rows import mean_scores, of_images, read_csv
     from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     try:
         record = json.loads((folder / RECORD).read_text())
-        rows = read_csv(folder / SCORES)
+        rows = of_images(read_csv(folder / SCORES))
         times = list(csv.DictReader((folder / TIMES).read_text().splitlines()))
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {folder} is no evaluation ({error}): make one with aldm evaluate --out") from error

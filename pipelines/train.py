@@ -34,6 +34,7 @@ STAGES = {
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
     "unet": "a regression U-Net on Haar bands, the yardstick beside the model",
+    "segmenter": "finds tissues and lesions in real volumes, to measure synthetic ones with (aldm evaluate)",
     **METHODS,
 }
 INPUTS = {
@@ -161,11 +162,13 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
     import torch
 
     from aldm.baselines.regression_unet import RegressionStage
+    from aldm.data.labels import structures_of
     from aldm.data.store import VolumeStore
     from aldm.denoising import PREDICTS_NOISE
     from aldm.intensity_map_fit import fit_intensity_map
     from aldm.latents import LatentStore
     from aldm.randomness import derived_seed
+    from aldm.segmenter_stage import SegmenterStage
     from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage, measured_residual_std
 
     built: Any
@@ -176,6 +179,8 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
             inputs = {"store": str(args.store), "store_fingerprint": store.fingerprint}
             if stage in METHODS:
                 return _method(stage, config, store, inputs, args), inputs
+            if stage == "segmenter":
+                return SegmenterStage(config, store, structures_of(store)), inputs
             return (VQGANStage if stage == "vqgan" else RegressionStage)(config, store), inputs
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
@@ -260,14 +265,14 @@ def _parser(stage: str) -> JobParser:
         parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
     else:
         parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
-    if stage in ("vqgan", "unet", *VOLUME_METHODS):
+    if stage in ("vqgan", "unet", "segmenter", *VOLUME_METHODS):
         parser.add_argument(
             "--crop",
             nargs="+",
             metavar="N",
             help="voxels X Y Z of the random crop that a step trains on, or full (default: the configuration's)",
         )
-    if stage != "vqgan":
+    if stage not in ("vqgan", "segmenter"):
         _add_pair(parser, needed=stage in METHODS)
     if stage == "resvit":
         parser.add_argument("--pretrained", type=Path, required=True, metavar="RUN", help="run folder of resvit-cnn")

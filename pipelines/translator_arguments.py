@@ -14,8 +14,8 @@ from pipelines.arguments import JobParser, select_device
 if TYPE_CHECKING:
     from aldm.translate import Translator
 
-CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing")
-"""What may differ from a trained model's own configuration; trainings (train_*) have no say either."""
+CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing", "segmenter")
+"""What may differ from a trained model's own configuration; trainings (train_*) and a segmenter have no say in it."""
 
 MAX_SEED = 2**63 - 2**33
 """Largest --seed: a sample's own is that plus its number and, in an evaluation, a 32-bit hash of its pair."""

@@ -33,12 +33,13 @@ class HaarUNet(nn.Module):
     Args:
         num_modalities: M, the modalities that ids count through.
         channels, norm_groups: see HaarUNetConfig.
+        out_channels: channels of what `change` returns.
 
     Attributes:
         activation_checkpointing: recompute activations in the backward pass.
     """
 
-    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int) -> None:
+    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int, out_channels: int = 1) -> None:
         super().__init__()
         self.num_modalities = num_modalities
         self.stride = 2 ** len(channels)
@@ -58,29 +59,39 @@ class HaarUNet(nn.Module):
         self.middle = nn.ModuleList(block(channels[-1], channels[-1]) for _ in range(2))
         self.finer = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in reversed(steps))
         self.up = nn.ModuleList(block(2 * width, width) for width in reversed(channels[:-1]))
-        self.out = OutputBlock(channels[0], BANDS, norm_groups)
+        self.out = OutputBlock(channels[0], BANDS * out_channels, norm_groups)
         zero_(self.out.conv)
         nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
 
     def forward(self, volume: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Return the prediction (B, 1, X, Y, Z), fp32.
 
-        Sides that the strides do not divide get background at their ends, which is cropped off again.
-
         Args:
             volume: (B, 1, X, Y, Z), the source.
             source, target: (B,) int64 modality ids.
         """
+        change = self.change(volume, source * self.num_modalities + target)
+        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, BACKGROUND + change)
+
+    def change(self, volume: Tensor, pair: Tensor) -> Tensor:
+        """Return what the network says of a volume, (B, out_channels, X, Y, Z), fp32.
+
+        Sides that the strides do not divide get background at their ends, which is cropped off again.
+
+        Args:
+            volume: (B, 1, X, Y, Z).
+            pair: (B,) int64, in [0, M^2).
+        """
         sides = volume.shape[2:]
         x, y, z = (-side % self.stride for side in sides)
         whole = F.pad(volume, (0, z, 0, y, 0, x), value=BACKGROUND) if x or y or z else volume
-        change = self.bands(self.haar(whole), self.mix(self.pair(source * self.num_modalities + target)))
+        bands = self.bands(self.haar(whole), self.mix(self.pair(pair)))
         with without_autocast(volume):
-            change = self.inverse(change.float())[:, :, : sides[0], : sides[1], : sides[2]]
-        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, BACKGROUND + change)
+            result: Tensor = self.inverse(bands.float())[:, :, : sides[0], : sides[1], : sides[2]]
+            return result
 
     def bands(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, 8, x, y, z) bands and (B, E) embeddings of the pair to the bands of the target over background."""
+        """Map (B, 8, x, y, z) bands and (B, E) embeddings of the pair to the bands of `change`."""
 
         def run(block: nn.Module, h: Tensor) -> Tensor:
             result: Tensor = run_checkpointed(self.activation_checkpointing, block, h, embedding)

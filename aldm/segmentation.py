@@ -1,0 +1,77 @@
+"""How well a segmentation agrees with the true one: Dice, 95th percentile of the surface distances, volume.
+
+Masks are X Y Z bool. A structure that neither of two masks has says nothing: its Dice and distance are NaN, which
+means leave out. Where one of two masks alone is empty, Dice is 0 and the distance is the diagonal of the box, as in
+BraTS's own evaluation (374 mm there).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import binary_erosion
+from scipy.spatial import cKDTree
+
+from aldm.errors import UserError
+
+PERCENTILE = 95.0
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a segmented volume has of one structure. NaN is a score that is not defined."""
+
+    dice: float = math.nan
+    """2 |A and B| / (|A| + |B|), in [0, 1]; higher is better."""
+    hd95_mm: float = math.nan
+    """95th percentile of the distances between the surfaces, mm; lower is better."""
+    volume_ml: float = math.nan
+    """Volume of what was segmented, ml."""
+    volume_error_ml: float = math.nan
+    """How far that is from the true volume, ml; lower is better."""
+
+
+class TrueStructure:
+    """Where a structure truly is, with all that scoring many segmentations against it takes of it alone."""
+
+    def __init__(self, mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> None:
+        """Measure the true mask once.
+
+        Args:
+            mask: X Y Z bool; may be empty.
+            spacing_mm: sides of a voxel, mm.
+        """
+        self.mask, self._spacing_mm = mask, spacing_mm
+        self._count = int(np.count_nonzero(mask))
+        self._voxel_ml = math.prod(spacing_mm) / 1000
+        self._points_mm = surface_mm(mask, spacing_mm)
+        self._tree = cKDTree(self._points_mm)
+
+    def score(self, found: np.ndarray) -> Overlap:
+        """Return the scores of a segmentation (X Y Z bool).
+
+        Raises:
+            UserError: another shape, or no bool.
+        """
+        if found.shape != self.mask.shape or found.dtype != bool:
+            raise UserError(f"the segmentation is {found.dtype} of {found.shape}, wanted bool of {self.mask.shape}")
+        count = int(np.count_nonzero(found))
+        volume_ml, error_ml = count * self._voxel_ml, abs(count - self._count) * self._voxel_ml
+        if not count and not self._count:
+            return Overlap(volume_ml=0.0, volume_error_ml=0.0)
+        dice = 2 * int(np.count_nonzero(found & self.mask)) / (count + self._count)
+        hd95_mm = float(np.linalg.norm(np.multiply(found.shape, self._spacing_mm)))
+        if count and self._count:
+            points_mm = surface_mm(found, self._spacing_mm)
+            both = self._tree.query(points_mm)[0], cKDTree(points_mm).query(self._points_mm)[0]
+            hd95_mm = max(float(np.percentile(distances, PERCENTILE)) for distances in both)
+        return Overlap(dice, hd95_mm, volume_ml, error_ml)
+
+
+def surface_mm(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Return the middles of the mask's voxels that share a face with the outside, (N, 3) mm from the first voxel.
+
+    What lies beyond the box is outside.
+    """
+    points: np.ndarray = np.argwhere(mask & ~binary_erosion(mask)) * np.array(spacing_mm)
+    return points
