@@ -29,7 +29,8 @@ def found(root, layout):
 
 def brats(subject_id, *roles, folder=""):
     return [
-        f"{folder}{subject_id}/{subject_id}_{role}.nii.gz" for role in roles or ("t1", "t1ce", "t2", "flair", "seg")
+        f"{folder}{subject_id}/{subject_id}_{role}.nii.gz"
+        for role in roles or ("t1", "t1ce", "t2", "flair", "seg", "tissue")
     ]
 
 
@@ -113,7 +114,8 @@ def test_brats(tmp_path):
     tree(tmp_path, "BraTS2021_00000/._BraTS2021_00000_t1.nii.gz", "other/BraTS2021_00000_t1.nii.gz", "readme.txt")
     assert found(tmp_path, "brats") == {
         "BraTS2021_00000": {
-            role: f"BraTS2021_00000/BraTS2021_00000_{role}.nii.gz" for role in ("t1", "t1ce", "t2", "flair", "seg")
+            role: f"BraTS2021_00000/BraTS2021_00000_{role}.nii.gz"
+            for role in ("t1", "t1ce", "t2", "flair", "seg", "tissue")
         },
         "BraTS2021_00002": {role: f"part2/BraTS2021_00002/BraTS2021_00002_{role}.nii.gz" for role in ("t1", "flair")},
     }
@@ -164,13 +166,19 @@ def test_all_sessions_of_a_participant_share_a_split(tmp_path):
 def test_table(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text(
-        "\ufeffmodality,subject_id,path,mask,seg\n"
-        "t2,A,in/a_t2.nii,in/a_mask.nii,\n"
-        "t1,A,in/a_t1.nii,in/a_mask.nii,in/a_seg.nii\n"
-        "pd,B,in/b.nii.gz,,\n"
+        "\ufeffmodality,subject_id,path,mask,seg,tissue\n"
+        "t2,A,in/a_t2.nii,in/a_mask.nii,,\n"
+        "t1,A,in/a_t1.nii,in/a_mask.nii,in/a_seg.nii,in/a_fast.nii\n"
+        "pd,B,in/b.nii.gz,,,\n"
     )
     assert found(file, "table") == {
-        "A": {"t1": "in/a_t1.nii", "t2": "in/a_t2.nii", "mask": "in/a_mask.nii", "seg": "in/a_seg.nii"},
+        "A": {
+            "t1": "in/a_t1.nii",
+            "t2": "in/a_t2.nii",
+            "mask": "in/a_mask.nii",
+            "seg": "in/a_seg.nii",
+            "tissue": "in/a_fast.nii",
+        },
         "B": {"pd": "in/b.nii.gz"},
     }
     file.write_text("subject_id,modality,path\nA,t1,/elsewhere/x.nii\n")

@@ -47,6 +47,8 @@ UNSURE = {
 }
 REFUSED = [
     "t1_seg.nii.gz",
+    "BraTS2021_00000_tissue.nii.gz",
+    "t1_brain_pveseg.nii.gz",
     "BraTS-GLI-00000-000-seg.nii.gz",
     "W39_1998.09.19_Segm.nii",
     "desc-T1w_mask.nii.gz",

@@ -58,7 +58,7 @@ def test_more_subjects_leave_the_bytes_of_the_first_ones(layout: str, tmp_path: 
 def test_brats_tree_is_named_and_laid_out_like_brats(brats_tree: Path) -> None:
     names = [path.relative_to(brats_tree).as_posix() for path in brats_tree.rglob("BraTS2021_00001_*")]
     assert sorted(names) == [
-        f"BraTS2021_00001/BraTS2021_00001_{role}.nii.gz" for role in ("flair", "seg", "t1", "t1ce", "t2")
+        f"BraTS2021_00001/BraTS2021_00001_{role}.nii.gz" for role in ("flair", "seg", "t1", "t1ce", "t2", "tissue")
     ]
     images = {name: nibabel.load(brats_tree / name) for name in names}
     assert {nibabel.aff2axcodes(image.affine) for image in images.values()} == {("L", "P", "S")}
@@ -129,6 +129,17 @@ def test_lesion_is_in_the_brain_and_shows(brats_subject: dict[str, SimulatedVolu
     assert np.median(scans["flair"][edema]) > np.percentile(scans["flair"][healthy], 95)
     assert np.median(scans["t1ce"][enhancing]) > np.percentile(scans["t1ce"][healthy], 99)
     assert np.median(scans["t1"][enhancing]) < np.median(scans["t1"][healthy])
+
+
+def test_tissues_fill_the_healthy_brain_and_look_like_it(brats_subject: dict[str, SimulatedVolume]) -> None:
+    tissue, seg = brats_subject["tissue"].data, brats_subject["seg"].data
+    brain = brats_subject["t1"].data > 0
+    assert tissue.dtype == np.uint8
+    assert np.array_equal(tissue > 0, brain & (seg == 0))
+    for name, darkest_first in (("t1", (1, 2, 3)), ("t2", (3, 2, 1))):
+        means = [brats_subject[name].data[tissue == label].mean() for label in darkest_first]
+        assert means == sorted(means)
+        assert means[2] > 1.2 * means[0]
 
 
 def test_contrast_of_every_subject_is_that_of_its_sequence() -> None:

@@ -82,12 +82,13 @@ def test_the_store_holds_the_rescaled_voxels_of_an_aligned_tree(brats_tree, brat
             np.testing.assert_allclose(brats_store.whole(record.subject_id, name), expected, atol=1e-3)
             np.testing.assert_array_equal(record.sources[name]["affine"], image.affine)
             assert record.sources[name]["shape"] == image.shape
-        seg = nibabel.as_closest_canonical(
-            nibabel.load(brats_tree / record.subject_id / f"{record.subject_id}_seg.nii.gz")
-        )
-        stored = ShardReader(shard_path(brats_store.path, record.subject_id))["seg"]
-        np.testing.assert_array_equal(stored, seg.get_fdata())
+        for role in ("seg", "tissue"):
+            file = brats_tree / record.subject_id / f"{record.subject_id}_{role}.nii.gz"
+            stored = ShardReader(shard_path(brats_store.path, record.subject_id))[role]
+            np.testing.assert_array_equal(stored, nibabel.as_closest_canonical(nibabel.load(file)).get_fdata())
+            assert stored.dtype == np.uint8
         assert record.has_seg
+        assert record.has_tissue
 
 
 def test_volumes_with_two_grids_share_one(ixi_store):
@@ -101,6 +102,8 @@ def test_volumes_with_two_grids_share_one(ixi_store):
             assert volume.shape == mask.shape
             assert volume[mask].mean() > volume[~mask].mean() + 0.5
         assert not record.has_seg
+        assert not record.has_tissue
+        assert ixi_store.tissue(record.subject_id) is None
     shapes = {record.sources[name]["shape"] for record in ixi_store.subjects() for name in ("t1", "t2")}
     assert len(shapes) == 2
 
@@ -431,3 +434,10 @@ def test_bad_flags_are_refused(source, tmp_path, flags, reason):
     with pytest.raises(UserError, match=reason):
         main([str(source), str(tmp_path / "store"), "--layout", "brats", "--preset", "tiny", *defaults, *flags])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_of_tissues_with_other_labels_is_refused(tmp_path):
+    write_volume(tmp_path / "S" / "S_t1.nii.gz", seed=1)
+    write_volume(tmp_path / "S" / "S_tissue.nii.gz", 0, data=np.full(SHAPE, 4, np.uint8))
+    with pytest.raises(UserError, match="labels above 3, wanted 1 CSF"):
+        prepare(tmp_path, tmp_path / "store")

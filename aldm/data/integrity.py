@@ -13,7 +13,7 @@ import numpy as np
 
 from aldm.config import PreprocessConfig, to_dict
 from aldm.data.dicom import is_series, read_series
-from aldm.data.layouts import Problem, SubjectFiles, stopping
+from aldm.data.layouts import LABEL_MAPS, Problem, SubjectFiles, stopping
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.data.overlap import MIN_OVERLAP, labels_inside, lost_labels, shared_field_of_view
 from aldm.data.preprocess import model_grid
@@ -37,6 +37,7 @@ class LoadedSubject:
     sources: dict[str, NiftiSource]
     mask: Volume | None
     seg: Volume | None
+    tissue: Volume | None
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,18 @@ def load_subject(files: SubjectFiles, *, max_voxels: int = MAX_VOXELS) -> tuple[
     labels: dict[str, Volume] = {}
     for role, path in files.files().items():
         try:
-            if role in ("mask", "seg"):
+            if role in LABEL_MAPS:
                 labels[role] = load_labels(path, max_voxels=max_voxels)
                 if role == "mask" and not labels[role].data.any():
                     raise UserError(f"{path}: the mask is empty")
+                if role == "tissue" and labels[role].data.max() > 3:
+                    raise UserError(f"{path}: labels above 3, wanted 1 CSF, 2 grey and 3 white matter, 0 elsewhere")
             else:
                 volumes[role], sources[role] = load_volume(path, files.series.get(role), max_voxels=max_voxels)
                 problems += [Problem(path, note, stops=False) for note in sources[role].notes]
         except UserError as error:
             problems.append(Problem(path, str(error).removeprefix(f"{path}: ")))
-    loaded = LoadedSubject(volumes, sources, labels.get("mask"), labels.get("seg"))
+    loaded = LoadedSubject(volumes, sources, *(labels.get(role) for role in LABEL_MAPS))
     if not stopping(problems):
         problems += _geometry_problems(files, {**volumes, **labels})
     return loaded, problems
@@ -122,7 +125,7 @@ def check_subject(
     loaded, problems = load_subject(files, max_voxels=max_voxels)
     if stopping(problems):
         return SubjectCheck(files.subject_id, key, False, tuple(problems))
-    extra = [volume for volume in (loaded.mask, loaded.seg) if volume is not None]
+    extra = [volume for volume in (loaded.mask, loaded.seg, loaded.tissue) if volume is not None]
     volumes = [*loaded.volumes.values(), *extra]
     try:
         _, grid = model_grid(volumes, config, max_voxels=max_voxels)
@@ -205,7 +208,7 @@ def _geometry_problems(files: SubjectFiles, volumes: Mapping[str, Volume]) -> li
                 f"it has the shape of {reference} and another affine: if the voxels belong together, copy the affine"
             )
         overlap = shared_field_of_view(fixed, volume)
-        inside, labelled = labels_inside(volume, fixed) if role in ("mask", "seg") else (1, 1)
+        inside, labelled = labels_inside(volume, fixed) if role in LABEL_MAPS else (1, 1)
         if overlap < MIN_OVERLAP:
             words = "its field of view lies outside"
             if overlap > 0:

@@ -14,7 +14,8 @@ from aldm.data.dataset import checked_crop, crop_and_flip
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 
-TISSUES: tuple[str, ...] = ()
+TISSUES = ("csf", "grey", "white")
+"""As the file of tissues numbers them, from 1 on."""
 LESION = "lesion"
 """Whatever the segmentation labels: of a tumour all parts together."""
 BACKGROUND = -1.0
@@ -31,14 +32,15 @@ def structures_of(store: VolumeStore) -> tuple[str, ...]:
     if not found:
         raise UserError(
             f"no training subject of the store {store.path} has a segmentation: there is nothing to learn to segment; "
-            "give the data set's segmentations (`_seg`, or the column seg of layout table) and prepare it again"
+            "put files of lesions (..._seg) or tissues (..._tissue) beside the volumes, as in layout brats, or name "
+            "them in the columns seg and tissue of layout table, and prepare the store again"
         )
     return found
 
 
 def has_structure(record: SubjectRecord, structure: str) -> bool:
     """Whether a file of the subject says where a structure is, which may be nowhere."""
-    return record.has_seg
+    return record.has_seg if structure == LESION else record.has_tissue
 
 
 def label_map(store: VolumeStore, subject_id: str, structures: Sequence[str]) -> np.ndarray:
@@ -50,9 +52,11 @@ def label_map(store: VolumeStore, subject_id: str, structures: Sequence[str]) ->
         structures: of TISSUES and LESION; where two meet the last one counts.
     """
     labels = np.zeros(store.preprocess.spatial_shape, np.uint8)
-    seg = store.seg(subject_id)
-    assert seg is not None, "the subject has every structure"
-    labels[seg > 0] = 1 + structures.index(LESION)
+    seg, tissue = store.seg(subject_id), store.tissue(subject_id)
+    for label, name in enumerate(structures, start=1):
+        where = seg if name == LESION else tissue
+        assert where is not None, "the subject has every structure"
+        labels[where > 0 if name == LESION else where == 1 + TISSUES.index(name)] = label
     return labels
 
 

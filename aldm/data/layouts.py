@@ -19,7 +19,9 @@ from aldm.data.store import SPLITS
 from aldm.errors import UserError
 
 LAYOUTS = ("brats", "ixi", "bids", "table")
-TABLE_COLUMNS = ("subject_id", "modality", "path", "mask", "seg", "series")
+LABEL_MAPS = ("mask", "seg", "tissue")
+"""Roles of the files that hold labels: what is patient, lesions, and tissues (1 CSF, 2 grey, 3 white matter)."""
+TABLE_COLUMNS = ("subject_id", "modality", "path", *LABEL_MAPS, "series")
 
 FIRST_RUN, LAST_RUN = "first", "last"
 _BRATS_NAME = re.compile(r"(?P<subject>.+)[_-](?P<word>[A-Za-z0-9]+)\.nii(\.gz)?")
@@ -62,10 +64,11 @@ class SubjectFiles:
     seg: Path | None = None
     series: dict[str, str] = field(default_factory=dict)
     """Modality -> which DICOM series of its path, where that is said."""
+    tissue: Path | None = None
 
     def files(self) -> dict[str, Path]:
-        """Return every file under its role: a modality, mask or seg."""
-        extra = {"mask": self.mask, "seg": self.seg}
+        """Return every file under its role: a modality, or one of LABEL_MAPS."""
+        extra = {role: getattr(self, role) for role in LABEL_MAPS}
         return {**self.volumes, **{role: path for role, path in extra.items() if path is not None}}
 
 
@@ -164,7 +167,7 @@ class _Found:
 
     subject_id: str
     role: str
-    """A modality, mask or seg."""
+    """A modality, or one of LABEL_MAPS."""
     path: Path
     split: str
     series: str = ""
@@ -275,7 +278,7 @@ def _table_rows(source: Path, problems: list[Problem]) -> Iterator[_Found]:
                 words = f"taken as {modality}, as line {line} of {source.name} says; {error}"
                 problems.append(Problem(source.parent / row["path"], words, stops=False))
             yield _Found(subject_id, modality, source.parent / row["path"], split, row.get("series", ""))
-            for role in ("mask", "seg"):
+            for role in LABEL_MAPS:
                 if row.get(role):
                     yield _Found(subject_id, role, source.parent / row[role], split)
 
@@ -305,7 +308,7 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
     for item in found:
         roles = by_subject.setdefault(item.subject_id, {})
         other = roles.setdefault(item.role, item)
-        repeated_extra = item.role in ("mask", "seg") and other.path == item.path
+        repeated_extra = item.role in LABEL_MAPS and other.path == item.path
         if other is not item and not repeated_extra:
             problems.append(
                 Problem(
@@ -319,7 +322,7 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
     subjects = []
     for subject_id, roles in sorted(by_subject.items()):
         paths = {role: item.path for role, item in roles.items()}
-        extra = {role: paths.pop(role, None) for role in ("mask", "seg")}
+        extra = {role: paths.pop(role, None) for role in LABEL_MAPS}
         if not paths:
             first = next(iter(roles.values()))
             problems.append(Problem(first.path, f"subject {subject_id} has no volume of any modality"))
@@ -327,5 +330,5 @@ def _grouped(found: Iterable[_Found], problems: list[Problem]) -> list[SubjectFi
         volumes = {name: paths[name] for name in sort_modalities(paths)}
         splits = {item.split for item in roles.values()}
         series = {name: roles[name].series for name in volumes if roles[name].series}
-        subjects.append(SubjectFiles(subject_id, min(splits), volumes, extra["mask"], extra["seg"], series))
+        subjects.append(SubjectFiles(subject_id, min(splits), volumes, series=series, **extra))
     return subjects

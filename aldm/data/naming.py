@@ -23,10 +23,13 @@ ALIASES: dict[str, frozenset[str]] = {
 """Modality -> words of names that mean it, lower case. BraTS 2023 and later write t1n, t1c, t2w and t2f."""
 SEG_WORDS = frozenset({"seg", "segm", "segmentation", "dseg"})
 """Words for a map of labels that belongs to a subject's volumes."""
+TISSUE_WORDS = frozenset({"tissue", "tissues", "pveseg"})
+"""Words for a map of tissues that belongs to a subject's volumes. FSL FAST writes pveseg."""
 
 _WEAK = {"mpr": "t1"}  # a T1 (MP-RAGE), unless another word says what was reformatted
 _OTHER = {
     "a segmentation or a mask": SEG_WORDS
+    | TISSUE_WORDS
     | {"aseg", "aparc", "probseg", "parc", "parcellation", "label", "labels", "labelmap", "mask", "brainmask", "masks"}
     | {"lesion", "lesions", "roi"},
     "a map": frozenset({"map", "t1map", "t2map", "pdmap", "r1map", "r2map", "t2starmap", "r2starmap", "rho", "t1rho"})
@@ -71,9 +74,11 @@ class BidsName:
 
 
 def role_of_word(word: str) -> str | None:
-    """Return what one word of a name means: a modality, or seg for a map of labels; None where it means neither."""
+    """Return what one word of a name means: a modality, seg or tissue for a map of labels; None where it means none."""
     if word.lower() in SEG_WORDS:
         return "seg"
+    if word.lower() in TISSUE_WORDS:
+        return "tissue"
     return next((modality for modality, aliases in ALIASES.items() if word.lower() in aliases), None)
 
 

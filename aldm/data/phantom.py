@@ -32,7 +32,7 @@ _IXI_SITES = ("Guys", "HH", "IOP")
 
 
 def simulate_subject(seed: int, index: int, layout: str, spacing_mm: float) -> dict[str, SimulatedVolume]:
-    """Simulate one subject: its modalities, and `seg` for brats and for heads with a lesion.
+    """Simulate one subject: its modalities, `seg` for brats and for heads with a lesion, and for brats `tissue`.
 
     Args:
         seed, index: together they fix the subject; index counts from 0.
@@ -83,7 +83,20 @@ def _brats_session(subject: _Scanned, spacing_mm: float) -> dict[str, SimulatedV
         result[modality] = SimulatedVolume(stripped, grid.affine)
     seg = np.zeros(grid.shape, np.uint8)
     seg.reshape(-1)[tissues.voxels] = tissues.labels
-    return {**result, "seg": SimulatedVolume(seg, grid.affine)}
+    return {
+        **result,
+        "seg": SimulatedVolume(seg, grid.affine),
+        "tissue": SimulatedVolume(_tissue_map(tissues, grid), grid.affine),
+    }
+
+
+def _tissue_map(tissues: Tissues, grid: Grid) -> Array:
+    """Return the largest healthy part of every voxel of the brain, 1 CSF, 2 grey, 3 white matter; 0 in the lesion."""
+    numbers = np.array([2, 3, 1], np.uint8)[tissues.fractions[:3].argmax(axis=0)]
+    healthy = (tissues.fractions.sum(axis=0) >= 0.5) & (tissues.labels == 0)
+    result = np.zeros(grid.shape, np.uint8)
+    result.reshape(-1)[tissues.voxels] = np.where(healthy, numbers, 0)
+    return result
 
 
 def _ixi_session(subject: _Scanned, spacing_mm: float) -> dict[str, SimulatedVolume]:

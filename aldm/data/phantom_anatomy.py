@@ -25,7 +25,7 @@ _HALF_EXTENT_MM = 136.0
 
 @dataclass(frozen=True, eq=False)
 class SimulatedVolume:
-    """A volume as the scanner stores it: int16 (uint8 for seg) in its own axes, affine voxel -> world RAS in mm."""
+    """A volume as the scanner stores it: int16 (uint8 for labels) in its own axes, affine voxel -> world RAS in mm."""
 
     data: Array
     affine: Array

@@ -156,7 +156,12 @@ def _write_subject(task: tuple[SubjectFiles, str], request: Request) -> list[Pro
         return wrong
     try:
         prepared = prepare_subject(
-            loaded.volumes, request.config, mask=loaded.mask, seg=loaded.seg, max_voxels=request.max_voxels
+            loaded.volumes,
+            request.config,
+            mask=loaded.mask,
+            seg=loaded.seg,
+            tissue=loaded.tissue,
+            max_voxels=request.max_voxels,
         )
     except UserError as error:
         return [Problem(next(iter(files.volumes.values())), f"subject {files.subject_id}: {error}")]
@@ -179,6 +184,8 @@ def _arrays(prepared: PreparedSubject) -> Iterator[tuple[str, np.ndarray]]:
     yield "mask", prepared.mask.astype(np.uint8)
     if prepared.seg is not None:
         yield "seg", prepared.seg
+    if prepared.tissue is not None:
+        yield "tissue", prepared.tissue
 
 
 def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +195,7 @@ def _record(files: SubjectFiles, prepared: PreparedSubject, sources: dict[str, A
         "subject_id": files.subject_id,
         "modalities": list(prepared.volumes),
         "has_seg": prepared.seg is not None,
+        "has_tissue": prepared.tissue is not None,
         "region": prepared.region,
         "grid_affine": first.grid_affine,
         "grid_shape": first.grid_shape,

@@ -93,6 +93,8 @@ class PreparedSubject:
     """uint8 labels, whole grid, or None."""
     clipped: dict[str, Clipped]
     """Modality -> how much of its contrast was lost."""
+    tissue: np.ndarray | None = None
+    """uint8, whole grid, 1 CSF, 2 grey, 3 white matter, or None."""
 
 
 def model_grid(
@@ -144,13 +146,14 @@ def prepare_subject(
     *,
     mask: Volume | None = None,
     seg: Volume | None = None,
+    tissue: Volume | None = None,
     max_voxels: int = MAX_VOXELS,
 ) -> PreparedSubject:
     """Put all volumes of a subject on one grid, with one box, laid for the head (`head_box`).
 
-    The reference is the first modality in the vocabulary's order: the grid covers its field of view, and `mask` and
-    `seg` are in its world coordinates. With `register` rigid the other volumes are aligned to it first, which changes
-    their affine alone: everything is interpolated once.
+    The reference is the first modality in the vocabulary's order: the grid covers its field of view, and `mask`, `seg`
+    and `tissue` are in its world coordinates. With `register` rigid the other volumes are aligned to it first, which
+    changes their affine alone: everything is interpolated once.
 
     Raises:
         UserError: no contrast in a volume, an empty mask, or a grid of more than `max_voxels`.
@@ -167,9 +170,10 @@ def prepare_subject(
     inside, region = brain_mask(list(found.values()), mask, affine, shape)
     box = head_box(inside, config.spatial_shape, config.spacing_mm)
     outside = share_outside(inside, np.eye(4), [box], config.spatial_shape)
-    labels = None
-    if seg is not None:
-        labels = resample(seg, affine, shape, order="nearest").data.astype(np.uint8)
+    labels, tissues = (
+        None if each is None else resample(each, affine, shape, order="nearest").data.astype(np.uint8)
+        for each in (seg, tissue)
+    )
     scaled, records, clipped = {}, {}, {}
     for name in names:
         try:
@@ -182,7 +186,7 @@ def prepare_subject(
         scaled[name] = rescale(data, low, high)
         measured = features(crop_or_pad(Volume(scaled[name], affine), box, config.spatial_shape, -1).data)
         records[name] = PreprocessRecord(_rows(affine), shape, (box,), outside, low, high, dark, bias, (measured,))
-    return PreparedSubject(scaled, records, inside, region, labels, clipped)
+    return PreparedSubject(scaled, records, inside, region, labels, clipped, tissues)
 
 
 def prepare_volume(

@@ -5,7 +5,7 @@ is read without a copy. A store is a folder:
 
     store.json          format version, layout, preprocessing, modalities, fingerprint
     shards/<id>.arrow   one a subject: one record per modality (float16 in [-1, 1], whole resampled grid), `mask` and,
-                        where there is one, `seg` (uint8)
+                        where there are such, `seg` and `tissue` (uint8)
     manifest.parquet    one row per (subject, modality); written last, so a store without it is not finished
 """
 
@@ -135,6 +135,7 @@ class SubjectRecord:
     """Share of the region, 0 to 1, that lies outside the model's box; None in stores of before it was measured."""
     likeness: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Modality -> what `likeness.features` says of the model's box; empty in stores of before it was measured."""
+    has_tissue: bool = False
 
 
 class VolumeStore:
@@ -215,6 +216,10 @@ class VolumeStore:
     def seg(self, subject_id: str) -> np.ndarray | None:
         """Return the segmentation's labels in the model's box, (spatial_shape) uint8, or None."""
         return self._box(subject_id, "seg", 0) if self.subject(subject_id).has_seg else None
+
+    def tissue(self, subject_id: str) -> np.ndarray | None:
+        """Return the tissues in the model's box, (spatial_shape) uint8 (1 CSF, 2 grey, 3 white matter), or None."""
+        return self._box(subject_id, "tissue", 0) if self.subject(subject_id).has_tissue else None
 
     def median_percentiles(self, modality: str) -> tuple[float, float]:
         """Return the medians over the training subjects of the intensities that became -1 and +1."""
@@ -303,6 +308,7 @@ def write_manifest(path: Path, records: Iterable[SubjectRecord], fingerprint: st
             "split": record.split,
             "modality": modality,
             "has_seg": record.has_seg,
+            "has_tissue": record.has_tissue,
             "region": record.region,
             "grid_affine": [value for row in record.grid_affine for value in row],
             "grid_shape": list(record.grid_shape),
@@ -352,6 +358,7 @@ def _subject_record(rows: list[dict[str, Any]]) -> SubjectRecord:
         split=first["split"],
         modalities=sort_modalities(row["modality"] for row in rows),
         has_seg=first["has_seg"],
+        has_tissue=first.get("has_tissue", False),
         region=first["region"],
         grid_affine=matrix(first["grid_affine"]),
         grid_shape=tuple(first["grid_shape"]),
