@@ -31,7 +31,7 @@ from aldm.segmenter_stage import SegmenterStage
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
 
-TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet", "segmenter")
+TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")
 GIB = 2**30
 LIBRARY_BYTES = 20 * 2**20
 """What oneDNN and MKL keep for themselves (compiled kernels, packing buffers): 10 to 25 MiB measured with
@@ -99,7 +99,7 @@ class MemoryPlan:
 
 
 def plan(config: Config, stage: str) -> MemoryPlan:
-    """Return the plan of a training (one of TRAININGS, or a comparison method) or of "inference".
+    """Return the plan of a training (one of TRAININGS, segmenter, or a comparison method) or of "inference".
 
     Args:
         config: where it names no modalities, all of the vocabulary are taken.
@@ -111,7 +111,7 @@ def plan(config: Config, stage: str) -> MemoryPlan:
     config = with_modalities(config)
     if stage == "inference":
         return _plan_inference(config)
-    assert stage in TRAININGS or stage in METHODS, stage
+    assert stage in (*TRAININGS, "segmenter", *METHODS), stage
     if stage in METHODS and config.pair is None:
         config = replace(config, pair=(config.modalities[0], config.modalities[1]))
     size = training_of(config, stage).batch_size

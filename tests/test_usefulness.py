@@ -17,6 +17,7 @@ from aldm.data.labels import LESION, TISSUES, LabelledSubjects, label_map, struc
 from aldm.data.store import VolumeStore
 from aldm.errors import UserError
 from aldm.models.segmenter import Segmenter
+from aldm.planner import plan
 from aldm.players import StepInfo
 from aldm.presets import tiny
 from aldm.randomness import derived_generator
@@ -187,3 +188,9 @@ def test_a_segmenter_of_other_data_is_refused(run: Path, brats_store: VolumeStor
         load_segmenter(run, other)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_segmenter(run.parent, brats_store)
+
+
+def test_its_training_is_planned() -> None:
+    one, two = (plan(replace(tiny(), modalities=("t1", "t2", "pd")[:number]), "segmenter") for number in (1, 2))
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
+    assert two.weights_bytes == 2 * one.weights_bytes > 0
