@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
 
 from aldm.errors import UserError
@@ -44,8 +44,8 @@ class TrueStructure:
         self.mask, self._spacing_mm = mask, spacing_mm
         self._count = int(np.count_nonzero(mask))
         self._voxel_ml = math.prod(spacing_mm) / 1000
-        self._points_mm = surface_mm(mask, spacing_mm)
-        self._tree = cKDTree(self._points_mm)
+        self._surface = surface(mask)
+        self._distance_mm = distance_transform_edt(~self._surface, sampling=spacing_mm) if self._count else None
 
     def score(self, found: np.ndarray) -> Overlap:
         """Return the scores of a segmentation (X Y Z bool).
@@ -62,16 +62,30 @@ class TrueStructure:
         dice = 2 * int(np.count_nonzero(found & self.mask)) / (count + self._count)
         hd95_mm = float(np.linalg.norm(np.multiply(found.shape, self._spacing_mm)))
         if count and self._count:
-            points_mm = surface_mm(found, self._spacing_mm)
-            both = self._tree.query(points_mm)[0], cKDTree(points_mm).query(self._points_mm)[0]
-            hd95_mm = max(float(np.percentile(distances, PERCENTILE)) for distances in both)
+            hd95_mm = self._hd95_mm(found)
         return Overlap(dice, hd95_mm, volume_ml, error_ml)
 
+    def _hd95_mm(self, found: np.ndarray) -> float:
+        """Return the larger of both directions' 95th percentiles, mm, neither mask being empty.
 
-def surface_mm(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Return the middles of the mask's voxels that share a face with the outside, (N, 3) mm from the first voxel.
+        Of the true surface only what the other does not share is looked up: the rest is 0 away from it.
+        """
+        border = surface(found)
+        there_mm = self._distance_mm[border]
+        tree = cKDTree(np.argwhere(border) * self._spacing_mm, compact_nodes=False, balanced_tree=False)
+        back_mm = np.zeros(np.count_nonzero(self._surface))
+        apart = np.argwhere(self._surface & ~border) * self._spacing_mm
+        back_mm[: len(apart)] = tree.query(apart)[0]
+        return max(float(np.percentile(distances, PERCENTILE)) for distances in (there_mm, back_mm))
 
-    What lies beyond the box is outside.
-    """
-    points: np.ndarray = np.argwhere(mask & ~binary_erosion(mask)) * np.array(spacing_mm)
-    return points
+
+def surface(mask: np.ndarray) -> np.ndarray:
+    """Return the mask's voxels with a face towards the outside, X Y Z bool; what lies beyond the box is outside."""
+    inner = mask.copy()
+    for axis in range(mask.ndim):
+        own, whole = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
+        own[1:] &= whole[:-1]
+        own[:-1] &= whole[1:]
+        own[0], own[-1] = False, False
+    found: np.ndarray = mask & ~inner
+    return found

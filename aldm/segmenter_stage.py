@@ -17,6 +17,7 @@ from aldm.errors import UserError
 from aldm.latents import data_record
 from aldm.models.segmenter import Segmenter
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
+from aldm.precision import usable_precision
 from aldm.run_folder import checkpoint_folder
 from aldm.stage_data import with_data
 
@@ -133,6 +134,7 @@ def load_segmenter(folder: str | Path, store: VolumeStore) -> tuple[Segmenter, s
         )
     segmenter = _build(config, tuple(checkpoint.meta["structures"]))
     load_weights(segmenter, checkpoint.weights, checkpoint.path)
+    segmenter.precision = usable_precision(config.precision, "cpu")
     return segmenter.eval(), checkpoint.hash
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aldm.models.haar_unet import HaarUNet
+from aldm.precision import arithmetic
 
 
 class Segmenter(nn.Module):
@@ -21,6 +22,9 @@ class Segmenter(nn.Module):
         structures: K - 1 names.
         channels, norm_groups: of each network, see HaarUNetConfig.
         activation_checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        precision: of `segment`: fp32, tf32 or bf16.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class Segmenter(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.modalities, self.structures = modalities, structures
+        self.modalities, self.structures, self.precision = modalities, structures, "fp32"
         self.networks = nn.ModuleList()
         for _ in modalities:
             network = HaarUNet(1, channels, norm_groups, out_channels=1 + len(structures))
@@ -57,6 +61,8 @@ class Segmenter(nn.Module):
             volume: (X, Y, Z) in [-1, 1].
             modality: whose network segments it.
         """
+        device = next(self.parameters()).device
         x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None]
-        logits = self.logits(x.to(next(self.parameters()).device), self.modalities.index(modality))
+        with arithmetic(self.precision, device):
+            logits = self.logits(x.to(device), self.modalities.index(modality))
         return logits[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
