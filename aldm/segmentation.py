@@ -70,6 +70,7 @@ class TrueStructure:
 
         Of the true surface only what the other does not share is looked up: the rest is 0 away from it.
         """
+        assert self._distance_mm is not None, "there is a true surface"
         border = surface(found)
         there_mm = self._distance_mm[border]
         tree = cKDTree(np.argwhere(border) * self._spacing_mm, compact_nodes=False, balanced_tree=False)
