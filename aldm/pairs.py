@@ -40,15 +40,36 @@ def check_sources(config: Config, kind: str, sources: Sequence[str], target: str
     if len(sources) == 1:
         check_pair(config, kind, sources[0], target)
         return
+    check_several(sources, target, kind=kind, modalities=config.modalities, takes_several=takes_several(config, kind))
+
+
+def takes_several(config: Config, kind: str) -> bool:
+    """Whether a model translates from several volumes of one head."""
+    return kind == "aldm" and config.diffusion.any_sources
+
+
+def check_several(
+    sources: Sequence[str], target: str, *, kind: str, modalities: Sequence[str], takes_several: bool
+) -> None:
+    """Refuse several sources that a model does not translate together.
+
+    Args:
+        sources: more than one.
+        target: the wanted modality.
+        kind, modalities, takes_several: of the model.
+
+    Raises:
+        UserError: as `check_sources` of several.
+    """
     words = " and ".join(sources)
-    if not (kind == "aldm" and config.diffusion.any_sources):
+    if not takes_several:
         raise UserError(
             f"this {kind} model takes one source, got {words}: give one, or a model that was trained with "
             "diffusion.any_sources"
         )
     for name in sources:
-        check_modality("source", name, config.modalities)
-    check_modality("target", target, config.modalities)
+        check_modality("source", name, modalities)
+    check_modality("target", target, modalities)
     if len(set(sources)) < len(sources):
         raise UserError(f"the sources {words} name a modality twice: give each once")
     if target in sources:

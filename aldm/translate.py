@@ -17,7 +17,7 @@ from torch import Tensor
 from aldm import __version__
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index, sort_modalities
-from aldm.data.overlap import check_one_place
+from aldm.data.overlap import check_not_the_same, check_one_place
 from aldm.data.preprocess import PreprocessRecord, count_boxes, prepare_volumes
 from aldm.data.volume import Volume, one_grid
 from aldm.errors import UserError
@@ -348,12 +348,13 @@ class Translator:
 
         Raises:
             UserError: a volume without contrast, that takes more than `max_boxes`, or too large for the memory limit;
-                volumes that do not lie on each other.
+                volumes that do not lie on each other, or two that are the same.
         """
         predictor, config = self.predictor, self.config.preprocess
         names = sort_modalities(volumes) if one_grid(volumes.values()) else tuple(volumes)
         found = [volumes[name] for name in names]
         check_one_place(volumes)
+        check_not_the_same(volumes)
         if predictor.limit is not None:
             check_room(found, config, predictor.limit)
         boxes, record = prepare_volumes(found, config, stride=self.box_step, max_boxes=max_boxes)

@@ -32,7 +32,16 @@ from pipelines.translate_files import (
 )
 from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
-from pipelines.translate_sources import ALL, AUTO, Pairs, choose_inputs, named_sources, several_sources
+from pipelines.translate_sources import (
+    ALL,
+    AUTO,
+    TABLE_SUFFIX,
+    Pairs,
+    choose_inputs,
+    named_sources,
+    several_sources,
+    table_inputs,
+)
 from pipelines.translator_arguments import add_translator_arguments, check_seed
 
 if TYPE_CHECKING:
@@ -112,6 +121,8 @@ def _inputs(args: argparse.Namespace, named: Sequence[tuple[str, Path]], maker: 
     if named:
         return [several_sources(named, args.target, maker)], False
     (source,) = args.source
+    if args.input.lower().endswith(TABLE_SUFFIX):
+        return table_inputs(Path(args.input), source, args.target, maker), True
     if source != AUTO:
         for name in [name for name in targets if maker.translates(source, name)] or targets:
             maker.check_pair(source, name)
@@ -162,7 +173,7 @@ def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Make
         seconds, status = round(time.perf_counter() - start, 3), "failed" if message else "ok"
         for output in task.outputs:
             path = str(output.path) if not message else ""
-            taken = (task.source, task.source_from, output.target)
+            taken = (task.sources.replace(" ", ""), task.source_from, output.target)
             distance = None if likeness is None else likeness.distance
             results.append(Result(str(task.path), *taken, path, status, distance, seconds, message))
         write_results(args.output / RESULTS_FILE, sorted(results, key=lambda result: result.input))
@@ -203,7 +214,8 @@ def _parser() -> JobParser:
         "input",
         metavar="INPUT",
         help="a NIfTI file (.nii, .nii.gz), a DICOM series folder or an enhanced (multi-frame) DICOM file, a folder of "
-        "NIfTI files, or a quoted glob; left out where --source names the files",
+        "NIfTI files, or a quoted glob; a table (.csv) with the columns subject_id, modality, path, each subject of "
+        "which is one input; left out where --source names the files",
     )
     parser.add_argument(
         "output",
@@ -234,7 +246,8 @@ def _parser() -> JobParser:
         help=f"modality of the input ({names}; the model may know fewer), or {AUTO}: what its name says, or else its "
         "header; of several inputs those whose names say another one, a mask or a map are skipped. For a model that "
         "takes any sources say it once a file, such as --source t1=a.nii.gz --source t2=b.nii.gz: they are brought to "
-        "the first one's grid by their affines",
+        f"the first one's grid by their affines. Of a table, one modality of each subject, or {AUTO}: all of them that "
+        "the model knows but the target, the grid is that of the first in the order above",
     )
     parser.add_argument(
         "--series",

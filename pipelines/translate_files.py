@@ -60,6 +60,8 @@ class Input:
     """Modalities that are made of it."""
     others: tuple[tuple[str, Path], ...] = ()
     """(modality, path) of what is taken beside it, of the same head."""
+    name: str = ""
+    """What its results in a folder are called after; empty: its file."""
     status: str = ""
     """skipped or failed where nothing is made of it."""
     message: str = ""
@@ -84,6 +86,12 @@ class Task:
     def sources(self) -> str:
         """The modalities of all that is taken, in words."""
         return " + ".join((self.source, *(name for name, _ in self.others)))
+
+    @property
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """What a sidecar says of several volumes: `inputs`, modality -> name of its file; nothing of one."""
+        files = {self.source: self.path, **dict(self.others)}
+        return {"inputs": {name: path.name for name, path in files.items()}} if self.others else {}
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def plan_tasks(
     """Return what is made of each input, and where.
 
     Into a folder, the results of scan.nii.gz are scan_synthetic-t2.nii.gz and its standard deviation
-    scan_synthetic-t2_std.nii.gz.
+    scan_synthetic-t2_std.nii.gz; those of an input that has a name are called after that.
 
     Args:
         inputs: files or series folders, those that are translated.
@@ -170,7 +178,7 @@ def plan_tasks(
         outputs = []
         for target in given.targets:
             suffix = ".nii.gz" if is_series else path.name[len(_stem(path)) :]
-            name = f"{_stem(path)}_synthetic-{target}"
+            name = f"{given.name or _stem(path)}_synthetic-{target}"
             place, spread = output, uncertainty
             if into_folder:
                 place = output / (name if format == DICOM else name + suffix)

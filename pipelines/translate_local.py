@@ -108,9 +108,7 @@ class LocalModel:
                 for output, result in zip(task.outputs, results, strict=True):
                     result.provenance["input"] = task.path.name
                     likeness = likeness_of(result.provenance)
-                    if task.others:
-                        files = {task.source: task.path, **dict(task.others)}
-                        result.provenance["inputs"] = {name: path.name for name, path in files.items()}
+                    result.provenance.update(task.inputs)
                     if source.notes:
                         result.provenance["notes"] = list(source.notes)
                     writer.write(output, result, source)

@@ -10,6 +10,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from aldm.data.modalities import check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
 from aldm.likeness import Likeness
+from aldm.pairs import check_several
 from aldm.progress import progress
 from pipelines.translate_files import DICOM, Files, Output, Task, likeness_of, writing
 
@@ -101,8 +103,10 @@ class RemoteService:
         check_modality("target", target, self.modalities)
 
     def check_sources(self, sources: Sequence[str], target: str) -> None:
-        """Refuse several sources: the service takes one volume."""
-        raise UserError(f"--server takes one source, got {' and '.join(sources)}: give one, or translate them here")
+        """Refuse several sources that the model does not translate together."""
+        model = self._model
+        several = bool(model.get("takes_several"))  # a service of before takes one
+        check_several(sources, target, kind=model["kind"], modalities=self.modalities, takes_several=several)
 
     def load(self) -> None:
         """The service has loaded its model already."""
@@ -130,7 +134,7 @@ class RemoteService:
             try:
                 self._follow(job, task.path.name)
                 for output in task.outputs:
-                    files = self._files(job, output, task.path.name)
+                    files = self._files(job, output, task)
                     likeness = likeness_of(files.provenance)
                     writer.put(output, files)
             except _Away:
@@ -146,10 +150,10 @@ class RemoteService:
             self._answer("DELETE", job["links"]["self"])
 
     def _submit(self, task: Task) -> dict[str, Any]:
-        """Send a volume, as often as it takes until the service has room for it, and return the job."""
+        """Send the volumes, as often as it takes until the service has room for them, and return the job."""
         args = self._args
         fields = {
-            "source": task.source,
+            "source": None if task.others else task.source,
             "target": [output.target for output in task.outputs],
             "sampler": args.sampler,
             "num_inference_steps": args.num_inference_steps,
@@ -161,10 +165,12 @@ class RemoteService:
         }
         fields = {name: value for name, value in fields.items() if value is not None}
         until = time.monotonic() + BUSY_S
-        with _upload(task) as (name, stream):
+        with ExitStack() as stack:
+            files = {field: stack.enter_context(_upload(path)) for field, path in _volumes(task).items()}
             while True:
-                stream.seek(0)
-                answer = self._send("POST", "/v1/translations", files={"volume": (name, stream)}, data=fields)
+                for _, stream in files.values():
+                    stream.seek(0)
+                answer = self._send("POST", "/v1/translations", files=files, data=fields)
                 if answer.status_code != 503:
                     break
                 seconds = _pause(answer)
@@ -227,13 +233,14 @@ class RemoteService:
                 )
             time.sleep(seconds)
 
-    def _files(self, job: dict[str, Any], output: Output, name: str) -> Files:
+    def _files(self, job: dict[str, Any], output: Output, task: Task) -> Files:
         links = job["links"]["results"][output.target]
         made = self._checked(self._patiently(f"{job['links']['self']}/provenance", params={"target": output.target}))
         spread = None
         if output.uncertainty is not None:
             spread = self._whole(links["uncertainty"])
-        provenance = {**made, "input": name, "server": self._args.server}
+        provenance = {**made, "input": task.path.name, **task.inputs, "server": self._args.server}
+        provenance.pop("sources", None)  # inputs has them
         return Files(result=self._whole(links["result"]), uncertainty=spread, provenance=provenance)
 
     def _whole(self, path: str) -> bytes:
@@ -316,19 +323,28 @@ def _detail(answer: "httpx.Response") -> str:
     return f"{answer.status_code} {answer.reason_phrase}"
 
 
+def _volumes(task: Task) -> dict[str, Path]:
+    """Return the form's fields of a task's volumes, the first one first."""
+    if not task.others:
+        return {"volume": task.path}
+    return {f"volume_{name}": path for name, path in ((task.source, task.path), *task.others)}
+
+
 @contextlib.contextmanager
-def _upload(task: Task) -> Iterator[tuple[str, BinaryIO]]:
-    """Open what is sent for an input: the file itself, or a zip of the series."""
+def _upload(path: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Open what is sent for a volume: the file itself, or a zip of the series."""
+    from aldm.data.dicom import is_series
+
     try:
-        if not task.is_series:
-            with task.path.open("rb") as stream:
-                yield task.path.name, stream
+        if not is_series(path):
+            with path.open("rb") as stream:
+                yield path.name, stream
             return
         with tempfile.TemporaryFile() as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                for number, file in enumerate(_files_of(task.path)):
+                for number, file in enumerate(_files_of(path)):
                     promised = file.suffix.lower() in SUFFIXES  # other names may say who the patient is
                     archive.write(file, f"{number:05d}.{'dcm' if promised else 'file'}")
-            yield f"{task.path.name}.zip", stream
+            yield f"{path.name}.zip", stream
     except OSError as error:
-        raise UserError(f"{task.path}: cannot be sent: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be sent: {error.strerror or error}") from error

@@ -1,15 +1,18 @@
 """What each input of `aldm translate` is taken for: as --source says, or what its name and header say."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from aldm.cli import with_flags
+from aldm.data.layouts import discover, stopping
 from aldm.data.naming import NotAVolume, check_source, choose_source, read_name
 from aldm.errors import UserError
 from pipelines.translate_files import Input
 
 AUTO, ALL = "auto", "all"
+TABLE_SUFFIX = ".csv"
 
 
 class Pairs(Protocol):
@@ -80,6 +83,38 @@ def several_sources(named: Sequence[tuple[str, Path]], target: str, pairs: Pairs
         else:
             pairs.check_pair(first, one)
     return Input(path, first, "request", targets, others=tuple(others))
+
+
+def table_inputs(table: Path, source: str, target: str, pairs: Pairs) -> list[Input]:
+    """Return an input for each subject of a table, of which nothing is made where its volumes do not allow it.
+
+    Args:
+        table: as layout table of `aldm prepare`: subject_id, modality, path.
+        source: a modality, or auto: every volume that the model knows but the target.
+        target: a modality, or all: every one that is not among a subject's sources.
+        pairs: of the model.
+
+    Raises:
+        UserError: not such a table.
+    """
+    subjects, problems = discover(table, "table")
+    if wrong := stopping(problems):
+        raise UserError(f"{wrong[0].path}: {wrong[0].message}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+    if any(subject.series for subject in subjects):
+        raise UserError(f"{table}: the column series is for aldm prepare: leave it out, and give folders of one series")
+    inputs = []
+    for subject in subjects:
+        known = [name for name in subject.volumes if name in pairs.modalities and name != target]
+        named = [(name, subject.volumes[name]) for name in known if source in (AUTO, name)]
+        try:
+            if not named:
+                raise NotAVolume(f"subject {subject.subject_id} has no volume to make {target} of")
+            inputs.append(replace(several_sources(named, target, pairs), name=subject.subject_id))
+        except UserError as error:
+            status = "skipped" if isinstance(error, NotAVolume) and not named else "failed"
+            path = (named or list(subject.volumes.items()))[0][1]
+            inputs.append(Input(path, status=status, message=with_flags(str(error))))
+    return inputs
 
 
 def choose_inputs(

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from aldm import __version__
+from aldm.pairs import takes_several
 from aldm.sampling import allowed_samplers
 from aldm.translate import NOTICE
 from serve import files
@@ -217,6 +218,7 @@ def _add_service(app: FastAPI, service: Service) -> None:
             hash=model.hash,
             kind=model.kind,
             modalities=list(model.config.modalities),
+            takes_several=takes_several(model.config, model.kind),
             default=Default(
                 sampler=base.sampler if diffusion else None,
                 num_inference_steps=base.num_inference_steps if diffusion else 1,

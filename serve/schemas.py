@@ -142,6 +142,7 @@ class ModelCard(BaseModel):
     hash: str
     kind: str
     modalities: list[str]
+    takes_several: bool = Field(description="whether it translates several volumes of one head together")
     default: Default
     samplers: list[Sampler]
     card: list[dict[str, Any]] = Field(description="measured quality and latency per sampler and number of steps")

@@ -1,5 +1,6 @@
 """The volumes of a request: the form's fields `volume`, whose modality `source` says, and `volume_MODALITY`.
 
+`volume` may be given several times where each one's name or header says what it is.
 The first one in the form's order sets the grid of the result, as the first `--source` of `aldm translate` does.
 """
 
@@ -7,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, File, Form, Request, UploadFile
 from pydantic import WithJsonSchema
@@ -22,7 +23,8 @@ AUTO = "auto"
 VOLUME = "volume"
 OF_FIELD = {VOLUME: None} | {f"{VOLUME}_{name}": name for name in MODALITIES}
 """Field -> the modality of its volume; None: `source` says it."""
-_FILE = WithJsonSchema({"type": "string", "format": "binary"})
+_BYTES: dict[str, Any] = {"type": "string", "format": "binary"}
+_FILE, _FILES = WithJsonSchema(_BYTES), WithJsonSchema({"type": "array", "items": _BYTES})
 
 
 def _described(words: str) -> File:
@@ -38,7 +40,7 @@ class Upload:
     """A volume as it came."""
 
     field: str
-    """Of the form."""
+    """Of the form; with its place among all volumes where the form has it several times."""
     source: str
     """Its modality; auto where its name or header is to say it."""
     file: UploadFile
@@ -51,7 +53,7 @@ class Upload:
 
 async def _uploads(
     request: Request,
-    volume: Annotated[UploadFile | None, _described("the volume, or one of them"), _FILE] = None,
+    volume: Annotated[list[UploadFile] | None, _described("the volume, or some of several"), _FILES] = None,
     volume_t1: Annotated[UploadFile | None, _of("t1"), _FILE] = None,
     volume_t1ce: Annotated[UploadFile | None, _of("t1ce"), _FILE] = None,
     volume_t2: Annotated[UploadFile | None, _of("t2"), _FILE] = None,
@@ -64,21 +66,24 @@ async def _uploads(
     """Return the volumes in the form's order, which the parameters do not tell.
 
     Raises:
-        Problem: 422, there is none, a field is given twice, or `source` without `volume`.
+        Problem: 422, there is none, a field of a modality is given twice, or `source` with another number of `volume`
+            than one.
     """
-    found: dict[str, Upload] = {}
-    for field, value in (await request.form()).multi_items():
+    form = await request.form()
+    plain, found = len(form.getlist(VOLUME)), dict[str, Upload]()
+    if source != AUTO and plain != 1:
+        raise Problem(422, f"source says what one {VOLUME} is, got {plain} of them: leave it out")
+    for field, value in form.multi_items():
         if field not in OF_FIELD:
             continue
         if isinstance(value, str):
             raise Problem(422, f"{field}: wanted a file, got text")
-        if field in found:
+        name = f"{VOLUME} {len(found) + 1}" if field == VOLUME and plain > 1 else field
+        if name in found:
             raise Problem(422, f"{field} is given twice: give each modality once")
-        found[field] = Upload(field, OF_FIELD[field] or source, value)
+        found[name] = Upload(name, OF_FIELD[field] or source, value)
     if not found:
         raise Problem(422, f"no volume: give {VOLUME}, or {VOLUME}_MODALITY, such as {VOLUME}_t1")
-    if source != AUTO and VOLUME not in found:
-        raise Problem(422, f"source says what {VOLUME} is, and there is no {VOLUME}: leave it out")
     return list(found.values())
 
 

@@ -1,5 +1,6 @@
 """Any subset of a subject's modalities as sources: what is drawn, what the start is, what a translator gives."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig
 from aldm.data.dataset import LatentSubsets, collate
+from aldm.data.overlap import check_one_place
 from aldm.data.preprocess import prepare_subject, prepare_volumes
 from aldm.data.volume import Volume
 from aldm.denoising import build_unet, refine_missing, target_like_of_sources
@@ -210,6 +212,18 @@ def test_a_source_on_another_grid_is_brought_to_the_first_one(model: Translator)
 def test_what_cannot_be_made_is_refused(model: Translator, sources: tuple[str, ...], target: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         model.check_sources(sources, target)
+
+
+def test_volumes_that_cannot_be_of_two_modalities_of_one_head_are_refused(model: Translator) -> None:
+    t1, t2 = head(0), head(1)
+    with pytest.raises(UserError, match="t1 and t2 have the same voxels"):
+        model.translate(t1, "t1", "pd", others={"t2": Volume(t1.data.copy(), t2.affine)})
+    for millimetres, refused in ((96, False), (120, True)):
+        affine = t2.affine.copy()
+        affine[0, 3] += millimetres  # of 160 that each covers
+        words = "t2 lies elsewhere than t1: 25% of the smaller field of view is in both, wanted 33%"
+        with pytest.raises(UserError, match=words) if refused else nullcontext():
+            check_one_place({"t1": t1, "t2": Volume(t2.data, affine)})
 
 
 def test_a_model_of_pairs_refuses_two_sources(tmp_path: Path) -> None:

@@ -102,10 +102,12 @@ def test_a_file_goes_up_and_its_translation_is_seen_and_fetched(
     assert gzip.decompress((tmp_path / "synthetic-t2.nii.gz").read_bytes()) == gzip.decompress(content)
 
 
-DROP = """async ([name, base64]) => {
-    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+DROP = """async (files) => {
     const data = new DataTransfer();
-    data.items.add(new File([bytes], name));
+    for (let i = 0; i < files.length; i += 2) {
+        const bytes = Uint8Array.from(atob(files[i + 1]), (letter) => letter.charCodeAt(0));
+        data.items.add(new File([bytes], files[i]));
+    }
     for (const kind of ["dragenter", "dragover"]) {
         document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
     }
@@ -114,7 +116,23 @@ DROP = """async ([name, base64]) => {
     document.body.dispatchEvent(event);
     return [over, event.defaultPrevented];
 }"""
-"""Drop a file on the page as a browser does; returns whether the place was marked, and whether the page took it."""
+"""Drop files (name, content in base64, and so on) on the page as a browser does.
+
+Returns whether the place was marked, and whether the page took it."""
+
+
+def test_a_model_of_pairs_says_before_it_is_sent_that_it_takes_one(page: Page) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.method))
+    page.evaluate(DROP, ["dropped_T1w.nii.gz", "", "dropped_T2w.nii.gz", ""])
+    expect(page.locator("#problem")).to_contain_text("This model takes one volume, and 2 are chosen: remove the others")
+    page.get_by_role("button", name="Translate").click()
+    expect(page.locator("#problem")).to_contain_text("This model takes one volume")
+    assert "POST" not in sent
+    page.get_by_role("button", name="Remove dropped_T1w.nii.gz").click()
+    expect(page.locator("#problem")).to_have_text("")
+    expect(page.locator("#file-name")).to_contain_text("dropped_T2w.nii.gz")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Remove dropped_T2w.nii.gz"
 
 
 def test_a_file_is_dropped_on_the_page(page: Page, service: RunningService) -> None:

@@ -190,6 +190,9 @@ def test_what_source_says_is_of_the_plain_volume(service: Service, files: dict[s
     assert list(job["sources"].items()) == [("t2", "file name"), ("t1", "request")]
     job = service.ask("POST", "/v1/translations", files=form, data=FIELDS | {"source": "pd", "target": "t2"}).json()
     assert list(job["sources"].items()) == [("pd", "request"), ("t1", "request")]
+    twice = [("volume", file) for _, file in form_of(files)]
+    job = service.ask("POST", "/v1/translations", files=twice, data=FIELDS).json()
+    assert list(job["sources"].items()) == [("t1", "file name"), ("t2", "file name")]
 
 
 def test_a_record_of_before_is_read(service: Service, files: dict[str, Path]) -> None:
@@ -225,7 +228,9 @@ def also(field: str) -> Callable[[list[Any], dict[str, str]], None]:
         (also("volume_pd"), 422, "the target pd is among the sources t1 and t2 and pd"),
         (lambda form, fields: form.__setitem__(1, ("volume_t2", (None, b""))), 422, "volume_t2: wanted a file"),
         (lambda form, fields: form.clear() or form.append(("seed", (None, b"1"))), 422, "no volume: give volume, or"),
-        (lambda form, fields: fields.update(source="t1"), 422, "source says what volume is, and there is no volume"),
+        (lambda form, fields: fields.update(source="t1"), 422, "source says what one volume is, got 0 of them"),
+        (lambda form, fields: form.extend([("volume", form[0][1])] * 2), 422, "two of the volumes are t1"),
+        (lambda form, fields: form.extend([("volume", ("x.nii", b""))] * 2), 422, "volume 3: "),
         (put("t2.nii", b""), 422, "volume_t2: "),
         (put("t2.png", b"x"), 415, "volume_t2: wanted a file named"),
         (put("t2.zip", b"x"), 422, "volume_t2: not a zip file"),

@@ -1,5 +1,6 @@
 """`aldm translate --source t1=a.nii.gz --source t2=b.nii.gz`: several volumes of one head make one result."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -112,3 +113,46 @@ def test_a_dry_run_reads_every_source(
     sources = [f"--source={name}={path}" for name, path in files.items()]
     assert run(tmp_path / "out.nii.gz", *sources, "--target", "pd", "--model", model, "--dry-run") == 2
     assert "scan_t2.nii.gz" in capsys.readouterr().out
+
+
+def table_of(folder: Path, *rows: str) -> Path:
+    path = folder / "subjects.csv"
+    path.write_text("\n".join(("subject_id,modality,path", *rows)) + "\n")
+    return path
+
+
+def test_each_subject_of_a_table_is_translated_from_all_that_it_has(
+    model: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / files["t1"].name).write_bytes(files["t2"].read_bytes())  # the same name in another folder
+    rows = (f"a,{name},{path.name}" for name, path in files.items())
+    more = ("b,t1,other/scan_t1.nii.gz", "c,pd,scan.nii.gz", "d,t1,missing.nii", "e,t1,scan_t2.nii.gz", "b,flair,f.nii")
+    table = table_of(tmp_path, *rows, *more)
+    assert run(table, tmp_path / "out", "--source", "auto", "--target", "pd", "--model", model) == 2
+    done = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    told = {(row["status"], row["source"], Path(row["output"]).name) for row in done}
+    made = {("ok", "t1+t2", "a_synthetic-pd.nii.gz"), ("ok", "t1", "b_synthetic-pd.nii.gz")}
+    assert told == made | {("skipped", "", ""), ("failed", "", "")}
+    assert sorted(row["status"] for row in done) == ["failed", "failed", "ok", "ok", "skipped"]
+    wanted = tmp_path / "wanted.nii.gz"
+    assert run(wanted, *(f"--source={n}={p}" for n, p in files.items()), "--target", "pd", "--model", model) == 0
+    got = nibabel.load(tmp_path / "out" / "a_synthetic-pd.nii.gz")
+    np.testing.assert_array_equal(got.get_fdata(), nibabel.load(wanted).get_fdata())
+    table = table_of(tmp_path, *(f"a,{name},{path.name}" for name, path in files.items()))
+    assert run(table, tmp_path / "one", "--source", "t2", "--target", "pd", "--model", model) == 0
+    assert json.loads((tmp_path / "one" / "a_synthetic-pd.json").read_text())["source"] == "t2"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a,swi,scan_t1.nii.gz", "line 2: unknown modality 'swi'"),
+        ("a,t1,scan_t1.nii.gz,5", "line 2: more values than columns"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(row: str, words: str, model: Path, tmp_path: Path, capsys) -> None:
+    table = table_of(tmp_path, row)
+    assert run(table, tmp_path / "out", "--source", "auto", "--target", "pd", "--model", model) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

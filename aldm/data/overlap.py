@@ -1,6 +1,7 @@
 """Do a subject's files lie on each other? Shared fields of view, and labels that fall outside or between voxels."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -18,6 +19,20 @@ def shared_field_of_view(first: Volume, second: Volume) -> float:
     smaller, larger = sorted((first, second), key=_millilitres)
     steps = [(np.arange(_FIELD_SAMPLES) + 0.5) / _FIELD_SAMPLES * n - 0.5 for n in smaller.data.shape]
     return float(_inside(np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3), smaller, larger).mean())
+
+
+def check_not_the_same(volumes: Mapping[str, Volume]) -> None:
+    """Refuse volumes of different modalities that are one and the same.
+
+    Args:
+        volumes: name -> volume.
+
+    Raises:
+        UserError: two have the same voxels.
+    """
+    for (name, volume), (other, second) in combinations(volumes.items(), 2):
+        if np.array_equal(volume.data, second.data):
+            raise UserError(f"{name} and {other} have the same voxels: give each modality a volume of its own")
 
 
 def check_one_place(volumes: Mapping[str, Volume]) -> None:

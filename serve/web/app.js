@@ -2,13 +2,14 @@
 
 import { Problem, follow, getFile, getJson, hasToken, remove, send, useToken } from "/web/service.js";
 import { Viewer } from "/web/viewer.js";
+import { Volumes } from "/web/volumes.js";
 
 const $ = (id) => document.getElementById(id);
 const modes = [...document.querySelectorAll("[data-mode]")].filter((one) => one.tagName === "BUTTON");
 const canDraw = Viewer.isSupported();
 const viewer = new Viewer($("source-view"), $("result-view"), showWindows, (text) => ($("position").textContent = text));
 
-let volume = null; // the chosen File
+const volumes = new Volumes($("volumes"), showChosen);
 let job = null;
 let running = null; // AbortController of what goes on
 let blinking = null;
@@ -28,7 +29,9 @@ async function start() {
   complain(null);
   const model = models.models[0];
   $("model").textContent = `${model.name}: ${model.description}`;
-  fill($("source"), model.modalities);
+  volumes.setModalities(model.modalities);
+  $("file").multiple = model.takes_several;
+  $("several").hidden = !model.takes_several;
   fill($("sampler"), model.samplers.map((one) => one.name));
   $("targets").replaceChildren(...model.modalities.map(checkbox));
   $("more").hidden = false;
@@ -94,18 +97,34 @@ function showCard(rows) {
 
 // -------------------------------------------------------------------------------------------------------------- form
 
-function choose(file) {
-  volume = file;
-  $("file-name").textContent = `${file.name} (${(file.size / 1e6).toFixed(1)} MB)`;
-  complain(null);
+// A model that takes several volumes keeps those that are chosen already.
+function choose(files) {
+  if (models?.models[0].takes_several) volumes.add(files);
+  else volumes.replace(files);
+}
+
+function showChosen() {
+  const { files } = volumes;
+  const megabytes = (files.reduce((sum, file) => sum + file.size, 0) / 1e6).toFixed(1);
+  const words = { 0: "Drop a volume here, or choose a file", 1: `${files[0]?.name} (${megabytes} MB)` };
+  $("file-name").textContent = words[files.length] ?? `${files.length} volumes (${megabytes} MB)`;
+  $("file").value = ""; // so that the same file can be chosen again after it was removed
+  tell(files.length ? `Chosen: ${files.map((file) => file.name).join(", ")}.` : "No volume is chosen.");
+  complain(tooMany());
   showCurl();
+}
+
+function tooMany() {
+  const { takes_several: takesSeveral } = models?.models[0] ?? {};
+  if (volumes.files.length < 2 || takesSeveral) return null;
+  return new Problem(0, `this model takes one volume, and ${volumes.files.length} are chosen: remove the others`);
 }
 
 async function takeExample() {
   tell("Fetching the example …");
   try {
     const { name, bytes } = await getFile("/v1/example");
-    choose(new File([bytes], name));
+    volumes.replace([new File([bytes], name)]);
     tell("The example is chosen.");
   } catch (error) {
     complain(error);
@@ -118,7 +137,7 @@ function targets() {
 
 // The fields that are sent, without what is left to the service.
 function fields() {
-  const chosen = [["source", $("source").value], ...targets().map((name) => ["target", name])];
+  const chosen = [...targets().map((name) => ["target", name])];
   const optional = { sampler: "sampler", num_inference_steps: "steps", num_samples: "samples", seed: "seed", series: "series" };
   for (const [name, id] of Object.entries(optional)) {
     if ($(id).value !== "" && !(id === "seed" && $(id).value === "0")) chosen.push([name, $(id).value]);
@@ -131,7 +150,8 @@ function fields() {
 function showCurl() {
   const words = ["curl"];
   if (hasToken()) words.push('-H "Authorization: Bearer $ALDM_TOKEN"');
-  words.push(`-F volume=@${quoted(volume?.name ?? "scan.nii.gz")}`, ...fields().map(([name, value]) => `-F ${name}=${quoted(value)}`));
+  const chosen = volumes.files.length ? volumes.fields : [["volume", { name: "scan.nii.gz" }], ["source", "auto"]];
+  words.push(...[...chosen, ...fields()].map(([name, value]) => `-F ${name}=${value.name ? `@${quoted(value.name)}` : quoted(value)}`));
   const wanted = targets();
   if (wanted.length === 1 && $("format").value === "nii.gz") {
     words.push(`-o ${quoted(`synthetic-${wanted[0]}.nii.gz`)}`, `${location.origin}/v1/translate`);
@@ -150,20 +170,22 @@ function quoted(text) {
 async function translate() {
   if (running) return;
   complain(null);
-  if (!volume) return complain(new Problem(0, "choose a volume first, or take the example"));
+  if (tooMany()) return complain(tooMany());
+  if (!volumes.files.length) return complain(new Problem(0, "choose a volume first, or take the example"));
   if (targets().length === 0) return complain(new Problem(0, "choose at least one wanted modality"));
   running = new AbortController();
   busy(true);
   try {
     await forget();
     job = await submitted(running.signal);
-    const from = { request: "as you said", "file name": "by its name", header: "by its header" }[job.source_from];
-    tell(`The volume is a ${job.source}, ${from}.`);
+    const from = { request: "as you said", "file name": "by its name", header: "by its header" };
+    const said = Object.entries(job.sources).map(([name, by]) => `a ${name}, ${from[by]}`);
+    tell(said.length === 1 ? `The volume is ${said[0]}.` : `The volumes are ${said.join("; ")}.`);
     job = await follow(job, showProgress, running.signal);
     if (job.state === "failed") throw new Problem(job.error.status, job.error.detail);
     if (job.state === "cancelled") return tell("Cancelled.");
     await showJob();
-    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${job.source}${covered(job)}. ${likeness(job)}`);
+    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${Object.keys(job.sources).join(" + ")}${covered(job)}. ${likeness(job)}`);
   } catch (error) {
     if (error.name === "AbortError") tell("Cancelled.");
     else complain(error);
@@ -174,12 +196,13 @@ async function translate() {
 }
 
 // How far the volume is from what the model was trained on.
-function likeness({ likeness: found, source }) {
+function likeness({ likeness: found, sources }) {
   if (!found) return "Its likeness to the training data was not measured.";
-  const { distance, differs_in, looks_like } = found;
+  const { distance, source, differs_in, looks_like } = found;
+  const it = Object.keys(sources).length === 1 ? "It" : `Its ${source}, the least alike,`;
   const near = looks_like === source ? "" : `, nearer to ${looks_like}`;
-  if (distance <= 1) return `It is like the training data: ${distance.toFixed(2)} of 1 allowed${near}.`;
-  return `It is unlike the training data (${distance.toFixed(2)}, 1 allowed, most of all in ${differs_in}${near}): trust it less.`;
+  if (distance <= 1) return `${it} is like the training data: ${distance.toFixed(2)} of 1 allowed${near}.`;
+  return `${it} is unlike the training data (${distance.toFixed(2)}, 1 allowed, most of all in ${differs_in}${near}): trust it less.`;
 }
 
 // What of the volume was translated.
@@ -189,11 +212,10 @@ function covered({ num_boxes, share_outside }) {
   return `${boxes}; ${(100 * share_outside).toFixed(2)} % of the foreground lies outside and is background in the result`;
 }
 
-// Sends the volume, again and again while the service is busy.
+// Sends the volumes, again and again while the service is busy.
 async function submitted(signal) {
   const form = new FormData();
-  form.append("volume", volume, volume.name);
-  for (const [name, value] of fields()) form.append(name, value);
+  for (const [name, value] of [...volumes.fields, ...fields()]) form.append(name, value);
   const onSent = (share) => progress(null, share < 1 ? `Sending: ${Math.round(100 * share)} %` : "Checking the volume …");
   for (;;) {
     try {
@@ -257,13 +279,21 @@ async function showJob() {
   $("downloads").hidden = false;
   document.querySelector('[data-file="uncertainty"]').hidden = job.num_samples < 2;
   if (!canDraw) return showPreview();
-  const { bytes } = await getFile(job.links.source);
-  await viewer.showSource(bytes, "source.nii.gz");
-  $("source-caption").textContent = `${job.source}: the volume as it came`;
-  $("source-caption").hidden = false;
-  await showTarget();
+  const names = Object.keys(job.sources);
+  $("shown-source").replaceChildren(...names.map((name) => new Option(name, name)));
+  $("shown-source-area").hidden = names.length < 2;
+  await showSource();
   for (const id of ["toolbar", "windows"]) $(id).hidden = false;
   $("empty").hidden = true;
+}
+
+async function showSource() {
+  const name = $("shown-source").value;
+  const { bytes } = await getFile(job.links.sources[name]);
+  await viewer.showSource(bytes, "source.nii.gz");
+  $("source-caption").textContent = `${name}: the volume as it came`;
+  $("source-caption").hidden = false;
+  await showTarget();
 }
 
 async function showTarget() {
@@ -370,12 +400,12 @@ $("form").addEventListener("submit", (event) => {
   translate();
 });
 $("form").addEventListener("input", showCurl);
-$("file").addEventListener("change", () => $("file").files[0] && choose($("file").files[0]));
+$("file").addEventListener("change", () => $("file").files.length && choose([...$("file").files]));
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", name === "dragenter" || name === "dragover");
-    if (name === "drop" && event.dataTransfer.files[0]) choose(event.dataTransfer.files[0]);
+    if (name === "drop" && event.dataTransfer.files.length) choose([...event.dataTransfer.files]);
   });
 }
 $("example").addEventListener("click", takeExample);
@@ -398,6 +428,7 @@ $("delete").addEventListener("click", async () => {
   await forget();
   tell("Volume and results are deleted from the service; the pictures stay until the page is closed.");
 });
+$("shown-source").addEventListener("change", () => showSource().catch(complain));
 $("shown").addEventListener("change", () => showTarget().catch(complain));
 $("planes").addEventListener("change", () => viewer.setPlanes(Number($("planes").value)));
 $("spread").addEventListener("change", showSpread);
