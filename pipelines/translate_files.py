@@ -221,9 +221,11 @@ def read_input(task: Task, max_voxels: int, series: str | None = None) -> tuple[
     return _read(task.path, max_voxels, series)
 
 
-def read_others(task: Task, max_voxels: int, series: str | None = None) -> dict[str, "Volume"]:
+def read_others(
+    task: Task, max_voxels: int, series: str | None = None
+) -> dict[str, tuple["Volume", "NiftiSource | DicomSource"]]:
     """Read and check what is taken beside the input, by modality. Raises UserError as `read_input`."""
-    return {name: _read(path, max_voxels, series)[0] for name, path in task.others}
+    return {name: _read(path, max_voxels, series) for name, path in task.others}
 
 
 def _read(path: Path, max_voxels: int, series: str | None) -> tuple["Volume", "NiftiSource | DicomSource"]:
@@ -313,11 +315,24 @@ class Writer:
         self._temporary, self._format, self._overwrite, self._keep_patient = temporary, format, overwrite, keep_patient
         self._series: list[Callable[[], object]] = []
 
-    def write(self, output: Output, result: "Translation", source: "NiftiSource | DicomSource") -> None:
-        """Write one translation, its uncertainty and its sidecar."""
+    def write(
+        self,
+        output: Output,
+        result: "Translation",
+        source: "NiftiSource | DicomSource",
+        others: Sequence["NiftiSource | DicomSource"] = (),
+    ) -> None:
+        """Write one translation, its uncertainty and its sidecar.
+
+        Args:
+            output: where.
+            result: the translation.
+            source: of the volume whose grid it has.
+            others: of what it was made of beside it.
+        """
         made = result.provenance
         if self._format == DICOM:
-            self._later(output, result, source)
+            self._later(output, result, source, others)
         else:
             self._write_nifti(output.path, result.volume.data, result.volume, source, describe(made))
         if output.uncertainty is not None:
@@ -360,7 +375,13 @@ class Writer:
         grid = source if isinstance(source, NiftiSource) else source_of(volume.affine, data.shape, path)
         save_nifti(self._temporary[path], to_source_orientation(data, grid), grid, description=description)
 
-    def _later(self, output: Output, result: "Translation", source: "NiftiSource | DicomSource") -> None:
+    def _later(
+        self,
+        output: Output,
+        result: "Translation",
+        source: "NiftiSource | DicomSource",
+        others: Sequence["NiftiSource | DicomSource"],
+    ) -> None:
         from aldm.data.dicom import DicomSource, write_series
 
         assert isinstance(source, DicomSource)
@@ -373,6 +394,7 @@ class Writer:
                 description=f"{made['target']} from {made['source']}",
                 derivation=json.dumps(made),
                 keep_patient=self._keep_patient,
+                others=[other for other in others if isinstance(other, DicomSource)],
                 overwrite=self._overwrite,
             )
         )

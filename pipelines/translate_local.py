@@ -102,7 +102,7 @@ class LocalModel:
                     sampling=sampling,
                     seed=args.seed,
                     intensity=args.intensity,
-                    others=others,
+                    others={name: other for name, (other, _) in others.items()},
                     on_step=step,
                 )
                 for output, result in zip(task.outputs, results, strict=True):
@@ -111,7 +111,7 @@ class LocalModel:
                     result.provenance.update(task.inputs)
                     if source.notes:
                         result.provenance["notes"] = list(source.notes)
-                    writer.write(output, result, source)
+                    writer.write(output, result, source, [other for _, other in others.values()])
         if likeness is not None and likeness.is_unlike and not args.accept_unlike:
             logger.warning("%s: %s", task.path, with_flags(likeness.words()))
         return likeness

@@ -85,6 +85,7 @@ def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
     save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
     nobody = {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
     kept = asdict(replace(source, folder=Path(), affine=None, **nobody))
+    del kept["images"]  # who has the original series could tell from these whose it is
     kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
     (folder / _SERIES).write_text(json.dumps(kept))
 

@@ -116,7 +116,7 @@ def accept_all(
             )
         except Problem as problem:
             detail = re.sub(rf"^{VOLUME}\b", upload.field, without_paths(problem.detail, folder.parent))
-            if voxels and f"{left:,}" in detail:
+            if voxels and f"limit is {left:,}" in detail:
                 detail += f": the volumes of a request count together, of {settings.max_voxels:,} voxels"
             raise Problem(problem.status, detail, headers=problem.headers) from problem
         words.append(said)

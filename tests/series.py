@@ -50,6 +50,19 @@ def make_series(
     return values * slopes + intercepts
 
 
+def eight_times(_: int, header: Dataset) -> None:
+    """Make the series as large as a head."""
+    for name in ("ImagePositionPatient", "PixelSpacing"):
+        setattr(header, name, [8 * float(value) for value in header[name].value])
+    header.SliceThickness = 8 * float(header.SliceThickness)
+
+
+def in_the_head(k: int, header: Dataset) -> None:
+    """Make a series as large as the head of test_any_sources, and place it there."""
+    eight_times(k, header)
+    header.ImagePositionPatient = [-110, -150, 30 + 20 * k]
+
+
 def on_slice(slice_number: int, **values: object) -> Edit:
     """Set attributes in one slice."""
 

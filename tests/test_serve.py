@@ -23,7 +23,7 @@ import pydicom
 import pytest
 from PIL import Image
 from scans import BAD, blob, image_of, nifti_bytes, noise, oblique, same_image, with_header, write
-from series import DAMAGE, UNUSABLE, make_series
+from series import DAMAGE, UNUSABLE, eight_times, make_series
 from service import RunningService, forget_peak, peak_bytes
 
 from aldm.cli import main
@@ -117,13 +117,6 @@ def zipped(folder: Path, path: Path) -> Path:
         for file in sorted(folder.iterdir()):
             archive.write(file, f"series/{file.name}")
     return path
-
-
-def eight_times(_: int, header: pydicom.Dataset) -> None:
-    """Make the series as large as a head."""
-    for name in ("ImagePositionPatient", "PixelSpacing"):
-        setattr(header, name, [8 * float(value) for value in header[name].value])
-    header.SliceThickness = 8 * float(header.SliceThickness)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pytest
 from browser import PATIENCE_MS, launch, skip_without_browser
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from scans import image_of, same_image, write
-from series import make_series
+from series import in_the_head, make_series
 from service import RunningService
 from test_any_sources import ANY, head
 from test_serve_page import is_drawn, picture
-from test_serve_sources import FIELDS, by_hand, form_of, in_the_head
+from test_serve_sources import FIELDS, by_hand, form_of
 from test_translate_several import run
 from untrained import save_untrained
 

@@ -18,10 +18,10 @@ import numpy as np
 import pydicom
 import pytest
 from scans import image_of, same_image, write
-from series import make_series
+from series import in_the_head, make_series
 from test_any_sources import ANY
 from test_any_sources import head as head_of
-from test_serve import eight_times, zipped
+from test_serve import zipped
 from test_serve_guard import Service, detail
 from test_translate_several import run
 from untrained import save_untrained
@@ -98,12 +98,6 @@ def by_hand(model: Path, files: dict[str, Path], out: Path, *flags: object) -> n
     return nibabel.load(out) if out.is_file() else None
 
 
-def in_the_head(k: int, header: pydicom.Dataset) -> None:
-    """Make a series as large as the head of the files, and place it there."""
-    eight_times(k, header)
-    header.ImagePositionPatient = [-110, -150, 30 + 20 * k]
-
-
 def backwards(files: dict[str, Path]) -> dict[str, Path]:
     return dict(reversed(files.items()))
 
@@ -170,6 +164,9 @@ def test_a_series_and_a_file_together_make_a_series(
         headers = [pydicom.dcmread(io.BytesIO(archive.read(name))) for name in archive.namelist()]
     assert {header.SeriesDescription for header in headers} == {"SYNTHETIC pd from t1+t2"}
     assert all('"source": "t1+t2"' in header.DerivationDescription for header in headers)
+    assert not any("SourceImageSequence" in header for header in headers)
+    kept = (service.store.folder / job["id"] / "series.json").read_text()
+    assert not [path for path in (tmp_path / "series").iterdir() if pydicom.dcmread(path).SOPInstanceUID in kept]
     answer = service.ask("POST", "/v1/translations", files=form_of(backwards(both)), data=FIELDS | {"format": "dicom"})
     assert "wanted a zip of a DICOM series as volume_t2" in detail(answer, 422)
     job = submit(service, backwards(both))

@@ -18,9 +18,9 @@ import numpy as np
 import pydicom
 import pytest
 from scans import same_image, write
-from series import make_series
+from series import eight_times, make_series
 from service import RunningService, free_port
-from test_serve import LONG, eight_times
+from test_serve import LONG
 
 import pipelines.translate_remote
 from aldm.cli import main

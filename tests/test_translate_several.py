@@ -7,11 +7,14 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
+from series import in_the_head, make_series
 from test_any_sources import ANY, head
 from untrained import save_untrained
 
 from aldm.cli import main
+from aldm.data.dicom import MR_IMAGE_STORAGE
 from aldm.presets import small
 
 
@@ -115,6 +118,11 @@ def test_a_dry_run_reads_every_source(
     assert "scan_t2.nii.gz" in capsys.readouterr().out
 
 
+def inverted(header: pydicom.Dataset) -> None:
+    """Make it another volume."""
+    header.RescaleSlope, header.RescaleIntercept = -float(header.RescaleSlope), 4000
+
+
 def table_of(folder: Path, *rows: str) -> Path:
     path = folder / "subjects.csv"
     path.write_text("\n".join(("subject_id,modality,path", *rows)) + "\n")
@@ -156,3 +164,20 @@ def test_a_table_that_is_none_is_refused(row: str, words: str, model: Path, tmp_
     assert run(table, tmp_path / "out", "--source", "auto", "--target", "pd", "--model", model) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_derived_series_that_joins_the_study_refers_to_every_series_it_is_made_of(
+    model: Path, tmp_path: Path
+) -> None:
+    make_series(tmp_path / "t1", edit=in_the_head)
+    make_series(tmp_path / "t2", edit=lambda k, header: in_the_head(k, header) or inverted(header))
+    sources = [f"--source={name}={tmp_path / name}" for name in ("t1", "t2")]
+    flags = (*sources, "--target", "pd", "--model", model, "--format", "dicom")
+    assert run(tmp_path / "kept", *flags, "--keep-patient") == 0
+    assert run(tmp_path / "nobody", *flags) == 0
+    wanted = {pydicom.dcmread(path).SOPInstanceUID for name in ("t1", "t2") for path in (tmp_path / name).iterdir()}
+    for path in (tmp_path / "kept").iterdir():
+        items = pydicom.dcmread(path).SourceImageSequence
+        assert {item.ReferencedSOPInstanceUID for item in items} == wanted
+        assert {item.ReferencedSOPClassUID for item in items} == {MR_IMAGE_STORAGE}
+    assert not any("SourceImageSequence" in pydicom.dcmread(path) for path in (tmp_path / "nobody").iterdir())

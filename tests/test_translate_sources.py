@@ -7,8 +7,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from series import eight_times
 from test_dicom import make_series
-from test_serve import eight_times
 from test_translate_job import write
 from untrained import save_untrained
 

@@ -10,9 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 from scans import blob, write
-from series import make_series
+from series import eight_times, make_series
 from service import RunningService
-from test_serve import eight_times
 from test_serve_guard import Service, scan
 from test_serve_worker import LIMIT, accepted
 from untrained import save_untrained

@@ -6,6 +6,7 @@ each file that it is synthetic, carries new UIDs and no private element, and nam
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ def write_series(
     description: str,
     derivation: str = "",
     keep_patient: bool = False,
+    others: Sequence[DicomSource] = (),
     series_number: int = 9000,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -138,8 +140,10 @@ def write_series(
         source: the grid, from `read_series`.
         description: what the series shows, such as "t2 from t1"; the Series Description is "SYNTHETIC " and this.
         derivation: how it was made, for Derivation Description.
-        keep_patient: join the source's study and copy who the patient is. Otherwise no attribute of the source but its
-            geometry, patient position and body part is copied, and study and frame of reference are new.
+        keep_patient: join the source's study, refer to its images, and copy who the patient is. Otherwise no attribute
+            of the source but its geometry, patient position and body part is copied, and study and frame of reference
+            are new.
+        others: what else it was made of, which `keep_patient` refers to as well.
         series_number: Series Number.
         overwrite: replace a series that this function wrote.
 
@@ -153,6 +157,8 @@ def write_series(
     assert stored.shape == source.shape, (stored.shape, source.shape)
     low, high = (float(value) for value in np.percentile(data, (0.5, 99.5)))
     common = _common_attributes(source, description, derivation, keep_patient)
+    if keep_patient:
+        common.SourceImageSequence = [_reference(*uids) for each in (source, *others) for uids in each.images]
     common.SeriesInstanceUID = generate_uid()
     common.SeriesNumber = series_number
     common.RescaleSlope, common.RescaleIntercept, common.RescaleType = slope, intercept, "US"
@@ -163,6 +169,17 @@ def write_series(
         for index, name in enumerate(names):
             _write_slice(temporary / name, common, source, index, stored[:, :, index])
     return [Path(folder) / name for name in names]
+
+
+def _reference(sop_class_uid: str, sop_instance_uid: str) -> "Dataset":
+    """Return an item of Source Image Sequence."""
+    from pydicom.config import disable_value_validation
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    with disable_value_validation():  # as the source says
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    return item
 
 
 def _quantised(data: np.ndarray) -> tuple[str, str, np.ndarray]:

@@ -59,6 +59,8 @@ class DicomSource:
     anonymous_study_uid: str = field(repr=False)
     """New with each reading: derived series of one reading that do not name the patient share it."""
     anonymous_frame_of_reference_uid: str = field(repr=False)
+    images: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """SOP Class and Instance UID of each of its files; a derived series that joins the study refers to them."""
     notes: tuple[str, ...] = ()
     """What else lay in the folder and was left out."""
 
@@ -116,8 +118,15 @@ def _checked_series(folder: Path, slices: Sequence[Slice], max_voxels: int) -> t
         frame_of_reference_uid=str(header.get("FrameOfReferenceUID") or generate_uid()),
         anonymous_study_uid=generate_uid(),
         anonymous_frame_of_reference_uid=generate_uid(),
+        images=_images(ordered),
     )
     return source, ordered
+
+
+def _images(slices: Sequence[Slice]) -> tuple[tuple[str, str], ...]:
+    """Return the UIDs of the files that slices come from, once each; of a file without them nothing."""
+    uids = [tuple(str(item.header.get(name) or "") for name in ("SOPClassUID", "SOPInstanceUID")) for item in slices]
+    return tuple((kind, instance) for kind, instance in dict.fromkeys(uids) if kind and instance)
 
 
 def _check_mr_slice(item: Slice) -> None:
