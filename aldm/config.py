@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from aldm.config_baselines import METHODS, BaselinesConfig
@@ -186,7 +187,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HaarUNetConfig:
-    """A U-Net on Haar bands: the regression U-Net that stands beside every model, or one of a segmenter's."""
+    """A U-Net on Haar bands: the plain one beside every model, one that knows a model's errors, or a segmenter's."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     """Width at each level; the first works at half the volume's resolution, every step to the next halves it again."""
@@ -263,7 +264,7 @@ class SamplingConfig:
     num_inference_steps: int = 10
     """Network evaluations per sample."""
     num_samples: int = 1
-    """Samples averaged into the result; above 1 their standard deviation is the uncertainty. 1 for regression."""
+    """Samples averaged into the result; above 1 they have a spread, their standard deviation. 1 for regression."""
     eta: float = 0.0
     """Stochasticity of ddim: 0 deterministic, 1 like ddpm."""
 
@@ -295,7 +296,8 @@ class Config:
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     haar_unet: HaarUNetConfig = field(default_factory=HaarUNetConfig)
-    segmenter: HaarUNetConfig = field(default_factory=lambda: HaarUNetConfig(channels=(16, 32, 64)))
+    segmenter: HaarUNetConfig = field(default_factory=partial(HaarUNetConfig, channels=(16, 32, 64)))
+    error_unet: HaarUNetConfig = field(default_factory=partial(HaarUNetConfig, channels=(16, 32, 64)))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train_vqgan: TrainingConfig = field(default_factory=TrainingConfig)
@@ -303,6 +305,7 @@ class Config:
     train_diffusion: TrainingConfig = field(default_factory=TrainingConfig)
     train_unet: TrainingConfig = field(default_factory=TrainingConfig)
     train_segmenter: TrainingConfig = field(default_factory=TrainingConfig)
+    train_uncertainty: TrainingConfig = field(default_factory=TrainingConfig)
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def __post_init__(self) -> None:
@@ -318,7 +321,7 @@ class Config:
 
 
 def training_of(config: Config, stage: str) -> TrainingConfig:
-    """Return the section of a training: vqgan, ms-spade, diffusion, unet, segmenter, or a comparison method."""
+    """Return the section of a training: vqgan, ms-spade, diffusion, unet, uncertainty, segmenter, or a method's."""
     owner, name = _training_place(config, stage)
     training: TrainingConfig = getattr(owner, name)
     return training

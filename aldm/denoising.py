@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aldm.config import Config, DiffusionConfig
 from aldm.diffusion import PREDICTS_NOISE, NoiseSchedule
 from aldm.errors import UserError
+from aldm.models.error_unet import ErrorUNet
 from aldm.models.haar_unet import HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.unet import UNet
@@ -58,6 +59,13 @@ def build_unet(config: Config, latent_channels: int) -> UNet:
 def build_regression_unet(config: Config) -> HaarUNet:
     """Build the regression U-Net for the configuration's modalities: volumes in, volumes out."""
     module = HaarUNet(len(config.modalities), **asdict(config.haar_unet))
+    module.activation_checkpointing = config.activation_checkpointing
+    return module
+
+
+def build_error_unet(config: Config) -> ErrorUNet:
+    """Build the network that says how far off a translation may be, for the configuration's modalities."""
+    module = ErrorUNet(len(config.modalities), **asdict(config.error_unet))
     module.activation_checkpointing = config.activation_checkpointing
     return module
 

@@ -54,7 +54,7 @@ class Candidate:
     @property
     def takes_several(self) -> bool:
         """Whether it translates from several sources."""
-        return self.translator.kind == "aldm" and self.translator.config.diffusion.any_sources
+        return self.translator.takes_several
 
     def key(self, sampling: SamplingConfig) -> MethodKey:
         """Return what the scores are filed under."""
@@ -270,8 +270,8 @@ def _score_several(
     codes = {name: translator.encode(volume) for name, volume in volumes.items()}
     for sources, target in several(tuple(volumes)):
         request = Request({name: codes[name] for name in sources}, target, 0)
-        ((mean, _),) = translator.translate_batch([request], sampling=sampling)
-        scores = scorer.scores(target, mean)
+        (made,) = translator.translate_batch([request], sampling=sampling)
+        scores = scorer.scores(target, made.mean, made.half_width)
         scorer.file(candidate.key(sampling), request.source, target, scores, result.several)
         on_volume()
 
@@ -323,12 +323,12 @@ def _score_candidate(
     for target in targets:
         for sampling in candidate.samplings:
             start = time.perf_counter()
-            mean, std = translator.translate_encoded(
+            made = translator.translate_encoded(
                 code, source, target, sampling=sampling, seed=pair_seed(seed, scorer.subject_id, source, target)
             )
             key = candidate.key(sampling)
             seconds[key].append(encoding_s + time.perf_counter() - start)
-            scorer.add(key, source, target, mean)
+            scorer.add(key, source, target, made.mean, made.half_width)
             if sampling is candidate.samplings[0]:
                 on_example(
                     Example(
@@ -338,8 +338,8 @@ def _score_candidate(
                         target,
                         scorer.truth(source).image,
                         scorer.truth(target).image,
-                        to_unit(mean),
-                        None if std is None else std / 2,
+                        to_unit(made.mean),
+                        None if made.half_width is None else made.half_width / 2,
                     )
                 )
             on_volume()

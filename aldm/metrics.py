@@ -6,12 +6,13 @@ otherwise; `Truth`, which takes all scores of many images against one, filters i
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.ndimage import binary_erosion
 
 from aldm import similarity
+from aldm.calibration import STANDARD_DEVIATIONS
 from aldm.errors import UserError
 from aldm.similarity import Similarity
 
@@ -39,6 +40,10 @@ class Scores:
     """Normalised mutual information, in [1, 2]; higher is better."""
     sharpness: float = math.nan
     """Gradient energy by that of the true image, at least 0; 1 is right, less is blurred, more is noise or ringing."""
+    coverage: float = math.nan
+    """Share of the voxels whose true value lies in the interval that the model gives, in [0, 1]; NaN without one."""
+    error_ratio: float = math.nan
+    """RMS error by the RMS standard deviation that the interval stands for; 1 is right, above 1 it is too narrow."""
 
 
 def to_unit(x: np.ndarray) -> np.ndarray:
@@ -188,12 +193,34 @@ class Truth:
         self._gradients = {name: _sum(values) for name, values in self._each(gradients)}
         self._bins = _bins(self.image) * NMI_BINS
 
-    def score(self, image: np.ndarray) -> dict[str, Scores]:
-        """Return all scores of an image (X Y Z in [0, 1]) over each region.
+    def score(self, image: np.ndarray, half_width: np.ndarray | None = None) -> dict[str, Scores]:
+        """Return all scores of an image over each region.
+
+        Args:
+            image: X Y Z in [0, 1].
+            half_width: of the same shape, half of the interval around each voxel that is to hold the true value with
+                probability LEVEL; None leaves coverage and error_ratio out.
 
         Raises:
             UserError: another shape, or voxels that are not finite.
         """
+        found = self._scores(image)
+        if half_width is None:
+            return found
+        error = np.abs(self.image - image)
+        inside, square = dict(self._each(error <= half_width)), dict(self._each(error**2))
+        spread = dict(self._each((np.asarray(half_width, np.float64) / STANDARD_DEVIATIONS) ** 2))
+        return {
+            name: replace(
+                scores,
+                coverage=float(np.mean(inside[name])),
+                error_ratio=math.sqrt(_ratio(float(np.mean(square[name])), float(np.mean(spread[name])))),
+            )
+            for name, scores in found.items()
+        }
+
+    def _scores(self, image: np.ndarray) -> dict[str, Scores]:
+        """Return the scores of the image alone."""
         _check(self.image, image, None)
         y = np.asarray(image, dtype=np.float64)
         error = self.image - y

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aldm.calibration import LEVEL
 from aldm.data.modalities import sort_modalities
 from aldm.errors import UserError
 from aldm.files import atomic_path
@@ -89,7 +90,7 @@ def save_translation_panel(
         path: the file to write (replaced if it exists).
         source, prediction: X Y Z in [0, 1].
         target: the true target; None leaves its column and the error's out.
-        uncertainty: voxelwise standard deviation of the samples; None leaves its column out.
+        uncertainty: half of the calibrated interval around the prediction; None leaves its column out.
         source_name, target_name: modalities.
         spacing_mm: voxel size, for the aspect of the planes.
         title: text above the panel.
@@ -105,7 +106,7 @@ def save_translation_panel(
     if target is not None:
         volumes.append(("absolute error", np.abs(target - prediction), "inferno"))
     if uncertainty is not None:
-        volumes.append(("uncertainty (std)", uncertainty, "viridis"))
+        volumes.append((f"{LEVEL:.0%} within ±", uncertainty, "viridis"))
     for name, data, _ in volumes:
         if data.shape != source.shape:
             raise UserError(f"panel: {name} has shape {data.shape}, the source {source.shape}")

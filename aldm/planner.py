@@ -5,6 +5,7 @@ is alive: the same losses, the same order, the same precision as in training.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from aldm.predictors import LatentDiffusion
 from aldm.segmenter_stage import SegmenterStage
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
+from aldm.uncertainty import UncertaintyStage
 
 TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")
 GIB = 2**30
@@ -46,7 +48,7 @@ class MemoryPlan:
     alive where tensors are smaller than 32 MiB; MALLOC_MMAP_THRESHOLD_=1048576 in the environment prevents that.
 
     Attributes:
-        stage: vqgan, ms-spade, diffusion, unet, segmenter or inference.
+        stage: vqgan, ms-spade, diffusion, unet, uncertainty, segmenter or inference.
         shape: sides of the volume, crop or slice that goes in.
         batch_size: samples of a step.
         precision: fp32, tf32 or bf16.
@@ -99,7 +101,7 @@ class MemoryPlan:
 
 
 def plan(config: Config, stage: str) -> MemoryPlan:
-    """Return the plan of a training (one of TRAININGS, segmenter, or a comparison method) or of "inference".
+    """Return the plan of a training (one of TRAININGS, uncertainty, segmenter, or a comparison method) or of "inference".
 
     Args:
         config: where it names no modalities, all of the vocabulary are taken.
@@ -111,7 +113,7 @@ def plan(config: Config, stage: str) -> MemoryPlan:
     config = with_modalities(config)
     if stage == "inference":
         return _plan_inference(config)
-    assert stage in (*TRAININGS, "segmenter", *METHODS), stage
+    assert stage in (*TRAININGS, "uncertainty", "segmenter", *METHODS), stage
     if stage in METHODS and config.pair is None:
         config = replace(config, pair=(config.modalities[0], config.modalities[1]))
     size = training_of(config, stage).batch_size
@@ -138,6 +140,23 @@ class StandIn:
         self.sides = tuple(side // codec.downsampling for side in config.preprocess.spatial_shape)
         self.isometric = codec.isometric
         self.std = np.ones(codec.latent_channels, np.float32)
+
+
+class StandInModel:
+    """Stands for the trained model whose errors are learnt: an ALDM of the same configuration."""
+
+    kind, model_hash, takes_several = "aldm", "", False
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.predictor = config, _untrained(config)
+
+    def to(self, device: torch.device) -> None:
+        """Stay where it is."""
+
+    def predict(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return what it makes of each sample, with one evaluation of the denoiser."""
+        volumes = batch["volumes"][:, :1]
+        return torch.cat([_evaluate_once(self.predictor, x[None], lambda part: None) for x in volumes])
 
 
 def _plan_training(config: Config, name: str, ids: dict[str, Tensor]) -> MemoryPlan:
@@ -227,6 +246,12 @@ def stage_and_batch(
         batch |= {"volumes": torch.zeros(size, number, *shape), "has": torch.ones(size, number)}
         batch["labels"] = torch.zeros(size, *shape, dtype=torch.uint8)
         return SegmenterStage(config, data, (*TISSUES, LESION)), None, batch, shape
+    if name == "uncertainty":
+        number = len(config.modalities)
+        batch |= {"volumes": torch.zeros(size, number, *whole), "given": torch.ones(size, number)}
+        batch |= {name: torch.ones(size, 1, *whole, dtype=torch.bool) for name in ("mask", "lesion")}
+        model: Any = StandInModel(config)
+        return UncertaintyStage(config, data, model), model.predictor, batch, whole
     if name in METHODS:
         pairs = method_stage(config, data, name)
         plane = image_shape(config, name, pairs.spatial_dims)
@@ -254,35 +279,11 @@ def _plan_inference(config: Config) -> MemoryPlan:
     """Trace the translation of one volume; every step of the sampler is the same, so one stands for all."""
     shape, steps = config.preprocess.spatial_shape, config.sampling.num_inference_steps
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        codec = build_codec(config.codec)
-        channels = codec.latent_channels
-        networks = build_ms_spade(config, channels), build_unet(config, channels)
-        predictor = LatentDiffusion(config, codec, *networks, torch.zeros(channels), torch.ones(channels)).eval()
-        x = torch.zeros(1, 1, *shape)
-        trace, flops_of = Trace(), {}
+        predictor, x = _untrained(config), torch.zeros(1, 1, *shape)
+        trace, flops_of = Trace(), dict[str, int]()
         weights = trace.hold(_state(predictor))
         with trace:
-            code = predictor.encode(x)
-            flops_of["encode"] = trace.flops
-            ids = torch.zeros(1, dtype=torch.long)
-            together = config.diffusion.together
-            with predictor.autocast():  # with several sources: one, which is what a translation takes at least
-                number = len(config.modalities) if together else 1
-                z_target_like = torch.cat([predictor.ms_spade(code, ids, ids).float() for _ in range(number)], dim=1)
-            flops_of["ms-spade"] = trace.flops - sum(flops_of.values())
-            z, x0, previous_x0 = (torch.empty_like(code) for _ in range(3))  # what a sampler of second order holds
-            with predictor.autocast():
-                if config.diffusion.any_sources:
-                    refine_missing(predictor.unet, z_target_like, torch.ones(1, number))
-                elif together:
-                    refine_all(predictor.unet, code, z_target_like, ids)
-                else:
-                    t, given = torch.zeros(1), (config.diffusion, predictor.schedule)
-                    denoise(predictor.unet, *given, z, t, code, z_target_like, ids, ids)
-            flops_of["unet"] = trace.flops - sum(flops_of.values())
-            del x0, previous_x0
-            predictor.decode(z)
-            flops_of["decode"] = trace.flops - sum(flops_of.values())
+            _evaluate_once(predictor, x, lambda part: flops_of.update({part: trace.flops - sum(flops_of.values())}))
     total = sum(flops_of.values()) + (steps - 1) * flops_of["unet"]
     return MemoryPlan(
         stage="inference",
@@ -293,6 +294,41 @@ def _plan_inference(config: Config) -> MemoryPlan:
         flops=total * config.sampling.num_samples,
         flops_of=flops_of,
     )
+
+
+def _untrained(config: Config) -> LatentDiffusion:
+    """Return the configuration's model."""
+    codec = build_codec(config.codec)
+    channels = codec.latent_channels
+    networks = build_ms_spade(config, channels), build_unet(config, channels)
+    return LatentDiffusion(config, codec, *networks, torch.zeros(channels), torch.ones(channels)).eval()
+
+
+def _evaluate_once(predictor: LatentDiffusion, x: Tensor, done: Callable[[str], None]) -> Tensor:
+    """Translate a volume without values with one evaluation of the denoiser; `done` is told of each part."""
+    config = predictor.config
+    code = predictor.encode(x)
+    done("encode")
+    ids = torch.zeros(1, dtype=torch.long)
+    together = config.diffusion.together
+    with predictor.autocast():  # with several sources: one, which is what a translation takes at least
+        number = len(config.modalities) if together else 1
+        z_target_like = torch.cat([predictor.ms_spade(code, ids, ids).float() for _ in range(number)], dim=1)
+    done("ms-spade")
+    z, *_held = (torch.empty_like(code) for _ in range(3))  # a sampler of second order: z, x0 and the last x0
+    with predictor.autocast():
+        if config.diffusion.any_sources:
+            refine_missing(predictor.unet, z_target_like, torch.ones(1, number))
+        elif together:
+            refine_all(predictor.unet, code, z_target_like, ids)
+        else:
+            t, given = torch.zeros(1), (config.diffusion, predictor.schedule)
+            denoise(predictor.unet, *given, z, t, code, z_target_like, ids, ids)
+    done("unet")
+    del _held
+    result = predictor.decode(z)
+    done("decode")
+    return result
 
 
 def measure_throughput(device: torch.device | str, precision: str, seconds: float = 0.5) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
 from aldm.denoising import (
+    build_error_unet,
     build_ms_spade,
     build_regression_unet,
     build_unet,
@@ -39,6 +40,8 @@ from aldm.precision import arithmetic
 from aldm.sampling import OnStep, sample
 
 KINDS = ("aldm", "unet", *METHODS)
+UNCERTAINTY = "uncertainty"
+"""Key of a translator folder's meta that holds the calibration of its error_unet."""
 LOADED_LATER_BYTES = 128 * 10**6
 """What comes on top once a loaded model starts to work: libraries of the first convolution, the allocator's reserve."""
 
@@ -65,10 +68,15 @@ class Predictor(nn.Module):
 
     Attributes:
         limit: the memory that it may use on a CPU; None sets no limit.
+        error_unet: what says how far off a prediction may be (uncertainty.py); None where it was not trained.
     """
 
     config: Config
     limit: MemoryLimit | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error_unet: nn.Module | None = None
 
     @property
     def stride(self) -> int:
@@ -118,9 +126,39 @@ class Predictor(nn.Module):
         (code,) = codes.values()
         return code
 
+    def error_size(self, prediction: Tensor, codes: Sequence[Mapping[int, Tensor]], targets: Sequence[int]) -> Tensor:
+        """Return how large `error_unet` says that the errors are, before any calibration, (B, 1, X, Y, Z) fp32.
+
+        Args:
+            prediction: (B, 1, X, Y, Z), what `predict` made.
+            codes: of each sample, source id -> what `encode` returned.
+            targets: of each, the id of its modality.
+        """
+        assert self.error_unet is not None, "only asked where there is one"
+        given = torch.zeros(len(codes), len(self.config.modalities), device=prediction.device)
+        volumes = prediction.new_zeros(*given.shape, *prediction.shape[2:])
+        for i, own in enumerate(codes):
+            for modality, code in own.items():
+                given[i, modality], volumes[i, modality] = 1, self.decode(code)[0, 0]
+        with self.autocast():
+            log_size: Tensor = self.error_unet(prediction, volumes, given, torch.tensor(targets, device=given.device))
+        return log_size.exp()
+
     def needed_bytes(self) -> int:
         """Return the least memory that a translation needs beyond the weights, bytes."""
+        return max(self.prediction_bytes(), 0 if self.error_unet is None else peak_bytes(self._one_error_size))
+
+    def prediction_bytes(self) -> int:
+        """Return what `predict` alone needs, bytes."""
         raise NotImplementedError
+
+    def _one_error_size(self) -> None:
+        """Ask the error network of a volume without values, from as many sources as there can be."""
+        shape, number = self.config.preprocess.spatial_shape, len(self.config.modalities)
+        x = torch.zeros(1, 1, *shape)
+        with self.autocast():
+            volumes, given = x.expand(1, number, *shape).clone(), torch.ones(1, number)
+            cast(nn.Module, self.error_unet)(x, volumes, given, torch.zeros(1, dtype=torch.long))
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """Return the context that the networks run in: bf16 where the configuration asks for it."""
@@ -262,7 +300,7 @@ class LatentDiffusion(Predictor):
             on_step=on_step,
         )
 
-    def needed_bytes(self) -> int:
+    def prediction_bytes(self) -> int:
         """Return the larger of what the codec needs slab by slab and what the latent networks need on whole latents."""
         shape = self.config.preprocess.spatial_shape
         sides = [side // self.codec.downsampling for side in shape]
@@ -317,7 +355,7 @@ class Regression(Predictor):
             on_step(1, 1)
         return result
 
-    def needed_bytes(self) -> int:
+    def prediction_bytes(self) -> int:
         """Return what the network needs on a whole volume."""
         shape = self.config.preprocess.spatial_shape
 
@@ -357,7 +395,7 @@ class PairTranslation(Predictor):
             on_step(1, 1)
         return torch.cat(results)
 
-    def needed_bytes(self) -> int:
+    def prediction_bytes(self) -> int:
         """Return what the network needs on a whole volume."""
         return peak_bytes(lambda: self._one(torch.zeros(1, 1, *self.config.preprocess.spatial_shape), False))
 
@@ -375,7 +413,16 @@ def build_predictor(kind: str, config: Config, meta: Mapping[str, Any]) -> Predi
         kind: aldm (weights codec.*, ms_spade.*, unet.*), unet (weights unet.*) or a comparison method (network.*).
         config: the whole configuration, `modalities` named.
         meta: of the folder; aldm reads latents.mean and latents.std, one number per latent channel (UserError: others).
+            With an `uncertainty` there are weights error_unet.* as well.
     """
+    predictor = _untaught(kind, config, meta)
+    if UNCERTAINTY in meta:
+        predictor.error_unet = build_error_unet(config)
+    return predictor
+
+
+def _untaught(kind: str, config: Config, meta: Mapping[str, Any]) -> Predictor:
+    """Return a predictor that knows nothing of its errors."""
     if kind in METHODS:
         return PairTranslation(config, kind)
     if kind == "unet":

@@ -67,6 +67,9 @@ def brats() -> Config:
             decay="cosine",
             flip_probability=0.1,
         ),
+        train_uncertainty=TrainingConfig(
+            epochs=20, learning_rate=1e-3, optimizer="adamw", ema_decay=0.999, warmup_steps=1000, decay="cosine"
+        ),
     )
 
 
@@ -195,6 +198,7 @@ def small() -> Config:
         ),
         train_unet=_cpu_training(batch_size=2, learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, max_steps=3000),
         train_segmenter=_cpu_training(learning_rate=2e-3, betas=(0.9, 0.99), max_steps=300, flip_probability=0.1),
+        train_uncertainty=_cpu_training(learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, max_steps=600),
         baselines=small_baselines(),
     )
 
@@ -237,6 +241,7 @@ def tiny() -> Config:
         ),
         haar_unet=HaarUNetConfig(channels=(8, 8), norm_groups=4),
         segmenter=HaarUNetConfig(channels=(8, 8), norm_groups=4),
+        error_unet=HaarUNetConfig(channels=(8, 8), norm_groups=4),
         diffusion=DiffusionConfig(num_train_timesteps=50, objective="v"),
         sampling=SamplingConfig(num_inference_steps=3),
         train_vqgan=replace(
@@ -253,6 +258,7 @@ def tiny() -> Config:
         train_diffusion=replace(pairs, **quick),
         train_unet=replace(base.train_unet, **quick),
         train_segmenter=replace(base.train_segmenter, **quick),
+        train_uncertainty=replace(base.train_uncertainty, **quick),
         baselines=tiny_baselines(base.baselines, quick),
     )
 

@@ -44,6 +44,8 @@ _WAY_OUT = "mend it from a copy, or delete the folder and train anew"
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
+NETWORK_OF = {"haar_unet": "unet", "error_unet": "uncertainty", "segmenter": "segmenter"}
+"""Sections of the configuration that only one training reads."""
 
 
 class RunFolder:
@@ -373,7 +375,7 @@ def _check_same(path: Path, stage: str, config: Config) -> None:
     training = training_of(config, stage)
     before = with_training(before, stage, **{field: getattr(training, field) for field in PACE_FIELDS})
     others = [name for name in to_dict(config) if name.startswith("train_") and name != training_name(stage)]
-    others += ["haar_unet"] * (stage != "unet") + ["segmenter"] * (stage != "segmenter")
+    others += [name for name, reader in NETWORK_OF.items() if stage != reader]
     free = {name: getattr(config, name) for name in ("activation_checkpointing", *others)}
     before = replace(before, **free)
     different = _differences(to_dict(before), to_dict(config))

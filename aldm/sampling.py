@@ -58,7 +58,7 @@ def check_sampling(
     if num_samples < 1:
         raise UserError(f"`num_samples` is {num_samples}, wanted at least 1")
     if num_samples > 1 and config.objective == "regression":
-        raise UserError("a model of objective 'regression' has one answer and no uncertainty: `num_samples` must be 1")
+        raise UserError("a model of objective 'regression' has one answer and no spread: `num_samples` must be 1")
 
 
 def place_steps(

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.progress import progress
-from aldm.score_rows import SCORES, MethodKey, ScoreRow, mean_scores
+from aldm.score_rows import MethodKey, ScoreRow, mean_scores
 from aldm.subject_scorer import SubjectScorer
 
 UNCHANGED = "unchanged"
@@ -118,10 +118,10 @@ def reaction_table(rows: Sequence[ScoreRow], region: str) -> str:
     means = mean_scores([row for row in rows if row.region == region], with_codec=True)
     means = means.droplevel(["sampler", "num_inference_steps", "region"])
     distances = (means - means.loc[UNCHANGED]).abs()
-    lines = [f"| | {' | '.join(HEADINGS[name] for name in SCORES)} |", "|---" * (len(SCORES) + 1) + "|"]
+    lines = [f"| | {' | '.join(HEADINGS.values())} |", "|---" * (len(HEADINGS) + 1) + "|"]
     for method, values in means.iterrows():
         cells = ["exact" if np.isinf(values["psnr_db"]) else f"{values['psnr_db']:.1f}"]
-        for name in SCORES[1:]:
+        for name in list(HEADINGS)[1:]:
             share = "" if method == UNCHANGED else f" ({distances.loc[method, name] / distances[name].max():.0%})"
             cells.append(f"{values[name]:.3f}{share}")
         lines.append(f"| {method} | {' | '.join(cells)} |")

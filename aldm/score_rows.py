@@ -71,6 +71,8 @@ class ScoreRow:
     hd95_mm: float = math.nan
     volume_ml: float = math.nan
     volume_error_ml: float = math.nan
+    coverage: float = math.nan
+    error_ratio: float = math.nan
 
     @property
     def key(self) -> MethodKey:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from aldm import usefulness
+from aldm.calibration import LEVEL
 from aldm.score_rows import MethodKey, ScoreRow, mean_scores, of_images, translations
 from aldm.significance import holm_texts, signed_rank_p
 from aldm.words import counted
@@ -38,8 +39,24 @@ COMPARISON_NOTE = (
 CARD_NOTE = (
     "Means over the translations (source and target differ). Lower is better: NMSE, MAE. Higher is better: PSNR, SSIM, "
     "MS-SSIM (as many of five scales as have 11 voxels along every axis), NMI (1 to 2). Sharpness: gradient energy by "
-    "the target's, 1 is right, below 1 is blurred, above 1 is noise."
+    "the target's, 1 is right, below 1 is blurred, above 1 may be noise or ringing. Coverage: share of the voxels "
+    f"whose true value lies in the model's interval, which is to hold {LEVEL:.0%}; error ratio: RMS error by the RMS "
+    "standard deviation that the interval stands for, 1 is right."
 )
+CARD: dict[str, tuple[str, int]] = {
+    "psnr_db": ("PSNR (dB)", 2),
+    "nmse": ("NMSE", 3),
+    "ssim": ("SSIM", 3),
+    "mae": ("MAE", 4),
+    "ms_ssim": ("MS-SSIM", 3),
+    "nmi": ("NMI", 3),
+    "sharpness": ("sharpness", 2),
+    "coverage": ("coverage", 3),
+    "error_ratio": ("error ratio", 2),
+}
+"""Score -> its heading and digits in `card`."""
+INTERVAL = ("coverage", "error_ratio")
+"""Scores of a model's interval: shown where any model has one."""
 ONE_VALUE_PER_TARGET = (
     "training-mean",
     "reconstruction",
@@ -187,13 +204,14 @@ def overview(rows: Sequence[ScoreRow], region: str) -> str:
 def card(rows: Sequence[ScoreRow], region: str) -> str:
     """Return a table with a line per method: the mean of every score over its translations in a region."""
     means = mean_scores(rows)
-    columns = ["PSNR (dB)", "NMSE", "SSIM", "MAE", "MS-SSIM", "NMI", "sharpness", "volumes"]
-    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (len(columns) + 1) + "|"]
-    for line in means[means.index.get_level_values("region") == region].reset_index().itertuples():
-        scores = (line.psnr_db, line.nmse, line.ssim, line.mae, line.ms_ssim, line.nmi, line.sharpness)
-        cells = [_number(value, digits) for value, digits in zip(scores, (2, 3, 3, 4, 3, 3, 2), strict=True)]
-        label = MethodKey(line.method, line.sampler, line.num_inference_steps).label()
-        lines.append(f"| {label} | {' | '.join(cells)} | {line.volumes} |")
+    means = means[means.index.get_level_values("region") == region]
+    shown = {name: heading for name, heading in CARD.items() if name not in INTERVAL or means[name].notna().any()}
+    headings = [heading for heading, _ in shown.values()]
+    lines = [f"| {' | '.join(['', *headings, 'volumes'])} |", "|---" * (len(headings) + 2) + "|"]
+    for key, line in means.iterrows():
+        method, sampler, steps, _ = key
+        cells = [_number(line[name], digits) for name, (_, digits) in shown.items()]
+        lines.append(f"| {MethodKey(method, sampler, steps).label()} | {' | '.join(cells)} | {line['volumes']:.0f} |")
     return "\n".join(lines)
 
 

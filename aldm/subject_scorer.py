@@ -62,13 +62,24 @@ class SubjectScorer:
             self._truths[name] = Truth(x, {"volume": None} | {name: mask for name, mask in masks.items() if mask.any()})
         return self._truths[name]
 
-    def add(self, key: MethodKey, source: str, target: str, prediction: np.ndarray) -> None:
-        """Score a prediction in [-1, 1] and file it."""
-        self.file(key, source, target, self.scores(target, prediction))
+    def add(
+        self, key: MethodKey, source: str, target: str, prediction: np.ndarray, half_width: np.ndarray | None = None
+    ) -> None:
+        """Score a prediction in [-1, 1] and file it; see `scores`."""
+        self.file(key, source, target, self.scores(target, prediction, half_width))
 
-    def scores(self, target: str, prediction: np.ndarray) -> dict[str, Scores | Overlap]:
-        """Return the scores of a prediction in [-1, 1] over each region, and of each structure that is found in it."""
-        return {**self.truth(target).score(to_unit(prediction)), **self.overlaps(target, prediction)}
+    def scores(
+        self, target: str, prediction: np.ndarray, half_width: np.ndarray | None = None
+    ) -> dict[str, Scores | Overlap]:
+        """Return the scores of a prediction in [-1, 1] over each region, and of each structure that is found in it.
+
+        Args:
+            target: its modality.
+            prediction: (spatial_shape).
+            half_width: half of the interval around it, on the same scale, where the model gives one.
+        """
+        scores = self.truth(target).score(to_unit(prediction), None if half_width is None else half_width / 2)
+        return {**scores, **self.overlaps(target, prediction)}
 
     def overlaps(self, target: str, prediction: np.ndarray) -> dict[str, Overlap]:
         """Return how well the target's segmenter finds each structure in a prediction in [-1, 1]."""

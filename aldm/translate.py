@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aldm import __version__
+from aldm.calibration import Calibration
 from aldm.config import Config, SamplingConfig
 from aldm.data.modalities import modality_index, sort_modalities
 from aldm.data.overlap import check_not_the_same, check_one_place
@@ -46,6 +47,7 @@ class Translator:
         backgrounds: Mapping[str, float | None] | None = None,
         model_hash: str,
         statistics: Statistics | None = None,
+        calibration: Calibration | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Take a trained predictor and what it has to know about its training set.
@@ -58,13 +60,14 @@ class Translator:
             backgrounds: modality -> background of the training set's masked volumes, None where they are not masked.
             model_hash: identifies the weights.
             statistics: what tells how unlike the training volumes another one is; None where that was not kept.
+            calibration: of the intervals around its translations; None where its errors were not learnt.
             device: where to compute.
         """
         self.predictor, self.config, self.kind, self.model_hash = predictor, config, kind, model_hash
         self.median_percentiles, self.backgrounds = median_percentiles, dict(backgrounds or {})
-        self.statistics = statistics
-        self.device = torch.device(device)
-        predictor.to(self.device).eval().requires_grad_(False)
+        self.statistics, self.calibration = statistics, calibration
+        self.to(torch.device(device))
+        predictor.eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -82,7 +85,8 @@ class Translator:
         Args:
             folder: written by `aldm export`: weights.safetensors, and config.json whose `meta` holds
                 data.median_percentiles {modality: [low, high]}, data.backgrounds {modality: value or None}, for kind
-                aldm latents.mean and latents.std, and where it was measured data.likeness (`Statistics.to_dict`).
+                aldm latents.mean and latents.std, where it was measured data.likeness (`Statistics.to_dict`), and where
+                the model knows its errors uncertainty (`Calibration.to_dict`).
             device: where to compute.
             sampling, precision: instead of the folder's own.
             max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
@@ -104,8 +108,19 @@ class Translator:
             backgrounds=model.backgrounds,
             model_hash=model.model_hash,
             statistics=model.statistics,
+            calibration=model.calibration,
             device=device,
         )
+
+    def to(self, device: torch.device) -> None:
+        """Move the model to a device."""
+        self.device = device
+        self.predictor.to(device)
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether it translates from several sources."""
+        return self.kind == "aldm" and self.config.diffusion.any_sources
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -132,6 +147,10 @@ class Translator:
                 or a target that is among them.
         """
         check_sources(self.config, self.kind, sources, target)
+
+    def has_uncertainty(self, sampling: SamplingConfig) -> bool:
+        """Whether translations that are sampled so have a calibrated interval: sampled otherwise, errors are others."""
+        return self.calibration is not None and sampling == self.sampling()
 
     def sampling(
         self,
@@ -178,7 +197,7 @@ class Translator:
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_step: OnStep | None = None,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> BoxResult:
         """Translate model input.
 
         Args:
@@ -189,7 +208,7 @@ class Translator:
             on_step: called as on_step(done, total) after each network evaluation; what it raises goes through.
 
         Returns:
-            mean of the samples in [-1, 1] and their standard deviation (None for one sample), (spatial_shape) float32.
+            what was made, (spatial_shape).
 
         Raises:
             UserError: a modality that the model does not know.
@@ -238,10 +257,19 @@ class Translator:
             return result.clamp(-1, 1)
 
         mean, std = sample_many(draw, chosen.num_samples, [request.seed for request in requests])
-        means = mean[:, 0].cpu().numpy()
-        if std is None:
-            return [(one, None) for one in means]
-        return list(zip(means, std[:, 0].cpu().numpy(), strict=True))
+        parts = [mean, std, self._half_width(mean, codes, targets, chosen)]
+        arrays = [[None] * len(requests) if part is None else part[:, 0].cpu().numpy() for part in parts]
+        return [BoxResult(*one) for one in zip(*arrays, strict=True)]
+
+    def _half_width(
+        self, mean: Tensor, codes: Sequence[Mapping[int, Tensor]], targets: Sequence[int], chosen: SamplingConfig
+    ) -> Tensor | None:
+        """Return half of the interval around each mean; None where the calibration does not hold for it."""
+        if self.calibration is None or not self.has_uncertainty(chosen):
+            return None
+        factors = [self.calibration.factors[self.modalities[target]] for target in targets]
+        size = self.predictor.error_size(mean, codes, targets)
+        return size * size.new_tensor(factors).view(-1, 1, 1, 1, 1)
 
     def translate(
         self,
@@ -388,7 +416,7 @@ class Translator:
     ) -> Translation:
         """Return the results of `translate_batch` for all boxes as one, on the grid of the volume they were cut from.
 
-        The standard deviation of boxes that overlap is the weighted mean of theirs: they see the same noise there.
+        What boxes that overlap say beside their means is the weighted mean of theirs: see `on_own_grid`.
 
         Args:
             results: of `requests`, in their order.
@@ -401,7 +429,7 @@ class Translator:
         low, high = self.median_percentiles[target] if intensity == "median" else (0.0, 1.0)
         background = self.backgrounds.get(target) if intensity == "median" else None
         background = low if background is None else background
-        data, spread = on_own_grid(results, record, volume, low, high, background)
+        data, spread, half_width = on_own_grid(results, record, volume, low, high, background)
         made: dict[str, Any] = {
             "synthetic": True,
             "notice": NOTICE,
@@ -416,6 +444,8 @@ class Translator:
             made |= {**asdict(sampling), "seed": request.seed}
         made |= {"intensity": intensity, "intensity_range": [low, high]}
         made |= {"num_boxes": len(record.boxes), "share_outside": record.share_outside}
+        if half_width is not None and self.calibration is not None:
+            made["uncertainty_level"] = self.calibration.level
         likeness = self.likeness(record, tuple(request.codes))
         made["likeness"] = NOT_MEASURED if likeness is None else asdict(likeness)
         if volume.num_nan:
@@ -424,4 +454,4 @@ class Translator:
             made["bias_correction"] = "n4, multiplied back"
         if record.background is not None:
             made["background"] = background
-        return Translation(Volume(data, volume.affine), spread, made)
+        return Translation(Volume(data, volume.affine), half_width, spread, made)

@@ -6,7 +6,7 @@ Arrays are X Y Z of RAS+ volumes, intensities in the models in [-1, 1].
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +27,23 @@ from aldm.predictors import MemoryLimit
 
 SEVERAL = "+"
 """Between the names of several sources, where they stand in one word."""
-BoxResult = tuple[np.ndarray, np.ndarray | None]
-"""Mean and standard deviation of the samples of one box, (spatial_shape) float32 in [-1, 1]; None for one sample."""
 BLENDING_BYTES = 20
 """Memory of making one of several boxes' results, per voxel of the region that they cover together."""
 BOX_BYTES = 16
 """Memory of what is kept of a box until all are made, per voxel: code, mean, standard deviation, a copy on the way."""
 PREPARATION_BYTES = 24
 """Memory of putting a volume on the model's grid and back, per voxel of the larger grid (measured: 13 to 22)."""
+
+
+class BoxResult(NamedTuple):
+    """What was made of one box, (spatial_shape) float32, for intensities in [-1, 1]."""
+
+    mean: np.ndarray
+    """Of the samples, in [-1, 1]."""
+    spread: np.ndarray | None
+    """Standard deviation of the samples; None for one sample."""
+    half_width: np.ndarray | None
+    """Half of the calibrated interval around the mean; None where the model has no calibration for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +53,11 @@ class Translation:
     volume: Volume
     """float32, scaled as `intensity` in the provenance says."""
     uncertainty: np.ndarray | None
-    """Voxelwise standard deviation of the samples in the volume's own units (X, Y, Z) float32; None for one sample."""
+    """(X, Y, Z) float32 in the volume's own units: half of the calibrated interval that the truth lies in, with the
+    probability that the provenance names; None where the model has no calibration for it."""
+    spread: np.ndarray | None
+    """(X, Y, Z) float32 in the volume's own units: voxelwise standard deviation of the samples; None for one sample. It
+    is not calibrated: it says how far apart the samples are, not how far from the truth."""
     provenance: dict[str, Any]
     """How it was made: JSON-able."""
 
@@ -105,11 +118,12 @@ def on_own_grid(
     low: float,
     high: float,
     background: float,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the results of all boxes as one, on the volume's own grid: mean in [low, high], and standard deviation.
+) -> BoxResult:
+    """Return the results of all boxes as one, on the volume's own grid: mean in [low, high], the others to its scale.
 
     Where boxes overlap the standard deviation is the weighted mean of theirs. They see the same noise there, so their
-    samples vary together; if they did not wholly, this is more than the truth, never less.
+    samples vary together; if they did not wholly, this is more than the truth, never less. The same is done with half
+    widths: an interval half as wide around each of two means holds their mean too.
 
     Args:
         results: a box each, in the order of `record.boxes`.
@@ -119,20 +133,27 @@ def on_own_grid(
         background: what a masked volume has outside its mask.
     """
     # outside the boxes nothing was predicted: background
-    mean = blend([one for one, _ in results], record.boxes, -1)
+    mean = blend([one.mean for one in results], record.boxes, -1)
     data = restore(unscale(mean, low, high), record, volume, fill=low)
-    spread, stds = None, [std for _, std in results if std is not None]
-    if stds:
-        spread = restore(blend(stds, record.boxes, 0) * ((high - low) / 2), record, volume, fill=0.0)
     if record.bias is not None:  # the shading that was taken from the source is the result's too
         data = shaded(data, volume.affine, record.bias, min(0.0, low))
-        spread = None if spread is None else shaded(spread, volume.affine, record.bias, 0.0)
     outside = None if record.background is None else constant_background(volume.data)
     if outside is not None:  # a masked volume's result is masked alike
         data[outside] = background
-        if spread is not None:
-            spread[outside] = 0.0
-    return data, spread
+
+    def beside(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        """Put what lies beside the mean, in units of half the range, on the same grid."""
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        whole = restore(blend(found, record.boxes, 0) * ((high - low) / 2), record, volume, fill=0.0)
+        if record.bias is not None:
+            whole = shaded(whole, volume.affine, record.bias, 0.0)
+        if outside is not None:
+            whole[outside] = 0.0
+        return whole
+
+    return BoxResult(data, beside([one.spread for one in results]), beside([one.half_width for one in results]))
 
 
 def check_room(volumes: Sequence[Volume], config: PreprocessConfig, limit: MemoryLimit) -> None:

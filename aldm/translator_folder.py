@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from aldm.calibration import Calibration
 from aldm.checkpoint import CONFIG, Checkpoint, load_checkpoint, load_weights
 from aldm.config import Config, SamplingConfig
 from aldm.denoising import check_regression_weights
 from aldm.errors import UserError
 from aldm.likeness import Statistics
 from aldm.precision import usable_precision
-from aldm.predictors import KINDS, MemoryLimit, Predictor, build_predictor, check_limit
+from aldm.predictors import KINDS, UNCERTAINTY, MemoryLimit, Predictor, build_predictor, check_limit
 from aldm.records import Kinds
 
 META: Mapping[str, Kinds] = {"aldm": {"latents.mean": list, "latents.std": list, "data": dict}, "unet": {"data": dict}}
@@ -35,6 +36,8 @@ class TrainedModel:
     """Identifies the weights."""
     statistics: Statistics | None
     """What tells how unlike the training volumes another one is; None in models of before that was kept."""
+    calibration: Calibration | None
+    """Of the intervals around its translations; None where its errors were not learnt."""
 
 
 def load_model(
@@ -62,7 +65,16 @@ def load_model(
     percentiles = _percentiles(checkpoint)
     checkpoint.check_meta({"data.backgrounds": dict})
     backgrounds = checkpoint.meta["data"]["backgrounds"]
-    model = TrainedModel(predictor, config, kind, percentiles, backgrounds, checkpoint.hash, _statistics(checkpoint))
+    model = TrainedModel(
+        predictor,
+        config,
+        kind,
+        percentiles,
+        backgrounds,
+        checkpoint.hash,
+        _statistics(checkpoint),
+        _calibration(checkpoint),
+    )
     del checkpoint  # its copy of the weights
     if max_memory_gb is not None:
         if torch.device(device).type != "cpu":
@@ -78,6 +90,15 @@ def _statistics(checkpoint: Checkpoint) -> Statistics | None:
         return None
     checkpoint.check_meta({"data.likeness": dict})
     return Statistics.from_dict(checkpoint.meta["data"]["likeness"], checkpoint.path / CONFIG)
+
+
+def _calibration(checkpoint: Checkpoint) -> Calibration | None:
+    """Return how the model's intervals are scaled, where the folder says so."""
+    if UNCERTAINTY not in checkpoint.meta:
+        return None
+    checkpoint.check_meta({UNCERTAINTY: dict})
+    modalities, file = checkpoint.config.modalities, checkpoint.path / CONFIG
+    return Calibration.from_dict(checkpoint.meta[UNCERTAINTY], modalities, file)
 
 
 def _percentiles(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:

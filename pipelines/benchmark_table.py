@@ -227,7 +227,7 @@ def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> N
     for entry in entries:
         if entry.seed == 0:
             translator = Translator.load(entry.folder / MODEL)
-            made[entry.method], _ = translator.translate_encoded(translator.encode(x), source, target)
+            made[entry.method] = translator.translate_encoded(translator.encode(x), source, target).mean
     truth, *volumes = ((np.clip(volume, -1, 1) + 1) / 2 for volume in (truth, *made.values()))
     scored = {f"{name}\n{psnr_db(truth, volume):.1f} dB": volume for name, volume in zip(made, volumes, strict=True)}
     save_gallery(contest.out / PICTURE, truth, scored, f"{record.subject_id}, {source} to {target}")

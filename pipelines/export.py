@@ -12,10 +12,11 @@ from aldm.config_baselines import METHODS
 from aldm.errors import UserError
 from aldm.pairs import pairs_in_words
 from aldm.presets import load_preset
-from pipelines.arguments import JobParser, job_parser
+from pipelines.arguments import JobParser, job_parser, select_device
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -37,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm export ARGUMENTS`."""
     parser = _parser()
     args = parser.parse_args(argv)
-    stages = (args.codec, args.ms_spade, args.diffusion)
-    if args.baseline is None and None in stages:
-        parser.error("give --codec, --ms-spade and --diffusion, or --baseline alone")
-    if args.baseline is not None and any(stage is not None for stage in stages):
-        parser.error("--baseline is a model by itself: leave out --codec, --ms-spade and --diffusion")
+    _check_parts(parser, args)
     if args.alias is not None and args.register is None:
         parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
@@ -53,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.out, args.overwrite, marker=CONFIG)
     if args.register is not None:
         _check_registry(args)
-    if args.baseline is not None:
+    if args.model is not None:
+        model = with_uncertainty(args.model, args.uncertainty, args.store, select_device(args))
+    elif args.baseline is not None:
         model = baseline_model(args.baseline)
     else:
         model = aldm_model(args.codec, args.ms_spade, args.diffusion)
@@ -161,6 +160,50 @@ def baseline_model(run: Path) -> Model:
     )
 
 
+def with_uncertainty(model: Path, run: Path, store: Path, device: "torch.device") -> Model:
+    """Add to a model the network that knows its errors, calibrated on the validation subjects of a store.
+
+    Args:
+        model: translator folder.
+        run: run folder of `aldm train uncertainty` on that model.
+        store: prepared volumes.
+        device: where to compute.
+
+    Raises:
+        UserError: a run on another model, or what `calibrate` refuses.
+    """
+    from aldm.checkpoint import load_checkpoint, load_weights
+    from aldm.data.store import VolumeStore
+    from aldm.denoising import build_error_unet
+    from aldm.predictors import KINDS, UNCERTAINTY
+    from aldm.run_folder import checkpoint_folder
+    from aldm.translate import Translator
+    from aldm.uncertainty import calibrate
+
+    before, learnt = load_checkpoint(model, *KINDS), load_checkpoint(checkpoint_folder(run), "uncertainty")
+    learnt.check_meta({**TRAINING, "model_hash": str})
+    before.check_meta({**_data("data"), "modalities": list, "training": list})
+    if learnt.meta["model_hash"] != before.hash:
+        raise UserError(
+            f"{run} learnt the errors of model {learnt.meta['model_hash'][:12]}, {model} is {before.hash[:12]}: give "
+            "the model that it was trained on, or train uncertainty again"
+        )
+    config = replace(before.config, error_unet=learnt.config.error_unet)
+    error_unet = build_error_unet(config)
+    load_weights(error_unet, learnt.weights, learnt.path)
+    calibration = calibrate(Translator.load(model, device), error_unet, VolumeStore.open(store))
+    return Model(
+        kind=before.kind,
+        config=config,
+        weights=before.weights | {f"error_unet.{name}": tensor for name, tensor in learnt.weights.items()},
+        meta={
+            **before.meta,
+            UNCERTAINTY: calibration.to_dict(),
+            "training": [*before.meta["training"], learnt.meta["training"]],
+        },
+    )
+
+
 def halved(weights: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Return weights with the 32-bit floating-point ones in 16 bits: half the file; whoever loads them computes in 32.
 
@@ -194,6 +237,21 @@ def used_config(model: Model, assignments: Sequence[str], precision: str | None)
             config.diffusion, sampling.sampler, sampling.num_inference_steps, sampling.num_samples, sampling.eta
         )
     return config if precision is None else replace(config, precision=precision)
+
+
+def _check_parts(parser: JobParser, args: argparse.Namespace) -> None:
+    """Refuse flags of two of the three ways to name a model."""
+    ways = {
+        "--codec, --ms-spade and --diffusion": (args.codec, args.ms_spade, args.diffusion),
+        "--baseline": (args.baseline,),
+        "--model, --uncertainty and --store": (args.model, args.uncertainty, args.store),
+    }
+    begun = [name for name, parts in ways.items() if any(part is not None for part in parts)]
+    if len(begun) != 1 or None in ways[begun[0]]:
+        wanted = "; or ".join(ways)
+        raise UserError(
+            f"--out needs what it is made of, all of one kind: {wanted}; got {' with '.join(begun) or 'none'}"
+        )
 
 
 def _codec_training(codec: str) -> list[dict[str, Any]]:
@@ -248,6 +306,20 @@ def _parser() -> JobParser:
         metavar="RUN",
         help="run folder of the regression U-Net or of a comparison method, instead of the three",
     )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a translator folder, to which --uncertainty is added, instead of all that",
+    )
+    parser.add_argument(
+        "--uncertainty",
+        type=Path,
+        metavar="RUN",
+        help="with --model: run folder of aldm train uncertainty on it; its factors are fitted on the validation "
+        "subjects of --store",
+    )
+    parser.add_argument("--store", type=Path, help="with --uncertainty: store of volumes, from aldm prepare")
     parser.add_argument("--out", type=Path, required=True, help="the translator folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     parser.add_argument(

@@ -67,6 +67,8 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             "",
             _likeness(data),
             "",
+            _uncertainty(model.meta.get("uncertainty")),
+            "",
             "## Scores",
             "",
             "On validation subjects, whole volumes, measured while training; `aldm evaluate` measures the test split.",
@@ -146,6 +148,17 @@ def _likeness(data: dict[str, Any]) -> str:
     )
 
 
+def _uncertainty(calibration: dict[str, Any] | None) -> str:
+    """Return the line of the README that says whether the model knows how far off it may be."""
+    if calibration is None:
+        return "How far off a result may be is not known: no `uncertainty` was trained."
+    return (
+        f"How far off a result may be: `--uncertainty` gives half the width of an interval that held the truth in "
+        f"{calibration['level']:.0%} of the voxels of {counted(calibration['num_subjects'], 'validation subject')}. It "
+        "promises nothing for subjects unlike those; what it held on the test split is below, if that was measured."
+    )
+
+
 def _measured(scores: list[dict[str, Any]] | None) -> list[str]:
     """Return the lines of the README that show an evaluation."""
     if scores is None:
@@ -153,12 +166,17 @@ def _measured(scores: list[dict[str, Any]] | None) -> list[str]:
     lines = [
         "On the test split (`aldm evaluate`), means over all subjects and all pairs of two modalities:",
         "",
-        "| method | region | PSNR (dB) | NMSE | SSIM | seconds per volume |",
-        "|---|---|---|---|---|---|",
+        "Coverage: share of the voxels whose true value lay within the uncertainty; error ratio: RMS error by the RMS "
+        "standard deviation that it stands for.",
+        "",
+        "| method | region | PSNR (dB) | NMSE | SSIM | coverage | error ratio | seconds per volume |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in scores:
         how = f" ({row['sampler']} {row['num_inference_steps']})" if row["sampler"] else ""
         time = "-" if row["seconds"] is None else f"{row['seconds']:.2f}"
         values = f"{row['psnr_db']:.2f} | {row['nmse']:.3f} | {row['ssim']:.3f}"
+        for name in ("coverage", "error_ratio"):
+            values += " | -" if row[name] is None else f" | {row[name]:.3f}"
         lines.append(f"| {row['method']}{how} | {row['region']} | {values} | {time} |")
     return [*lines, ""]

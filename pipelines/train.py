@@ -35,11 +35,13 @@ STAGES = {
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
     "unet": "a regression U-Net on Haar bands, the yardstick beside the model",
     "segmenter": "finds tissues and lesions in real volumes, to measure synthetic ones with (aldm evaluate)",
+    "uncertainty": "how far off a trained model may be: --model, of any kind; aldm export puts the two together",
     **METHODS,
 }
 INPUTS = {
     "ms-spade": ("latents",),
     "diffusion": ("latents", "ms_spade"),
+    "uncertainty": ("store", "model"),
     "resvit": ("store", "pretrained", "vit_weights"),
 }
 """The flags that name what a stage is built from; those not named here are built from a store."""
@@ -181,6 +183,8 @@ def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["
                 return _method(stage, config, store, inputs, args), inputs
             if stage == "segmenter":
                 return SegmenterStage(config, store, structures_of(store)), inputs
+            if stage == "uncertainty":
+                return _uncertainty(config, store, inputs, args.model), inputs
             return (VQGANStage if stage == "vqgan" else RegressionStage)(config, store), inputs
         latents = LatentStore.open(args.latents)
         inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
@@ -225,6 +229,16 @@ def _method(
         if args.vit_weights is None:
             logger.warning("no --vit-weights: the transformer starts from random weights, not from ImageNet's")
     return built
+
+
+def _uncertainty(config: Config, store: "VolumeStore", inputs: dict[str, str], model: Path) -> "Stage":
+    """Build the training of a model's uncertainty; the inputs then name the model."""
+    from aldm.translate import Translator
+    from aldm.uncertainty import FrozenModel, UncertaintyStage
+
+    frozen = FrozenModel(Translator.load(model))
+    inputs |= {"model": str(model), "model_hash": frozen.model_hash}
+    return UncertaintyStage(config, store, frozen)
 
 
 def _paths(stage: str, args: argparse.Namespace) -> dict[str, str]:
@@ -272,7 +286,11 @@ def _parser(stage: str) -> JobParser:
             metavar="N",
             help="voxels X Y Z of the random crop that a step trains on, or full (default: the configuration's)",
         )
-    if stage not in ("vqgan", "segmenter"):
+    if stage == "uncertainty":
+        parser.add_argument(
+            "--model", type=Path, required=True, metavar="DIR", help="translator folder, of aldm export"
+        )
+    elif stage not in ("vqgan", "segmenter"):
         _add_pair(parser, needed=stage in METHODS)
     if stage == "resvit":
         parser.add_argument("--pretrained", type=Path, required=True, metavar="RUN", help="run folder of resvit-cnn")

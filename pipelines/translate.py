@@ -17,6 +17,7 @@ from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.translate_files import (
     DICOM,
+    MAPS,
     NIFTI,
     RESULTS_FILE,
     Input,
@@ -70,16 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     maker: Maker = RemoteService(args) if args.server is not None else LocalModel(args)
     inputs, is_batch = _inputs(args, named, maker)
     into_folder = is_batch or args.target == ALL
+    maps = {kind: getattr(args, kind) for kind in MAPS if getattr(args, kind) is not None}
     tasks = plan_tasks(
         [one for one in inputs if not one.status],
         args.output,
         into_folder=into_folder,
         format=args.format,
-        uncertainty=args.uncertainty,
+        maps=maps,
     )
     if is_batch and (args.output / RESULTS_FILE).exists() and not args.overwrite:
         raise UserError(f"{args.output} holds the results of an earlier batch: give another OUTPUT, or --overwrite")
-    folders = [folder for folder in (args.output, args.uncertainty) if into_folder and folder is not None]
+    folders = [args.output, *maps.values()] if into_folder else []
     new = [folder for folder in folders if make_folder(folder)]
     try:
         if not is_batch:
@@ -277,8 +279,16 @@ def _parser() -> JobParser:
         "--uncertainty",
         type=Path,
         metavar="FILE",
-        help="write the voxelwise standard deviation of the samples here, in the result's units; a folder where "
-        "OUTPUT is one (default: not written)",
+        help="write here, in the result's units, how far it may be from the truth: at most so far in 90 %% of the "
+        "voxels of subjects like those of the calibration. Needs a model that learnt it (aldm train uncertainty); a "
+        "folder where OUTPUT is one (default: not written)",
+    )
+    parser.add_argument(
+        "--spread",
+        type=Path,
+        metavar="FILE",
+        help="write the voxelwise standard deviation of the samples here, in the result's units; it is not calibrated; "
+        "a folder where OUTPUT is one (default: not written)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i")
     parser.add_argument(

@@ -8,7 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,18 @@ NIFTI, DICOM = "nifti", "dicom"
 _SUFFIXES = (".nii.gz", ".nii")
 
 
+MAPS = ("uncertainty", "spread")
+"""What a translation may have beside it, as the fields of Translation are named; flags and files as well."""
+NO_SPREAD = (
+    "--spread is the standard deviation of several samples: give --num-samples of at least 2 as well; a model of "
+    "objective regression has one answer, and none"
+)
+NO_UNCERTAINTY = (
+    "--uncertainty needs a model that knows how far off it may be, sampled as it is by default: make one with aldm "
+    "train uncertainty and aldm export --uncertainty; the standard deviation of several samples is --spread"
+)
+
+
 @dataclass(frozen=True)
 class Output:
     """Where one translation of one input goes."""
@@ -37,8 +49,8 @@ class Output:
     target: str
     path: Path
     """A NIfTI file, or with DICOM a folder."""
-    uncertainty: Path | None
-    """A NIfTI file; None where it is not wanted."""
+    maps: Mapping[str, Path] = field(default_factory=dict)
+    """What is wanted beside it, of MAPS -> a NIfTI file."""
 
     @property
     def sidecar(self) -> Path:
@@ -149,19 +161,20 @@ def plan_tasks(
     *,
     into_folder: bool,
     format: str,
-    uncertainty: Path | None,
+    maps: Mapping[str, Path],
 ) -> list[Task]:
     """Return what is made of each input, and where.
 
-    Into a folder, the results of scan.nii.gz are scan_synthetic-t2.nii.gz and its standard deviation
-    scan_synthetic-t2_std.nii.gz; those of an input that has a name are called after that.
+    Into a folder, the results of scan.nii.gz are scan_synthetic-t2.nii.gz and, of MAPS,
+    scan_synthetic-t2_uncertainty.nii.gz and scan_synthetic-t2_spread.nii.gz; those of an input that has a name are
+    called after that.
 
     Args:
         inputs: files or series folders, those that are translated.
         output: OUTPUT; a folder with `into_folder`.
-        into_folder: whether OUTPUT (and `uncertainty`) name folders that hold all results.
+        into_folder: whether OUTPUT (and `maps`) name folders that hold all results.
         format: nifti or dicom.
-        uncertainty: where the standard deviation goes; None where it is not wanted.
+        maps: what of MAPS is wanted, and where it goes.
 
     Raises:
         UserError: a name that is not a NIfTI file's, two results by one name, a result that would replace an input, or
@@ -179,21 +192,21 @@ def plan_tasks(
         for target in given.targets:
             suffix = ".nii.gz" if is_series else path.name[len(_stem(path)) :]
             name = f"{given.name or _stem(path)}_synthetic-{target}"
-            place, spread = output, uncertainty
+            place, beside = output, maps
             if into_folder:
                 place = output / (name if format == DICOM else name + suffix)
-                spread = None if uncertainty is None else uncertainty / f"{name}_std{suffix}"
-            outputs.append(Output(target, place, spread))
+                beside = {kind: folder / f"{name}_{kind}{suffix}" for kind, folder in maps.items()}
+            outputs.append(Output(target, place, beside))
         tasks.append(Task(path, is_series, given.source, given.source_from, tuple(outputs), given.others))
     if not into_folder:
-        _check_suffixes([uncertainty] if format == DICOM else [output, uncertainty])
+        _check_suffixes([*maps.values()] if format == DICOM else [output, *maps.values()])
     _check_names(tasks)
     return tasks
 
 
-def _check_suffixes(paths: Sequence[Path | None]) -> None:
+def _check_suffixes(paths: Sequence[Path]) -> None:
     for path in paths:
-        if path is not None and (not path.name.lower().endswith(_SUFFIXES) or not _stem(path)):
+        if not path.name.lower().endswith(_SUFFIXES) or not _stem(path):
             raise UserError(f"{path}: wanted a name that ends in .nii or .nii.gz")
 
 
@@ -203,9 +216,7 @@ def _check_names(tasks: Sequence[Task]) -> None:
     read = {path.resolve() for task in tasks for path in (task.path, *(other for _, other in task.others))}
     for task in tasks:
         for output in task.outputs:
-            for path in (output.path, output.sidecar, output.uncertainty):
-                if path is None:
-                    continue
+            for path in (output.path, output.sidecar, *output.maps.values()):
                 if path.resolve() in read:
                     raise UserError(f"{path} is an input and would be replaced: give another OUTPUT")
                 if path.resolve() in written:
@@ -289,9 +300,9 @@ def writing(task: Task, *, format: str, overwrite: bool, keep_patient: bool) -> 
             _check_sidecar(output)
             if format == DICOM:
                 check_folder(output.path, overwrite, marker=FIRST_FILE)
-            for path in (None if format == DICOM else output.path, output.sidecar, output.uncertainty):
-                if path is not None:
-                    temporary[path] = stack.enter_context(atomic_path(path, overwrite))
+            own = [] if format == DICOM else [output.path]
+            for path in (*own, output.sidecar, *output.maps.values()):
+                temporary[path] = stack.enter_context(atomic_path(path, overwrite))
         writer = Writer(temporary, format, overwrite, keep_patient)
         yield writer
         writer.finish()
@@ -322,7 +333,7 @@ class Writer:
         source: "NiftiSource | DicomSource",
         others: Sequence["NiftiSource | DicomSource"] = (),
     ) -> None:
-        """Write one translation, its uncertainty and its sidecar.
+        """Write one translation, what is wanted beside it, and its sidecar.
 
         Args:
             output: where.
@@ -335,13 +346,12 @@ class Writer:
             self._later(output, result, source, others)
         else:
             self._write_nifti(output.path, result.volume.data, result.volume, source, describe(made))
-        if output.uncertainty is not None:
-            assert result.uncertainty is not None, "several samples were asked for"
-            words = f"standard deviation of {describe(made)}"
-            self._write_nifti(output.uncertainty, result.uncertainty, result.volume, source, words)
         record = {"output": output.path.name, **made}
-        if output.uncertainty is not None:
-            record["uncertainty"] = output.uncertainty.name
+        for kind, path in output.maps.items():
+            data = getattr(result, kind)
+            assert data is not None, "the model gives what was asked for"
+            self._write_nifti(path, data, result.volume, source, f"{map_in_words(kind, made)} of {describe(made)}")
+            record[kind] = path.name
         self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
 
     def put(self, output: Output, files: "Files") -> None:
@@ -351,10 +361,9 @@ class Writer:
             self._series.append(lambda: _unpack(files.result, output.path, self._overwrite))
         else:
             self._put_nifti(output.path, files.result)
-        if output.uncertainty is not None:
-            assert files.uncertainty is not None, "several samples were asked for"
-            self._put_nifti(output.uncertainty, files.uncertainty)
-            record["uncertainty"] = output.uncertainty.name
+        for kind, path in output.maps.items():
+            self._put_nifti(path, files.maps[kind])
+            record[kind] = path.name
         self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
 
     def finish(self) -> None:
@@ -406,8 +415,8 @@ class Files:
 
     result: bytes
     """A .nii.gz file, or a zip of a DICOM series."""
-    uncertainty: bytes | None
-    """A .nii.gz file; None where it was not asked for."""
+    maps: Mapping[str, bytes]
+    """What was asked for beside it, of MAPS -> a .nii.gz file."""
     provenance: dict[str, Any]
 
 
@@ -421,6 +430,13 @@ def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
     ):
         for entry in archive.infolist():
             (temporary / Path(entry.filename).name).write_bytes(archive.read(entry))
+
+
+def map_in_words(kind: str, made: Mapping[str, Any]) -> str:
+    """Return what a map of MAPS is, for people; `made` is the provenance of the translation that it lies beside."""
+    if kind == "spread":
+        return "sample spread (standard deviation)"
+    return f"uncertainty ({made['uncertainty_level']:.0%} of voxels are within +-)"
 
 
 def likeness_of(made: Mapping[str, Any]) -> Likeness | None:

@@ -14,7 +14,15 @@ from aldm.likeness import Likeness
 from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.progress import progress
 from aldm.words import counted
-from pipelines.translate_files import Task, likeness_of, read_input, read_others, writing
+from pipelines.translate_files import (
+    NO_SPREAD,
+    NO_UNCERTAINTY,
+    Task,
+    likeness_of,
+    read_input,
+    read_others,
+    writing,
+)
 from pipelines.translator_arguments import load_translator, model_config
 
 if TYPE_CHECKING:
@@ -71,11 +79,10 @@ class LocalModel:
         args = self._args
         translator = load_translator(self._folder, self._config, args)
         sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
-        if args.uncertainty is not None and sampling.num_samples < 2:
-            raise UserError(
-                "--uncertainty is the spread of several samples: give --num-samples of at least 2 as well; a model "
-                "of objective regression has one answer, and none"
-            )
+        if args.spread is not None and sampling.num_samples < 2:
+            raise UserError(NO_SPREAD)
+        if args.uncertainty is not None and not translator.has_uncertainty(sampling):
+            raise UserError(NO_UNCERTAINTY)
         self._loaded = translator, sampling
 
     def make(self, task: Task) -> Likeness | None:

@@ -24,7 +24,16 @@ from aldm.errors import UserError
 from aldm.likeness import Likeness
 from aldm.pairs import check_several
 from aldm.progress import progress
-from pipelines.translate_files import DICOM, Files, Output, Task, likeness_of, writing
+from pipelines.translate_files import (
+    DICOM,
+    NO_SPREAD,
+    NO_UNCERTAINTY,
+    Files,
+    Output,
+    Task,
+    likeness_of,
+    writing,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -182,12 +191,11 @@ class RemoteService:
                 logger.info("the service is busy (%s)", _detail(answer))
                 time.sleep(seconds)
         job: dict[str, Any] = self._checked(answer)
-        if args.uncertainty is not None and job["num_samples"] < 2:
-            self._answer("DELETE", job["links"]["self"])
-            raise UserError(
-                "--uncertainty is the spread of several samples: give --num-samples of at least 2 as well; a model "
-                "of objective regression has one answer, and none"
-            )
+        given = job["links"]["results"].values()
+        for kind, message in (("spread", NO_SPREAD), ("uncertainty", NO_UNCERTAINTY)):
+            if getattr(args, kind) is not None and not all(links.get(kind) for links in given):
+                self._answer("DELETE", job["links"]["self"])
+                raise UserError(message)
         return job
 
     def _follow(self, job: dict[str, Any], name: str) -> None:
@@ -236,12 +244,10 @@ class RemoteService:
     def _files(self, job: dict[str, Any], output: Output, task: Task) -> Files:
         links = job["links"]["results"][output.target]
         made = self._checked(self._patiently(f"{job['links']['self']}/provenance", params={"target": output.target}))
-        spread = None
-        if output.uncertainty is not None:
-            spread = self._whole(links["uncertainty"])
+        maps = {kind: self._whole(links[kind]) for kind in output.maps}
         provenance = {**made, "input": task.path.name, **task.inputs, "server": self._args.server}
         provenance.pop("sources", None)  # inputs has them
-        return Files(result=self._whole(links["result"]), uncertainty=spread, provenance=provenance)
+        return Files(result=self._whole(links["result"]), maps=maps, provenance=provenance)
 
     def _whole(self, path: str) -> bytes:
         answer = self._patiently(path)

@@ -49,7 +49,7 @@ Samples = Annotated[
     Form(
         ge=1,
         le=10_000,
-        description="the result is their mean; above 1 gives an uncertainty; objective regression takes 1",
+        description="the result is their mean; above 1 gives their spread; objective regression takes 1",
     ),
 ]
 SeriesName = Annotated[
@@ -227,6 +227,7 @@ def _add_service(app: FastAPI, service: Service) -> None:
             samplers=[Sampler(name=name) for name in allowed_samplers(model.config.diffusion.objective)]
             if diffusion
             else [],
+            uncertainty_level=model.uncertainty_level,
             card=model.card,
             grid=Grid(shape=model.config.preprocess.spatial_shape, spacing_mm=model.config.preprocess.spacing_mm),
         )

@@ -37,9 +37,9 @@ def result_file(folder: Path, target: str, format: str) -> Path:
     return folder / (f"result_{target}.zip" if format == DICOM else f"result_{target}.nii.gz")
 
 
-def uncertainty_file(folder: Path, target: str) -> Path:
-    """Return where the standard deviation is."""
-    return folder / f"uncertainty_{target}.nii.gz"
+def map_file(folder: Path, kind: str, target: str) -> Path:
+    """Return where what lies beside a translation is: its uncertainty or its spread."""
+    return folder / f"{kind}_{target}.nii.gz"
 
 
 def preview_file(folder: Path, target: str) -> Path:
@@ -134,7 +134,7 @@ def write_results(
     """
     from aldm.data.nifti_header import NiftiSource, source_of
     from aldm.data.volume import save_nifti, to_source_orientation
-    from pipelines.translate_files import describe
+    from pipelines.translate_files import MAPS, describe, map_in_words
 
     made, result = translation.provenance, translation.volume
     if source.notes:
@@ -149,10 +149,12 @@ def write_results(
         _write_series(path, translation, source)
     else:
         save_nifti(path, to_source_orientation(result.data, grid), grid, description=words, overwrite=True)
-    if translation.uncertainty is not None:
-        spread = to_source_orientation(translation.uncertainty, grid)
-        words = f"standard deviation of {words}"
-        save_nifti(uncertainty_file(folder, target), spread, grid, description=words, overwrite=True)
+    for kind in MAPS:
+        data = getattr(translation, kind)
+        if data is not None:
+            data = to_source_orientation(data, grid)
+            about = f"{map_in_words(kind, made)} of {words}"
+            save_nifti(map_file(folder, kind, target), data, grid, description=about, overwrite=True)
     _write_preview(preview_file(folder, target), translation, volume, sources)
     with atomic_path(provenance_file(folder, target), overwrite=True) as temporary:
         temporary.write_text(json.dumps(made, indent=2) + "\n")
@@ -188,12 +190,12 @@ def _write_preview(path: Path, translation: "Translation", volume: "Volume", sou
     low, high = (float(value) for value in np.percentile(volume.data, (0.5, 99.5)))
     made = translation.provenance
     dark, bright = made["intensity_range"]
-    spread = translation.uncertainty
+    half_width = translation.uncertainty
     save_translation_panel(
         path,
         source=_unit(volume.data, low, high),
         prediction=_unit(translation.volume.data, dark, bright),
-        uncertainty=None if spread is None else spread / (bright - dark),
+        uncertainty=None if half_width is None else half_width / (bright - dark),
         source_name=sources[0] if len(sources) == 1 else f"{sources[0]} (of {made['source']})",
         target_name=f"{made['target']}, synthetic",
         spacing_mm=volume.spacing_mm,

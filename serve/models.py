@@ -31,6 +31,8 @@ class Model:
     hash: str
     config: Config
     card: list[dict[str, Any]]
+    uncertainty_level: float | None
+    """Share of the voxels that its intervals are to hold; None where it has none."""
 
 
 def find_model(model: str | None, work_dir: Path) -> Model:
@@ -59,7 +61,7 @@ def read_model(folder: Path, name: str) -> Model:
         UserError: it is none.
     """
     from aldm.checkpoint import config_of, read_checkpoint_record
-    from aldm.predictors import KINDS
+    from aldm.predictors import KINDS, UNCERTAINTY
 
     record = read_checkpoint_record(folder)
     if record["kind"] not in KINDS:
@@ -73,6 +75,7 @@ def read_model(folder: Path, name: str) -> Model:
         hash=record["hash"],
         config=config,
         card=json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else [],
+        uncertainty_level=record["meta"].get(UNCERTAINTY, {}).get("level"),
     )
 
 

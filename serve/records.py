@@ -45,6 +45,8 @@ class Job:
     """Boxes of the model's shape that the volume took; None before it has been made."""
     share_outside: float | None = None
     """Share of the volume's foreground that lies in none of them, and so is background in the result."""
+    uncertainty_level: float | None = None
+    """Share of the voxels whose true value is to lie within the uncertainty; None where the model gives none."""
     accept_unlike: bool = False
     """Whether a volume unlike the training data is to be translated."""
     likeness: dict[str, Any] | None = None
@@ -76,7 +78,9 @@ class Job:
 
     def expected_bytes(self) -> int:
         """Return what its results may take, with what is written on the way to them."""
-        volumes = 1 + (self.num_samples > 1)  # float32, or 16-bit numbers twice: as files and zipped
+        volumes = (
+            1 + (self.num_samples > 1) + (self.uncertainty_level is not None)
+        )  # float32, or 16-bit numbers twice: as files and zipped
         return len(self.targets) * (round(4.2 * self.voxels) * volumes + _PICTURE_BYTES)
 
 

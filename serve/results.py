@@ -32,11 +32,19 @@ def add_results(app: FastAPI, service: Service) -> None:
 
     @app.get(f"{base}/uncertainty", response_class=FileResponse, responses=kinds(GZIP), tags=["results"])
     async def uncertainty(request: Request, job_id: str, target: Target) -> FileResponse:
-        """Return the voxelwise standard deviation of the samples, in the result's units, as NIfTI."""
+        """Return how far the result may be from the truth, in its units, as NIfTI: see uncertainty_level."""
+        view, folder = await service.file(job_id, request.state.owner, target)
+        if view.uncertainty_level is None:
+            raise Problem(404, "the model does not know how far off it may be, or was not sampled as it is by default")
+        return attached(files.map_file(folder, "uncertainty", target), f"synthetic-{target}_uncertainty")
+
+    @app.get(f"{base}/spread", response_class=FileResponse, responses=kinds(GZIP), tags=["results"])
+    async def spread(request: Request, job_id: str, target: Target) -> FileResponse:
+        """Return the voxelwise standard deviation of the samples, in the result's units, as NIfTI; not calibrated."""
         view, folder = await service.file(job_id, request.state.owner, target)
         if view.num_samples < 2:
-            raise Problem(404, "one sample has no uncertainty: ask for num_samples of at least 2")
-        return attached(files.uncertainty_file(folder, target), f"synthetic-{target}_std")
+            raise Problem(404, "one sample has no spread: ask for num_samples of at least 2")
+        return attached(files.map_file(folder, "spread", target), f"synthetic-{target}_spread")
 
     @app.get(f"{base}/preview.png", response_class=FileResponse, responses=kinds(PNG), tags=["results"])
     async def preview(request: Request, job_id: str, target: Target) -> FileResponse:

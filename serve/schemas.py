@@ -51,6 +51,7 @@ class ResultLinks(BaseModel):
     result: str
     preview: str
     uncertainty: str | None
+    spread: str | None
 
 
 class Links(BaseModel):
@@ -93,6 +94,9 @@ class JobView(BaseModel):
     num_boxes: int | None = Field(description="boxes of the model's shape that the volume took; null until it is done")
     share_outside: float | None = Field(
         description="share of the volume's foreground outside of these, which is background in the result"
+    )
+    uncertainty_level: float | None = Field(
+        description="share of the voxels whose true value is to lie within the uncertainty; null: the model has none"
     )
     accept_unlike: bool
     likeness: LikenessView | None = Field(
@@ -145,6 +149,7 @@ class ModelCard(BaseModel):
     takes_several: bool = Field(description="whether it translates several volumes of one head together")
     default: Default
     samplers: list[Sampler]
+    uncertainty_level: float | None = Field(description="as of a translation that is sampled by default")
     card: list[dict[str, Any]] = Field(description="measured quality and latency per sampler and number of steps")
     grid: Grid
 
@@ -210,7 +215,8 @@ def job_view(values: dict[str, Any], now: float) -> JobView:
                 target: ResultLinks(
                     result=f"{base}/result?target={target}",
                     preview=f"{base}/preview.png?target={target}",
-                    uncertainty=f"{base}/uncertainty?target={target}" if job.num_samples > 1 else None,
+                    uncertainty=None if job.uncertainty_level is None else f"{base}/uncertainty?target={target}",
+                    spread=f"{base}/spread?target={target}" if job.num_samples > 1 else None,
                 )
                 for target in job.targets
             },

@@ -79,6 +79,7 @@ class Service:
                 sampler=sampling.sampler if self.model.kind == "aldm" else None,
                 num_inference_steps=sampling.num_inference_steps,
                 num_samples=sampling.num_samples,
+                uncertainty_level=self._uncertainty_level(sampling),
                 eta=sampling.eta,
                 seed=values["seed"],
                 format=values["format"],

@@ -174,7 +174,7 @@ def test_one_source_is_what_it_is_without_others_to_the_bit(model: Translator) -
     alone = model.translate(t1, "t1", "pd")
     assert alone.volume.data.tobytes() == model.translate(t1, "t1", "pd", others={}).volume.data.tobytes()
     boxes, record = prepare_volumes([t1], model.config.preprocess, stride=model.predictor.stride)
-    mean, _ = model.translate_encoded(model.encode(boxes[0][0]), "t1", "pd")
+    mean = model.translate_encoded(model.encode(boxes[0][0]), "t1", "pd").mean
     (code,) = model.prepare({"t1": t1}).codes
     assert torch.equal(code["t1"], model.encode(boxes[0][0]))
     assert len(record.boxes) == 1

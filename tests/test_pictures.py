@@ -46,7 +46,7 @@ def test_panel_of_a_constant_source_is_drawn(tmp_path):
 
 
 def test_panel_refuses_volumes_of_different_shapes(tmp_path):
-    with pytest.raises(UserError, match="uncertainty"):
+    with pytest.raises(UserError, match="90% within"):
         panel(tmp_path / "a.png", uncertainty=np.zeros((3, 3, 3)))
     assert list(tmp_path.iterdir()) == []
 

@@ -67,11 +67,11 @@ def test_results_are_those_of_aldm_translate(service: RunningService, scan: Path
     for target in ("t2", "pd"):
         std = tmp_path / f"std_{target}.nii.gz"
         out = tmp_path / f"{target}.nii.gz"
-        wanted = by_hand(service, scan, out, "--target", target, "--num-samples", 3, "--seed", 11, "--uncertainty", std)
+        wanted = by_hand(service, scan, out, "--target", target, "--num-samples", 3, "--seed", 11, "--spread", std)
         result = image_of(service.result(job, target))
         same_image(result, wanted)
         np.testing.assert_array_equal(result.affine, nibabel.load(scan).affine)
-        same_image(image_of(service.result(job, target, "uncertainty")), nibabel.load(std))
+        same_image(image_of(service.result(job, target, "spread")), nibabel.load(std))
         with Image.open(io.BytesIO(service.result(job, target, "preview"))) as picture:
             assert picture.format == "PNG"
             assert np.asarray(picture).std() > 10
@@ -403,7 +403,8 @@ def test_other_requests_that_make_no_sense(service: RunningService, scan: Path, 
     refused(client.get(f"{job['links']['self']}/result"), 422, "target")
     refused(client.get(f"{job['links']['self']}/result", params={"target": "pd"}), 404, "no target 'pd'")
     refused(client.get(f"{job['links']['self']}/result", params={"target": "../job.json"}), 404)
-    refused(client.get(f"{job['links']['self']}/uncertainty", params={"target": "t2"}), 404, "num_samples")
+    refused(client.get(f"{job['links']['self']}/spread", params={"target": "t2"}), 404, "num_samples")
+    refused(client.get(f"{job['links']['self']}/uncertainty", params={"target": "t2"}), 404, "knows how far off")
     refused(client.get("/web/..%2fapi.py"), 404)
 
 

@@ -21,6 +21,7 @@ OPERATIONS = {
     "DELETE /v1/translations/{job_id}",
     "GET /v1/translations/{job_id}/result",
     "GET /v1/translations/{job_id}/uncertainty",
+    "GET /v1/translations/{job_id}/spread",
     "GET /v1/translations/{job_id}/preview.png",
     "GET /v1/translations/{job_id}/provenance",
     "GET /v1/translations/{job_id}/source",

@@ -107,7 +107,8 @@ def test_evaluate_scores_every_subset_and_keeps_pairs_apart(brats_store: VolumeS
     translator, subject = Translator.load(model), brats_store.subjects("train")[0].subject_id
     volumes = {name: brats_store.volume(subject, name) for name in ("t1", "flair")}
     request = Request({name: translator.encode(volume) for name, volume in volumes.items()}, "t2", 0)
-    ((mean, _),) = translator.translate_batch([request])
+    (made,) = translator.translate_batch([request])
+    mean = made.mean
     wanted = score(to_unit(brats_store.volume(subject, "t2")), to_unit(mean), {"volume": None})["volume"]
     (line,) = [
         line for line in lines if (line["source"], line["target"], line["region"]) == ("t1+flair", "t2", "volume")

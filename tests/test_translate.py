@@ -146,21 +146,26 @@ def test_translate_each_gives_what_translate_gives():
 def test_several_samples_give_mean_and_spread_and_the_seed_decides():
     volume, model = smooth_volume(), translator()
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (32, 32, 32)).astype(np.float32)
-    mean, std = model.translate_encoded(model.encode(x), "t1", "t1", sampling=model.sampling(num_samples=50), seed=3)
-    assert np.abs(mean - x).mean() < 0.01 / np.sqrt(50)
-    assert std.mean() == pytest.approx(0.01, rel=0.05)
+    made = model.translate_encoded(model.encode(x), "t1", "t1", sampling=model.sampling(num_samples=50), seed=3)
+    assert np.abs(made.mean - x).mean() < 0.01 / np.sqrt(50)
+    assert made.spread is not None
+    assert made.spread.mean() == pytest.approx(0.01, rel=0.05)
     result = model.translate(volume, "t1", "t2", num_samples=3, seed=1)
     same = model.translate(volume, "t1", "t2", num_samples=3, seed=1)
     other = model.translate(volume, "t1", "t2", num_samples=3, seed=2)
     np.testing.assert_array_equal(result.volume.data, same.volume.data)
-    np.testing.assert_array_equal(result.uncertainty, same.uncertainty)
+    np.testing.assert_array_equal(result.spread, same.spread)
     assert (result.volume.data != other.volume.data).any()
-    assert result.uncertainty.shape == volume.data.shape
-    assert 0.1 < result.uncertainty[10:20, 10:20, 10:20].mean() < 3  # 0.01 in [-1, 1] is 1 of t2's 200
+    assert result.spread.shape == volume.data.shape
+    assert 0.1 < result.spread[10:20, 10:20, 10:20].mean() < 3  # 0.01 in [-1, 1] is 1 of t2's 200
 
 
-def test_one_sample_has_no_uncertainty():
-    assert translator().translate(smooth_volume(), "t1", "t2").uncertainty is None
+def test_one_sample_has_no_spread():
+    assert translator().translate(smooth_volume(), "t1", "t2").spread is None
+
+
+def test_the_spread_of_samples_is_never_called_uncertainty():
+    assert translator().translate(smooth_volume(), "t1", "t2", num_samples=2).uncertainty is None
 
 
 def test_steps_are_counted_over_all_samples_and_may_cancel():
@@ -302,7 +307,7 @@ def test_several_boxes_say_what_one_large_box_says():
         assert many.provenance["num_boxes"] > 3
         inside = find_foreground(volume).mask
         np.testing.assert_allclose(many.volume.data[inside], one.volume.data[inside], atol=5 if options else 1e-3)
-    assert many.uncertainty[inside].mean() == pytest.approx(one.uncertainty[inside].mean(), rel=0.1)
+    assert many.spread[inside].mean() == pytest.approx(one.spread[inside].mean(), rel=0.1)
 
 
 class Blur(Echo):
@@ -380,7 +385,7 @@ def test_a_volume_that_one_box_holds_is_translated_as_model_input_and_put_back()
     inside = np.argwhere(find_foreground(volume).mask)
     middle = (inside.min(axis=0) + inside.max(axis=0) + 1 - 32) / 2
     assert record.boxes == (tuple(np.floor(middle).astype(int)),)
-    mean, _ = model.translate_encoded(model.encode(x), "t1", "t2", seed=5)
+    mean = model.translate_encoded(model.encode(x), "t1", "t2", seed=5).mean
     expected = restore(unscale(mean, *PERCENTILES["t2"]), record, volume, fill=PERCENTILES["t2"][0])
     result = model.translate(volume, "t1", "t2", seed=5)
     assert result.volume.data.tobytes() == expected.tobytes()
@@ -426,12 +431,12 @@ def test_a_folder_is_all_that_a_translator_needs(kind, tmp_path):
     assert model.median_percentiles["t2"] == (10.0, 210.0)
     assert not model.predictor.training
     x = np.random.default_rng(0).uniform(-1, 1, tiny().preprocess.spatial_shape).astype(np.float32)
-    first, _ = model.translate_encoded(model.encode(x), "t1", "t2")
+    first = model.translate_encoded(model.encode(x), "t1", "t2").mean
     assert first.shape == x.shape
     assert first.dtype == np.float32
     assert np.abs(first).max() <= 1
     once_more = Translator.load(tmp_path / "model")
-    again, _ = once_more.translate_encoded(once_more.encode(x), "t1", "t2")
+    again = once_more.translate_encoded(once_more.encode(x), "t1", "t2").mean
     np.testing.assert_array_equal(first, again)
 
 
@@ -510,10 +515,10 @@ def test_each_of_a_batch_is_as_if_it_were_alone(tmp_path, sampler):
     ]
     sampling = model.sampling(sampler, 3, 2)
     together = model.translate_batch(requests, sampling=sampling)
-    for request, (mean, std) in zip(requests, together, strict=True):
-        alone, spread = model.translate_encoded(
+    for request, made in zip(requests, together, strict=True):
+        alone = model.translate_encoded(
             request.codes[request.source], request.source, request.target, sampling=sampling, seed=request.seed
         )
-        np.testing.assert_allclose(mean, alone, atol=2e-4)
-        np.testing.assert_allclose(std, spread, atol=2e-4)
-        assert spread.std() > 0
+        np.testing.assert_allclose(made.mean, alone.mean, atol=2e-4)
+        np.testing.assert_allclose(made.spread, alone.spread, atol=2e-4)
+        assert alone.spread.std() > 0

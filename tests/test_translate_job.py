@@ -153,11 +153,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(model, tmp_
     assert first != other
 
 
-def test_uncertainty_is_the_spread_of_the_samples_on_the_same_grid(model, tmp_path):
+def test_the_spread_is_that_of_the_samples_on_the_same_grid(model, tmp_path):
     source = write(tmp_path / "in.nii", affine=np.diag([8.0, 8, 8, 1]))
     spread = tmp_path / "std.nii.gz"
-    arguments = ("--num-samples", 3, "--uncertainty", spread, "--num-inference-steps", 1)
+    arguments = ("--num-samples", 3, "--spread", spread, "--num-inference-steps", 1)
     assert run(source, tmp_path / "mean.nii", *arguments, model=model) == 0
+    assert "uncertainty" not in (tmp_path / "mean.json").read_text()
     samples = []
     for seed in range(3):
         assert run(source, tmp_path / f"{seed}.nii", "--seed", seed, "--num-inference-steps", 1, model=model) == 0
@@ -167,7 +168,7 @@ def test_uncertainty_is_the_spread_of_the_samples_on_the_same_grid(model, tmp_pa
     np.testing.assert_array_equal(written.affine, nibabel.load(source).affine)
     # on the model's own grid no interpolation stands between: the standard deviation is that of the samples
     np.testing.assert_allclose(written.get_fdata(), np.std(samples, axis=0, ddof=1), atol=2e-3)
-    assert json.loads((tmp_path / "mean.json").read_text())["uncertainty"] == "std.nii.gz"
+    assert json.loads((tmp_path / "mean.json").read_text())["spread"] == "std.nii.gz"
 
 
 def test_target_all_writes_every_modality_into_a_folder(model, tmp_path):
@@ -417,7 +418,12 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], tuple[object, ...], str]] = {
     "output is a folder": ({"output": "empty.nii"}, (), r"empty\.nii is a folder, wanted the name of a file"),
     "not a NIfTI name": ({"output": "out.png"}, (), r"out\.png: wanted a name that ends in \.nii or \.nii\.gz"),
     "dicom from nifti": ({"output": "out"}, ("--format", "dicom"), "--format dicom needs a DICOM series folder"),
-    "spread of one sample": ({}, ("--uncertainty", "u.nii"), "give --num-samples of at least 2"),
+    "uncertainty of a model without": (
+        {},
+        ("--uncertainty", "u.nii"),
+        "needs a model that knows how far off it may be",
+    ),
+    "spread of one sample": ({}, ("--spread", "u.nii"), "give --num-samples of at least 2"),
     "sampler of another objective": (
         {},
         ("--sampler", "one-step"),
@@ -458,8 +464,8 @@ def test_bad_arguments_are_one_message_and_nothing_is_written(name, model, tmp_p
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("flags", [("--num-samples", 2), ("--uncertainty", "u.nii")])
-def test_a_model_with_one_answer_gives_no_uncertainty(flags, tmp_path, capsys):
+@pytest.mark.parametrize("flags", [("--num-samples", 2), ("--spread", "u.nii")])
+def test_a_model_with_one_answer_gives_no_spread(flags, tmp_path, capsys):
     write(tmp_path / "in.nii")
     code = run(tmp_path / "in.nii", tmp_path / "out.nii", *flags, model=default_model())
     refused(code, capsys, "objective '?regression'? has one answer", tmp_path, ["in.nii"])

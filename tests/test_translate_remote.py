@@ -41,7 +41,7 @@ def test_the_same_files_as_without_a_server(service: RunningService, scan: Path,
     for folder, where in (("here", ("--model", service.folder)), ("there", ("--server", service.url))):
         (tmp_path / folder).mkdir()
         out, std = tmp_path / folder / "t2.nii", tmp_path / folder / "std.nii.gz"
-        assert run(scan, out, *where, *flags, "--uncertainty", std) == 0
+        assert run(scan, out, *where, *flags, "--spread", std) == 0
     assert "t2.nii: t2 from t1, synthetic; made as t2.json says" in capsys.readouterr().out
     here, there = tmp_path / "here", tmp_path / "there"
     assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
@@ -119,7 +119,7 @@ def test_ctrl_c_cancels_at_the_service(service: RunningService, scan: Path, tmp_
         (["--server", "http://127.0.0.1:PORT"], "does not answer"),
         (["--server", "SERVER", "--target", "flair"], "flair"),
         (["--server", "SERVER", "--num-samples", "99"], "the limit is 16"),
-        (["--server", "SERVER", "--uncertainty", "std.nii"], "--uncertainty is the spread of several samples"),
+        (["--server", "SERVER", "--spread", "std.nii"], "--spread is the standard deviation of several samples"),
         (["--server", "SERVER", "--token-file", "missing"], "--token-file missing cannot be read"),
         (["--token-file", "missing"], "--token-file is for --server"),
     ],
@@ -237,15 +237,15 @@ def test_what_is_done_is_fetched_with_patience(
     faults = [
         first(2, "POST", "/v1/translations", 503),
         first(1, "GET", "/provenance", 0),
-        first(2, "GET", "/uncertainty", 503, 502),
+        first(2, "GET", "/spread", 503, 502),
         first(3, "GET", "/result", 0, 503, 500),
     ]
     unreliable.headers = {"Retry-After": formatdate(time.time() + 1, usegmt=True)}  # a date, which is allowed
     unreliable.fault = lambda *request: next((code for one in faults if (code := one(*request)) is not None), None)
     std = tmp_path / "std.nii.gz"
-    assert run(scan, tmp_path / "got.nii", "--server", unreliable.address, *flags, "--uncertainty", std) == 0
+    assert run(scan, tmp_path / "got.nii", "--server", unreliable.address, *flags, "--spread", std) == 0
     same_image(nibabel.load(tmp_path / "got.nii"), nibabel.load(tmp_path / "wanted.nii"))
-    assert [sum(words in path for _, path in unreliable.seen) for words in ("/provenance", "/uncertainty")] == [2, 3]
+    assert [sum(words in path for _, path in unreliable.seen) for words in ("/provenance", "/spread")] == [2, 3]
     assert set((service.work_dir / "jobs").iterdir()) == before
 
 

@@ -35,8 +35,13 @@ def save_untrained(
     config = replace(config or tiny(), modalities=modalities, **changes)
     channels = build_codec(config.codec).latent_channels
     meta = {
+        "modalities": list(modalities),
+        "training": [],
         "latents": {"mean": [0.0] * channels, "std": [1.0] * channels},
         "data": {
+            "layout": "ixi",
+            "fingerprint": "0" * 64,
+            "num_subjects": {"train": 1},
             "median_percentiles": {name: PERCENTILES[name] for name in modalities},
             "backgrounds": dict.fromkeys(modalities),
         },

@@ -22,24 +22,31 @@ BANDS = 8
 BACKGROUND = -1.0
 
 
-class HaarUNet(nn.Module):
+class BandsUNet(nn.Module):
     """Haar transform, residual U-Net, inverse transform.
 
-    The transform loses nothing and costs next to nothing, and no convolution runs at full resolution. What the network
-    says is added to an empty volume; as its last convolution is zero, it starts as one. The (source, target) pair is
-    embedded and modulates every block (Perez et al. 2018). A volume of the target's modality is returned as it is.
-    Weights and inputs of the convolutions lie channels last, which spares a copy of each.
+    The transform loses nothing and costs next to nothing, and no convolution runs at full resolution. As the last
+    convolution is zero, the network says 0 at first. The (source, target) pair is embedded and modulates every block
+    (Perez et al. 2018). Weights and inputs of the convolutions lie channels last, which spares a copy of each.
 
     Args:
         num_modalities: M, the modalities that ids count through.
         channels, norm_groups: see HaarUNetConfig.
+        num_volumes: volumes that go in together.
         out_channels: channels of what `change` returns.
 
     Attributes:
         activation_checkpointing: recompute activations in the backward pass.
     """
 
-    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int, out_channels: int = 1) -> None:
+    def __init__(
+        self,
+        num_modalities: int,
+        channels: tuple[int, ...],
+        norm_groups: int,
+        num_volumes: int = 1,
+        out_channels: int = 1,
+    ) -> None:
         super().__init__()
         self.num_modalities = num_modalities
         self.stride = 2 ** len(channels)
@@ -53,7 +60,7 @@ class HaarUNet(nn.Module):
         self.haar, self.inverse = HaarTransform(), InverseHaarTransform()
         self.pair = nn.Embedding(num_modalities**2, embedding_channels)
         self.mix = nn.Linear(embedding_channels, embedding_channels)
-        self.conv_in = conv3(BANDS, channels[0])
+        self.conv_in = conv3(num_volumes * BANDS, channels[0])
         self.down = nn.ModuleList(block(width, width) for width in channels[:-1])
         self.coarser = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in steps)
         self.middle = nn.ModuleList(block(channels[-1], channels[-1]) for _ in range(2))
@@ -63,35 +70,25 @@ class HaarUNet(nn.Module):
         zero_(self.out.conv)
         nn.utils.convert_conv3d_weight_memory_format(self, torch.channels_last_3d)
 
-    def forward(self, volume: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Return the prediction (B, 1, X, Y, Z), fp32.
-
-        Args:
-            volume: (B, 1, X, Y, Z), the source.
-            source, target: (B,) int64 modality ids.
-        """
-        change = self.change(volume, source * self.num_modalities + target)
-        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, BACKGROUND + change)
-
-    def change(self, volume: Tensor, pair: Tensor) -> Tensor:
-        """Return what the network says of a volume, (B, out_channels, X, Y, Z), fp32.
+    def change(self, volumes: Tensor, pair: Tensor) -> Tensor:
+        """Return what the network says of volumes, (B, out_channels, X, Y, Z), fp32.
 
         Sides that the strides do not divide get background at their ends, which is cropped off again.
 
         Args:
-            volume: (B, 1, X, Y, Z).
-            pair: (B,) int64, in [0, M^2).
+            volumes: (B, num_volumes, X, Y, Z).
+            pair: (B, E) embeddings of the pair, of `pair`.
         """
-        sides = volume.shape[2:]
+        sides = volumes.shape[2:]
         x, y, z = (-side % self.stride for side in sides)
-        whole = F.pad(volume, (0, z, 0, y, 0, x), value=BACKGROUND) if x or y or z else volume
-        bands = self.bands(self.haar(whole), self.mix(self.pair(pair)))
-        with without_autocast(volume):
+        whole = F.pad(volumes, (0, z, 0, y, 0, x), value=BACKGROUND) if x or y or z else volumes
+        bands = self.bands(self.haar(whole), self.mix(pair))
+        with without_autocast(volumes):
             result: Tensor = self.inverse(bands.float())[:, :, : sides[0], : sides[1], : sides[2]]
             return result
 
     def bands(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, 8, x, y, z) bands and (B, E) embeddings of the pair to the bands of `change`."""
+        """Map (B, 8 num_volumes, x, y, z) bands and (B, E) embeddings of the pair to the bands of `change`."""
 
         def run(block: nn.Module, h: Tensor) -> Tensor:
             result: Tensor = run_checkpointed(self.activation_checkpointing, block, h, embedding)
@@ -108,3 +105,28 @@ class HaarUNet(nn.Module):
             h = run(block, torch.cat((self.finer[level](h), skips.pop()), dim=1))
         result: Tensor = run_checkpointed(self.activation_checkpointing, self.out, h)
         return result
+
+
+class HaarUNet(BandsUNet):
+    """The regression U-Net: what the network says is added to an empty volume.
+
+    A volume of the target's modality is returned as it is.
+
+    Args:
+        num_modalities, channels, norm_groups: see BandsUNet.
+    """
+
+    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int) -> None:
+        super().__init__(num_modalities, channels, norm_groups, num_volumes=1)
+
+    def forward(self, volume: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Return the prediction (B, 1, X, Y, Z), fp32.
+
+        Sides that the strides do not divide get background at their ends, which is cropped off again.
+
+        Args:
+            volume: (B, 1, X, Y, Z), the source.
+            source, target: (B,) int64 modality ids.
+        """
+        change = self.change(volume, self.pair(source * self.num_modalities + target))
+        return torch.where((source == target).view(-1, 1, 1, 1, 1), volume, BACKGROUND + change)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aldm.models.haar_unet import HaarUNet
+from aldm.models.haar_unet import BandsUNet
 from aldm.precision import arithmetic
 
 
@@ -39,7 +39,7 @@ class Segmenter(nn.Module):
         self.modalities, self.structures, self.precision = modalities, structures, "fp32"
         self.networks = nn.ModuleList()
         for _ in modalities:
-            network = HaarUNet(1, channels, norm_groups, out_channels=1 + len(structures))
+            network = BandsUNet(1, channels, norm_groups, out_channels=1 + len(structures))
             network.activation_checkpointing = activation_checkpointing
             self.networks.append(network)
 
@@ -50,8 +50,8 @@ class Segmenter(nn.Module):
     def logits(self, volume: Tensor, modality: int) -> Tensor:
         """Map (B, 1, X, Y, Z) of one modality, by its place, to logits (B, K, X, Y, Z), fp32."""
         network = self.networks[modality]
-        assert isinstance(network, HaarUNet)
-        return network.change(volume, torch.zeros(len(volume), dtype=torch.long, device=volume.device))
+        assert isinstance(network, BandsUNet)
+        return network.change(volume, network.pair(torch.zeros(len(volume), dtype=torch.long, device=volume.device)))
 
     @torch.no_grad()
     def segment(self, volume: np.ndarray, modality: str) -> np.ndarray:

@@ -1,0 +1,78 @@
+"""What turns a learned size of error into an interval that holds the truth with a known probability.
+
+Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): the size is multiplied by the quantile, over the
+voxels of subjects that no training saw, of error by size. Of subjects unlike those it promises nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from aldm.errors import UserError
+from aldm.records import check_record
+
+LEVEL = 0.9
+"""Share of the voxels whose error the interval holds."""
+STANDARD_DEVIATIONS = 1.6448536269514722
+"""Half the width of the interval that holds LEVEL of a normal distribution, in its standard deviations."""
+BINS = np.linspace(-10, 10, 20_001)
+"""Edges for the logarithm of error by size: a quantile is right to a thousandth of itself."""
+WAY_OUT = "export the model again, with `uncertainty`"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The factors of a model's intervals."""
+
+    factors: dict[str, float]
+    """Target modality -> what its learned sizes are multiplied by, above 0."""
+    num_subjects: int
+    """Subjects that they were fitted on."""
+    level: float = LEVEL
+    """Share of those subjects' voxels whose error is within the interval."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values (JSON-able)."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], modalities: tuple[str, ...], file: str | PathLike[str]
+    ) -> "Calibration":
+        """Undo to_dict.
+
+        Args:
+            values: what it returned.
+            modalities: of the model; targets that were not fitted have no interval.
+            file: where they were read, for the message.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        check_record(values, {"factors": dict, "num_subjects": int, "level": float}, file, WAY_OUT)
+        factors = values["factors"]
+        good = all(name in modalities and isinstance(f, float) and 0 < f < np.inf for name, f in factors.items())
+        if not good or not 0 < values["level"] < 1:
+            raise UserError(f"{file} is damaged: data.uncertainty cannot be used ({values!r:.120}); {WAY_OUT}")
+        return cls(dict(factors), values["num_subjects"], values["level"])
+
+
+class RatioCounts:
+    """Counts error by size, voxel by voxel, in bins of equal width of its logarithm."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(len(BINS) - 1, np.int64)
+
+    def add(self, error: np.ndarray, size: np.ndarray) -> None:
+        """Count voxels: their absolute errors, at least 0, and the sizes that were said, above 0."""
+        with np.errstate(divide="ignore"):  # no error at all: the lowest bin
+            ratios = np.log(np.abs(error)) - np.log(size)
+        self.counts += np.histogram(np.clip(ratios, BINS[0], BINS[-1]), BINS)[0]
+
+    def quantile(self, level: float) -> float:
+        """Return the least factor, to a thousandth of itself, with which `level` of the voxels are within the size."""
+        below = np.cumsum(self.counts)
+        return float(np.exp(BINS[1:][np.searchsorted(below, level * below[-1])]))
