@@ -101,7 +101,7 @@ class MemoryPlan:
 
 
 def plan(config: Config, stage: str) -> MemoryPlan:
-    """Return the plan of a training (one of TRAININGS, uncertainty, segmenter, or a comparison method) or of "inference".
+    """Return the plan of a training (TRAININGS, uncertainty, segmenter, a comparison method) or of "inference".
 
     Args:
         config: where it names no modalities, all of the vocabulary are taken.
