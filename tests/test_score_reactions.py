@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from aldm.errors import UserError
 from aldm.score_reactions import CORRUPTIONS, UNCHANGED, gain, ghost, noise, reaction_table, reactions, shift
-from aldm.score_rows import SCORES, mean_scores, read_csv
+from aldm.score_rows import mean_scores, read_csv
 from pipelines.evaluate import main
 
 PERFECT = {"psnr_db": math.inf, "nmse": 0, "ssim": 1, "mae": 0, "ms_ssim": 1, "nmi": 2, "sharpness": 1}
@@ -63,7 +63,7 @@ def test_the_volumes_themselves_have_the_perfect_value_of_every_score(rows):
         (name, region) for name in LEVELS for region in ("volume", "brain", "edges")
     ]
     for row in unchanged:
-        assert {name: getattr(row, name) for name in SCORES} == pytest.approx(PERFECT, abs=1e-6)
+        assert {name: getattr(row, name) for name in PERFECT} == pytest.approx(PERFECT, abs=1e-6)
 
 
 def test_every_fault_moves_some_score_and_more_of_it_moves_the_error_more(means):
