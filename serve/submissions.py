@@ -63,7 +63,7 @@ class Service:
                 limit = self.settings.max_grid_voxels
                 await anyio.to_thread.run_sync(check_grid, folders, fields, self.model.config.preprocess, limit)
             sources = self._sources(uploads, words)
-            self._check_sources(list(sources), targets)
+            self.check_sources(list(sources), targets)
             if values["format"] == files.DICOM and not files.is_series(folder):
                 raise Problem(
                     422, f"format dicom makes a derived series, wanted a zip of a DICOM series as {fields[0]}"
@@ -102,7 +102,7 @@ class Service:
             if name not in known:
                 raise Problem(422, f"unknown modality {name[:40]!r}: this model knows {', '.join(known)}")
         if len(named) == len(uploads) > 1:
-            self._check_sources(named, targets)
+            self.check_sources(named, targets)
         if (values["num_samples"] or 1) > self.settings.max_samples:
             raise Problem(422, f"num_samples is {values['num_samples']}, the limit is {self.settings.max_samples}")
         try:
@@ -124,7 +124,7 @@ class Service:
             )
         return sampling
 
-    def _check_sources(self, sources: Sequence[str], targets: list[str]) -> None:
+    def check_sources(self, sources: Sequence[str], targets: list[str]) -> None:
         """Refuse a translation that the model was not trained for; raises Problem 422."""
         try:
             for target in targets:

@@ -320,9 +320,9 @@ def test_a_method_can_be_served(store: VolumeStore, tmp_path: Path) -> None:
     settings = Settings(work_dir=str(tmp_path / "work"))
     assert load(tmp_path / "model", settings).translates(*PAIR)
     service = Service(settings, find_model(str(tmp_path / "model"), tmp_path / "work"), None)  # type: ignore[arg-type]
-    service.check_pairs("t1", ["t2"])
+    service.check_sources(["t1"], ["t2"])
     with pytest.raises(Problem, match="translates t1 to t2, not t1 to pd"):
-        service.check_pairs("t1", ["t2", "pd"])
+        service.check_sources(["t1"], ["t2", "pd"])
 
 
 def test_unpaired_data_do_for_the_methods_that_need_no_pairs(store: VolumeStore) -> None:
