@@ -293,7 +293,14 @@ def test_the_job_writes_what_the_library_writes(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("layout", "spacing_mm", "measured_gb"),
-    [("brats", 2, 0.53), ("brats", 1, 1.08), ("ixi", 2, 0.53), ("ixi", 1, 1.13)],
+    [
+        ("brats", 2, 0.53),
+        ("brats", 1, 1.08),
+        ("ixi", 2, 0.53),
+        ("ixi", 1, 1.13),
+        ("heads", 2, 0.88),
+        ("heads", 1, 1.24),
+    ],
 )
 def test_the_expected_memory_covers_what_was_measured(layout: str, spacing_mm: float, measured_gb: float) -> None:
     """Measured: the largest resident set (VmHWM) of `aldm phantom --num-subjects 1`."""

@@ -251,7 +251,7 @@ def check_arguments(layout: str, num_subjects: int, seed: int, spacing_mm: float
 def expected_memory_gib(layout: str, spacing_mm: float) -> float:
     """Peak memory of `aldm phantom`, GiB: the program with the template, and bytes a voxel.
 
-    Measured at 2 and 1 mm, GB resident: 0.53 and 1.08 with the layout brats, 0.53 and 1.13 with ixi, 0.86 and 1.24
+    Measured at 2 and 1 mm, GB resident: 0.53 and 1.08 with the layout brats, 0.53 and 1.13 with ixi, 0.88 and 1.24
     with heads.
     """
     if layout == "heads":

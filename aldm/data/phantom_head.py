@@ -127,7 +127,7 @@ def _layers(canvas: Canvas, generator: np.random.Generator) -> _Layers:
         return canvas.coarse_noise(generator, size_mm)
 
     base = inside(z + 28, 20.0)  # 1 below the brain's middle
-    fluid_mm = np.maximum(generator.uniform(0.5, 3.0) + 0.7 * wavy(30.0), 0.2) * (1 - 0.7 * base)
+    fluid_mm = np.maximum(generator.uniform(0.0, 1.8) + 0.6 * wavy(30.0), 0.0) * (1 - 0.7 * base)
     inner = cavity - fluid_mm
     temporal = np.exp(-(((y - 10) / 30) ** 2) - ((z + 12) / 28) ** 2) * inside(45 - np.abs(x), 15.0)
     occiput = np.exp(-(((y + 95) / 30) ** 2) - ((z + 10) / 30) ** 2)
@@ -331,6 +331,7 @@ def _flesh(painter: _Painter, layers: _Layers, inner: Array, grain: Array) -> No
     painter.shapes("gland", *painter.pair(Ellipsoid((24, 20, -118), (9, 15, 9))))
     tongue = painter.moved(Ellipsoid((0, 42, -96), (23, 30, 19)))
     painter.shapes("muscle", tongue, mix=np.clip(0.9 - 0.3 * np.abs(grain), 0, 1))
-    streaks = np.clip(1.6 * (canvas.noise(generator, 9.0) - generator.uniform(0.5, 1.1)), 0, 1)
-    painter.paint("fat", within * streaks)
+    lumps = np.clip(1.6 * (canvas.noise(generator, 9.0) - generator.uniform(0.7, 1.3)), 0, 1)
+    planes = np.clip(1 - np.abs(canvas.noise(generator, 13.0)) / generator.uniform(0.06, 0.2), 0, 1)
+    painter.paint("fat", within * np.maximum(lumps, planes))
     painter.paint("muscle", within)

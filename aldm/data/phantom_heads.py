@@ -36,15 +36,15 @@ class Pose:
     def draw(cls, generator: np.random.Generator, tilt_deg: float) -> "Pose":
         """Draw a pose.
 
-        Standard deviations: turned by `tilt_deg` an axis, size 4 % an axis and 4 % in all around 93 % of the template
-        (which is larger than most heads), shear 0.03, and two warps, 4 mm with knots 45 mm and 1.5 mm with knots 20 mm
+        Standard deviations: turned by `tilt_deg` an axis, size 5 % an axis and 4 % in all around 93 % of the template
+        (which is larger than most heads), shear 0.03, and two warps, 3 mm with knots 60 mm and 1.2 mm with knots 22 mm
         apart.
         """
-        scale = 0.93 * np.exp(generator.normal(0, 0.04, 3) + generator.normal(0, 0.04))
+        scale = 0.93 * np.exp(generator.normal(0, 0.05, 3) + generator.normal(0, 0.04))
         shear = np.eye(3)
         shear[np.triu_indices(3, 1)] = generator.normal(0, 0.03, 3)
         turned = rotation(np.deg2rad(np.clip(generator.normal(0, tilt_deg, 3), -15, 15)))
-        warps = tuple((mm, [SmoothField(generator, knot) for _ in range(3)]) for mm, knot in ((4.0, 45.0), (1.5, 20.0)))
+        warps = tuple((mm, [SmoothField(generator, knot) for _ in range(3)]) for mm, knot in ((3.0, 60.0), (1.2, 22.0)))
         return cls(np.diag(1 / scale) @ shear @ turned, TEMPLATE_MIDDLE_MM, warps)
 
     def to_template(self, head_mm: Array) -> Array:
@@ -76,10 +76,10 @@ class Session:
         """Draw a session; a third of them are skull-stripped."""
         stripped = generator.uniform() < _STRIPPED_SHARE
         u = generator.uniform
-        pose = Pose.draw(generator, 1.5 if stripped else 5.0)
+        pose = Pose.draw(generator, 3.0 if stripped else 7.0)
         axes = rotation(np.deg2rad(np.clip(generator.normal(0, 4, 3), -10, 10)))
         top = u(95, 120) if u() > 0.1 else u(60, 80)  # some lack their top
-        bottom = -u(75, 100) if u() < 0.5 else -u(100, 135)  # to the skull base, or to the neck
+        bottom = -u(60, 95) if u() < 0.6 else -u(95, 135)  # to the skull base, or to the neck
         low = np.array([-u(95, 120), -u(118, 130), bottom])
         high = np.array([-low[0] + u(-8, 8), u(112, 130), top])
         if stripped:
@@ -232,7 +232,8 @@ def acquire(
     volumetric = u() < {"t1": 0.6, "t1ce": 0.6, "t2": 0.35, "flair": 0.45, "pd": 0.35}[modality]
     in_plane = max(spacing_mm, u(0.5, 1.5))
     thickness = max(spacing_mm, u(1, 1.6) if volumetric else u(2, 6))
-    gap = 0.0 if volumetric else float(generator.choice([0, 0.1, 0.2, 0.3])) * thickness
+    gap = 0.0 if volumetric else min(float(generator.choice([0, 0.1, 0.2, 0.3])) * thickness, 6.5 - thickness)
+    gap = max(gap, 0.0)
     orientation = str(generator.choice(list(_AXES), p=(0.3, 0.55, 0.15) if volumetric else (0.75, 0.12, 0.13)))
     axes = str(generator.choice(_AXES[orientation]))
     grid = session.grid(axes, (in_plane, in_plane, thickness + gap))

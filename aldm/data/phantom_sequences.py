@@ -32,7 +32,7 @@ class Tissue:
 TISSUES: dict[str, dict[float, Tissue]] = {
     name: {1.5: Tissue(density, t1[0], t2[0], star[0]), 3.0: Tissue(density, t1[1], t2[1], star[1])}
     for name, density, t1, t2, star in (
-        ("grey", 0.82, (1188, 1331), (97, 93), (80, 60)),
+        ("grey", 0.82, (1188, 1331), (97, 95), (80, 60)),
         ("white", 0.71, (656, 832), (76, 73), (66, 52)),
         ("csf", 1.00, (4300, 4300), (2000, 1800), (1000, 600)),
         ("blood", 0.85, (1441, 1932), (200, 150), (120, 60)),
@@ -58,6 +58,9 @@ TISSUES: dict[str, dict[float, Tissue]] = {
 FAT_SHARE = {"fat": 0.95, "marrow": 0.75, "gland": 0.35}
 """How much of a tissue's signal is fat's; the rest is water's."""
 
+TRANSFER: dict[str, float] = {"white": 1.0, "muscle": 1.2, "grey": 0.6, "plaque": 0.5, "skin": 0.8, "cartilage": 1.2}
+"""How much a tissue loses to magnetization transfer, next to white matter (ours, after Melki and Mulkern 1992)."""
+
 GADOLINIUM_MM: dict[str, float] = {
     "blood": 0.9,
     "mucosa": 0.5,
@@ -66,7 +69,7 @@ GADOLINIUM_MM: dict[str, float] = {
     "muscle": 0.08,
     "skin": 0.15,
     "marrow": 0.1,
-    "grey": 0.015,
+    "grey": 0.012,
     "white": 0.008,
     "necrosis": 0.02,
 }
@@ -191,8 +194,8 @@ def draw_sequence(modality: str, field_t: float, generator: np.random.Generator)
         if kind == "gradient":
             return GradientEcho(u(8, 25), u(2, 5), u(16, 30))
         if kind == "inversion":
-            return SpinEcho(u(1900, 2600), u(8, 20), u(850, 1000) if field_t < 2 else u(950, 1100))
-        return SpinEcho(u(400, 650), u(8, 16))
+            return SpinEcho(u(1900, 2600), u(8, 20), u(900, 1000) if field_t < 2 else u(1000, 1100))
+        return SpinEcho(u(400, 650), u(8, 14))
     if modality == "t2":
         return SpinEcho(u(3000, 7000), u(80, 125))
     if modality == "pd":
@@ -215,21 +218,22 @@ class Subject:
         """Draw a subject: T1 and T2 vary by 6 % all together, as published means do, and by 2 % tissue by tissue.
 
         The T1 of fluid, which is nearly water, varies by 2 % alone, proton density by 1 %, concentrations of gadolinium
-        by 30 % together and 15 % each (log-normal).
+        by 30 % together and 15 % each (log-normal, cut at two standard deviations).
         """
-        t1_all, t2_all = np.exp(generator.normal(0, 0.06, 2))
+        t1_all, t2_all = np.exp(0.06 * np.clip(generator.normal(size=2), -2, 2))
         tissues = {}
         for name, at in TISSUES.items():
             one, watery = at[field_t], at[field_t].t1_ms > 3000
-            density, t1, t2 = np.exp(generator.normal(0, (0.01, 0.02, 0.02)))
+            density, t1, t2 = np.exp(np.clip(generator.normal(size=3), -2, 2) * (0.01, 0.02, 0.02))
             tissues[name] = Tissue(
                 min(one.proton_density * float(density), 1.0),
                 one.t1_ms * float(t1 if watery else t1 * t1_all),
                 one.t2_ms * float(t2 * t2_all),
                 min(one.t2_star_ms * float(t2 * t2_all), one.t2_ms * float(t2 * t2_all)),
             )
-        dose = float(np.exp(generator.normal(0, 0.3)))
-        enhanced = {name: mm * dose * float(np.exp(generator.normal(0, 0.15))) for name, mm in GADOLINIUM_MM.items()}
+        dose = float(np.exp(0.3 * np.clip(generator.normal(), -2, 2)))
+        own = np.exp(0.15 * np.clip(generator.normal(size=len(GADOLINIUM_MM)), -2, 2))
+        enhanced = {name: mm * dose * float(f) for (name, mm), f in zip(GADOLINIUM_MM.items(), own, strict=True)}
         return cls(field_t, tissues, enhanced)
 
     def with_contrast(self) -> "Subject":
@@ -252,20 +256,26 @@ class Contrast:
     """1, or about 0.1 where fat is suppressed."""
     flow: float = 1.0
     """0 where blood leaves before its echo, above 1 where fresh blood flows in."""
+    transfer: float = 0.0
+    """What white matter loses as the pulses of the other slices saturate its macromolecules."""
 
     @classmethod
     def draw(cls, modality: str, field_t: float, generator: np.random.Generator) -> "Contrast":
-        """Draw a sequence; fat is suppressed in 8 % of t1, 20 % of t1ce and pd, 25 % of t2 and 55 % of flair."""
+        """Draw a sequence; fat is suppressed in 8 % of t1, 20 % of t1ce and pd, 25 % of t2 and 55 % of flair.
+
+        Spin echoes of many slices lose up to 12 % of white matter's signal to magnetization transfer.
+        """
         sequence = draw_sequence(modality, field_t, generator)
         share = {"t1": 0.08, "t1ce": 0.2, "pd": 0.2, "t2": 0.25, "flair": 0.55}[modality]
         fat, left = generator.uniform(size=2)
         low, high = (0.0, 0.35) if isinstance(sequence, SpinEcho) else (0.8, 1.3)
         flow = float(generator.uniform(low, high)) if modality != "t1ce" else float(generator.uniform(0.6, 1.0))
-        return cls(sequence, 0.05 + 0.25 * float(left) if fat < share else 1.0, flow)
+        transfer = float(generator.uniform(0, 0.12)) if isinstance(sequence, SpinEcho) else 0.0
+        return cls(sequence, 0.05 + 0.25 * float(left) if fat < share else 1.0, flow, transfer)
 
     def signal(self, name: str, tissue: Tissue) -> float:
         """Return the signed signal of a tissue."""
-        value = self.sequence.signal(tissue)
+        value = self.sequence.signal(tissue) * (1 - self.transfer * TRANSFER.get(name, 0.0))
         if name == "blood":
             return value * self.flow
         return value * (1 - FAT_SHARE.get(name, 0.0) * (1 - self.fat))
