@@ -29,7 +29,9 @@ from aldm.translation import Request
 
 OUTSIDE = 0.05
 """Weight of a voxel outside the mask beside one inside."""
-MOST_OF_LESION = 50.0
+LESION = 3.0
+"""What the voxels of a lesion weigh together beside all of the mask."""
+MOST_OF_LESION = 150.0
 """The largest weight of a voxel of a lesion, whose voxels together weigh as much as the mask does."""
 
 OWN_SECTIONS = ("error_unet", "train_uncertainty", "seed", "precision", "activation_checkpointing")
@@ -91,7 +93,7 @@ def voxel_weights(mask: Tensor, lesion: Tensor) -> Tensor:
     inside = torch.where(mask, 1.0, OUTSIDE)
     sizes = (part.sum(dim=(1, 2, 3, 4), keepdim=True) for part in (mask, lesion))
     ratio = next(sizes) / next(sizes).clamp_min(1)
-    return inside + lesion * ratio.clamp_max(MOST_OF_LESION)
+    return inside + lesion * (LESION * ratio).clamp_max(MOST_OF_LESION)
 
 
 class UncertaintyStage:

@@ -171,7 +171,11 @@ def test_targets_uncertainty_and_the_three_comparisons(page: Page) -> None:
     expect(page.locator("#result-caption")).to_have_text("pd: synthetic, research use only")
     assert float(page.input_value("#result-high")) < t2 / 10  # in the units of another modality
     plain = picture(page, "#result-view")
-    page.check("#spread")
+    expect(page.locator("#map-name")).to_have_text("Sample spread (not calibrated)")
+    expect(page.locator("#position")).to_contain_text(", sample spread ")
+    expect(page.locator("#map-scale")).to_be_hidden()
+    page.check("#map")
+    expect(page.locator("#map-scale")).to_contain_text("in the result's units")
     over = picture(page, "#result-view")
     colourful = (np.ptp(over, axis=2) > 30).mean()
     assert colourful > (np.ptp(plain, axis=2) > 30).mean() + 0.02

@@ -185,7 +185,7 @@ async function translate() {
     if (job.state === "failed") throw new Problem(job.error.status, job.error.detail);
     if (job.state === "cancelled") return tell("Cancelled.");
     await showJob();
-    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${Object.keys(job.sources).join(" + ")}${covered(job)}. ${likeness(job)}`);
+    tell(`Done in ${job.seconds_running.toFixed(1)} s: ${job.targets.join(", ")} from ${Object.keys(job.sources).join(" + ")}${covered(job)}. ${likeness(job)}${uncertain(job)}`);
   } catch (error) {
     if (error.name === "AbortError") tell("Cancelled.");
     else complain(error);
@@ -206,6 +206,11 @@ function likeness({ likeness: found, sources }) {
 }
 
 // What of the volume was translated.
+function uncertain({ uncertainty_level: level }) {
+  if (!level) return " How far off it may be is not known.";
+  return ` ${Math.round(100 * level)} % of the voxels should lie within its uncertainty.`;
+}
+
 function covered({ num_boxes, share_outside }) {
   const boxes = `, in ${num_boxes} ${num_boxes === 1 ? "box" : "boxes"} of the model's size`;
   if (share_outside === 0) return `${boxes}; nothing of the foreground lies outside`;
@@ -277,7 +282,8 @@ async function showJob() {
   shown.replaceChildren(...job.targets.map((name) => new Option(name, name)));
   $("shown-area").hidden = job.targets.length < 2;
   $("downloads").hidden = false;
-  document.querySelector('[data-file="uncertainty"]').hidden = job.num_samples < 2;
+  const links = Object.values(job.links.results)[0];
+  for (const kind of ["uncertainty", "spread"]) document.querySelector(`[data-file="${kind}"]`).hidden = !links[kind];
   if (!canDraw) return showPreview();
   const names = Object.keys(job.sources);
   $("shown-source").replaceChildren(...names.map((name) => new Option(name, name)));
@@ -300,12 +306,17 @@ async function showTarget() {
   const target = $("shown").value;
   if (!canDraw) return showPreview();
   const links = job.links.results[target];
-  const spread = links.uncertainty ? (await getFile(links.uncertainty)).bytes : null;
+  const kind = ["uncertainty", "spread"].find((one) => links[one]);
+  const map = kind ? (await getFile(links[kind])).bytes : null;
   const bytes = job.format === "nii.gz" ? (await getFile(links.result)).bytes : null;
-  $("spread-area").hidden = !spread;
+  $("map-area").hidden = !map || !bytes;
   if (bytes) {
-    await viewer.showResult(bytes, "result.nii.gz", spread);
-    showSpread();
+    const share = Math.round(100 * (job.uncertainty_level ?? 0));
+    const isCalibrated = kind === "uncertainty";
+    $("map-name").textContent = isCalibrated ? `Uncertainty (${share} % are within ±)` : "Sample spread (not calibrated)";
+    const words = (value) => (isCalibrated ? ` ± ${value} (${share} %)` : `, sample spread ${value}`);
+    await viewer.showResult(bytes, "result.nii.gz", map, words);
+    showMap();
   } else {
     await showPreview(); // a zip of DICOM files
   }
@@ -331,8 +342,13 @@ function showWindows() {
   }
 }
 
-function showSpread() {
-  viewer.setSpread($("spread").checked ? Number($("spread-opacity").value) : 0);
+function showMap() {
+  viewer.setMap($("map").checked ? Number($("map-opacity").value) : 0);
+  const range = viewer.mapRange();
+  $("map-scale").hidden = !$("map").checked || !range;
+  if (!range) return;
+  $("map-low").textContent = `≤ ${range[0].toPrecision(2)}`;
+  $("map-high").textContent = `≥ ${range[1].toPrecision(2)}`;
 }
 
 function setMode(mode) {
@@ -431,8 +447,8 @@ $("delete").addEventListener("click", async () => {
 $("shown-source").addEventListener("change", () => showSource().catch(complain));
 $("shown").addEventListener("change", () => showTarget().catch(complain));
 $("planes").addEventListener("change", () => viewer.setPlanes(Number($("planes").value)));
-$("spread").addEventListener("change", showSpread);
-$("spread-opacity").addEventListener("input", showSpread);
+$("map").addEventListener("change", showMap);
+$("map-opacity").addEventListener("input", showMap);
 $("rate").addEventListener("change", () => setMode("blink"));
 $("divider").addEventListener("input", () => $("views").style.setProperty("--divider", `${$("divider").value}%`));
 for (const button of modes) button.addEventListener("click", () => setMode(button.dataset.mode));
@@ -460,9 +476,9 @@ document.addEventListener("keydown", (event) => {
   if (typing || event.ctrlKey || event.altKey || event.metaKey || $("toolbar").hidden) return;
   const mode = { 1: "side", 2: "blink", 3: "slider" }[event.key];
   if (mode) setMode(mode);
-  else if (event.key === "u" && !$("spread-area").hidden) {
-    $("spread").checked = !$("spread").checked;
-    showSpread();
+  else if (event.key === "u" && !$("map-area").hidden) {
+    $("map").checked = !$("map").checked;
+    showMap();
   } else if (event.key === "r") {
     for (const which of ["source", "result"]) viewer.resetWindow(which);
   } else if (MOVES[event.key] && !event.target.closest("input, pre")) {

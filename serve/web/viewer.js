@@ -1,4 +1,4 @@
-// Two linked views of NiiVue: the source, and its translation with the uncertainty over it.
+// Two linked views of NiiVue: the source, and its translation with a map over it: its uncertainty, or the spread of samples.
 /* global niivue */
 
 const OPTIONS = {
@@ -54,22 +54,25 @@ export class Viewer {
     this.onWindow();
   }
 
-  async showResult(bytes, name, spread) {
+  // map: the bytes of what is laid over the result, or null; words(value) says its value at the cross-hair.
+  async showResult(bytes, name, map, words) {
     this.#clear(this.result);
     await this.#load(this.result, bytes, name, "gray");
     this.resultWindow = windowOf(this.result);
-    if (spread) {
-      await this.result.loadFromArrayBuffer(spread, "uncertainty.nii.gz");
+    this.words = words;
+    if (map) {
+      await this.result.loadFromArrayBuffer(map, "map.nii.gz");
       const volume = this.result.volumes[1];
       volume.colormap = "inferno";
       volume.colormapType = TRANSLUCENT_BELOW_MIN;
       volume.cal_max = volume.robust_max || volume.global_max;
       volume.cal_min = volume.cal_max / 3;
-      this.setSpread(0);
+      this.setMap(0);
     }
     this.result.scene.crosshairPos = [...this.source.scene.crosshairPos];
     this.result.drawScene();
     this.onWindow();
+    this.onPosition(this.position());
   }
 
   async #load(view, bytes, name, colormap) {
@@ -87,8 +90,14 @@ export class Viewer {
     return Boolean(this.result?.volumes.length);
   }
 
-  setSpread(opacity) {
+  setMap(opacity) {
     if ((this.result?.volumes.length ?? 0) > 1) this.result.setOpacity(1, opacity);
+  }
+
+  // Returns [low, high], the values that the colours of the map run between; null without one.
+  mapRange() {
+    const map = this.result?.volumes[1];
+    return map ? [map.cal_min, map.cal_max] : null;
   }
 
   setPlanes(kind) {
@@ -134,7 +143,9 @@ export class Viewer {
         const volume = view.volumes[0];
         return Number(volume.getValue(...view.frac2vox(at))).toPrecision(4);
       });
-    const words = values.length > 1 ? `source ${values[0]}, result ${values[1]}` : `source ${values[0]}`;
+    let words = values.length > 1 ? `source ${values[0]}, result ${values[1]}` : `source ${values[0]}`;
+    const map = this.result?.volumes[1];
+    if (map) words += this.words(Number(map.getValue(...this.result.frac2vox(at))).toPrecision(3));
     return `x ${mm[0]}, y ${mm[1]}, z ${mm[2]} mm: ${words}`;
   }
 }
