@@ -124,6 +124,11 @@ class Service:
             )
         return sampling
 
+    def _uncertainty_level(self, sampling: SamplingConfig) -> float | None:
+        """Return what the model's intervals are to hold, where it is sampled as it was when they were fitted."""
+        own = choose_sampling(self.model.config, self.model.kind)
+        return self.model.uncertainty_level if sampling == own else None
+
     def check_sources(self, sources: Sequence[str], targets: list[str]) -> None:
         """Refuse a translation that the model was not trained for; raises Problem 422."""
         try:
