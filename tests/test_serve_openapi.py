@@ -37,7 +37,6 @@ NOTHING_TO_GET_WRONG = {
     "GET /v1/translations/{job_id}",
     "GET /v1/translations/{job_id}/events",
     "DELETE /v1/translations/{job_id}",
-    "GET /v1/translations/{job_id}/source",
     "GET /v1/models",
     "GET /v1/example",
     "GET /v1/health/live",
