@@ -214,7 +214,7 @@ def calibrate(translator: Translator, error_unet: nn.Module, store: VolumeStore)
     counts = {name: RatioCounts() for name in translator.modalities}
     for subject in progress(subjects, description="calibrate", unit="subject"):
         mask = store.mask(subject.subject_id)
-        for request, truth in _translations(translator, store, subject):
+        for request, truth in translations_of(translator, store, subject):
             (result,) = translator.translate_batch([request])
             assert result.half_width is not None, "the translator has a network for it"
             counts[request.target].add(abs(truth - result.mean)[mask], result.half_width[mask])
@@ -228,10 +228,10 @@ def calibrate(translator: Translator, error_unet: nn.Module, store: VolumeStore)
     return Calibration({name: one.quantile(LEVEL) for name, one in counts.items() if one.counts.any()}, len(subjects))
 
 
-def _translations(
+def translations_of(
     translator: Translator, store: VolumeStore, subject: SubjectRecord
 ) -> Iterator[tuple[Request, np.ndarray]]:
-    """Yield all that the model makes of a subject's volumes, and what it should be, (spatial_shape) in [-1, 1]."""
+    """Yield all that a model makes of a subject's volumes, and what that should be, (spatial_shape) in [-1, 1]."""
     names = tuple(name for name in translator.modalities if name in subject.modalities)
     volumes = {name: store.volume(subject.subject_id, name) for name in names}
     codes = {name: translator.encode(volume) for name, volume in volumes.items()}
