@@ -7,6 +7,9 @@ Beside every model stand the rows that keep it honest:
 * intensity-map, histogram-matching: the source with other intensities, voxel by voxel (references.py).
 * reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
 
+training-mean, intensity-map and histogram-matching are made of the store's training split: those of a modality that no
+training subject has are left out, all of them where the store holds test subjects alone.
+
 With a segmenter that was trained on real volumes all of these are segmented as well (usefulness.py), and beside them:
 
 * real: the target itself, which says how good the segmenter is.
@@ -286,9 +289,10 @@ def _score_company(
     """Score the rows that keep a model honest."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
     for target in dict.fromkeys(end for _, end in pairs):
-        mean = scorer.scores(target, store.training_mean(target))
+        mean = scorer.scores(target, store.training_mean(target)) if target in store.trained_modalities else None
         for source in [begin for begin, end in pairs if end == target]:
-            scorer.file(MethodKey("training-mean", "", 0), source, target, mean)
+            if mean is not None:
+                scorer.file(MethodKey("training-mean", "", 0), source, target, mean)
             if source == target:
                 continue
             x = scorer.truth(source).image * 2 - 1

@@ -51,11 +51,18 @@ class References:
 def fit_references(store: VolumeStore, pairs: Sequence[tuple[str, str]]) -> References:
     """Fit both references for some (source, target); one pass over the training subjects, one of them in memory.
 
-    A pair that no training subject has both modalities of gets no intensity map, and a warning.
+    A pair that no training subject has both modalities of gets no intensity map, and a warning; without any training
+    subject there is nothing to fit, which is one warning.
 
     Raises:
         UserError: the shard of a training subject cannot be read.
     """
+    if not store.subjects("train"):
+        logger.warning(
+            "the store has no training subject: the rows training-mean, intensity-map and histogram-matching, which "
+            "are made of those, are left out"
+        )
+        return References({}, {})
     names = {name for pair in pairs for name in pair}
     joint = {pair: np.zeros((2, BINS)) for pair in pairs}  # number of voxels, and sum of the target's intensities
     histograms = {target: np.zeros(BINS) for _, target in pairs}

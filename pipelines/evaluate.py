@@ -46,9 +46,10 @@ DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a 
 PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
 segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
-(--baseline). --segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES}, the same table as
-{PARQUET}, {TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that takes any sources is scored over every subset of them
-too ({SUBSETS}, {SUBSETS_PICTURE})."""
+(--baseline). A store of test subjects alone, such as those of another site, has no rows made of training subjects.
+--segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES}, the same table as {PARQUET},
+{TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that takes any sources is scored over every subset of them too
+({SUBSETS}, {SUBSETS_PICTURE})."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""
@@ -98,7 +99,10 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
     candidates = [model.candidate for model in models]
     modalities = check_candidates(store, candidates)
     if not subjects:
-        raise UserError(f"the store {args.store} has no subject in the split {args.split}: give another --split")
+        own = " and ".join(dict.fromkeys(record.split for record in store.subjects()))
+        raise UserError(
+            f"the store {args.store} has no subject in the split {args.split}, only in {own}: give another --split"
+        )
     left_out = [name for name in store.modalities if name not in modalities]
     if left_out:
         logger.warning("not every model knows %s: left out", ", ".join(left_out))

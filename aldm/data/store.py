@@ -248,6 +248,11 @@ class VolumeStore:
             self._means[modality] = (total / len(records)).astype(np.float32)
         return self._means[modality]
 
+    @property
+    def trained_modalities(self) -> frozenset[str]:
+        """The modalities that a training subject has."""
+        return frozenset(name for record in self.subjects("train") for name in record.modalities)
+
     def _training_subjects(self, modality: str) -> list[SubjectRecord]:
         records = [record for record in self.subjects("train") if modality in record.modalities]
         if not records:
