@@ -1,7 +1,8 @@
 """What turns a learned size of error into an interval that holds the truth with a known probability.
 
 Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): the size is multiplied by the quantile, over the
-voxels of subjects that no training saw, of error by size. Of subjects unlike those it promises nothing.
+voxels of subjects that no training saw, of error by size; where their lesions would be held too seldom, by more. Of
+subjects unlike those it promises nothing.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from aldm.records import check_record
 
 LEVEL = 0.9
 """Share of the voxels whose error the interval holds."""
+LESION_LEVEL = 0.8
+"""The least share that it is to hold of a lesion's voxels, where the errors are largest and matter most."""
 STANDARD_DEVIATIONS = 1.6448536269514722
 """Half the width of the interval that holds LEVEL of a normal distribution, in its standard deviations."""
 BINS = np.linspace(-10, 10, 20_001)
@@ -32,7 +35,7 @@ class Calibration:
     num_subjects: int
     """Subjects that they were fitted on."""
     level: float = LEVEL
-    """Share of those subjects' voxels whose error is within the interval."""
+    """Share of those subjects' voxels whose error is within the interval, at least."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (JSON-able)."""
@@ -71,6 +74,11 @@ class RatioCounts:
         with np.errstate(divide="ignore"):  # no error at all: the lowest bin
             ratios = np.log(np.abs(error)) - np.log(size)
         self.counts += np.histogram(np.clip(ratios, BINS[0], BINS[-1]), BINS)[0]
+
+    def factor(self, lesion: "RatioCounts") -> float:
+        """Return the least factor that holds LEVEL of the voxels, and LESION_LEVEL of those counted in `lesion`."""
+        own = self.quantile(LEVEL)
+        return max(own, lesion.quantile(LESION_LEVEL)) if lesion.counts.any() else own
 
     def quantile(self, level: float) -> float:
         """Return the least factor, to a thousandth of itself, with which `level` of the voxels are within the size."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aldm.calibration import LEVEL, Calibration, RatioCounts
+from aldm.calibration import Calibration, RatioCounts
 from aldm.config import Config
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.data.volume_subsets import VolumeSubsets
@@ -211,13 +211,16 @@ def calibrate(translator: Translator, error_unet: nn.Module, store: VolumeStore)
     translator.predictor.error_unet = error_unet.to(translator.device).eval().requires_grad_(False)
     translator.calibration = Calibration(dict.fromkeys(translator.modalities, 1.0), 0)
     subjects = store.subjects("validation")
-    counts = {name: RatioCounts() for name in translator.modalities}
+    counts, lesions = ({name: RatioCounts() for name in translator.modalities} for _ in range(2))
     for subject in progress(subjects, description="calibrate", unit="subject"):
-        mask = store.mask(subject.subject_id)
+        mask, labels = store.mask(subject.subject_id), store.seg(subject.subject_id)
         for request, truth in translations_of(translator, store, subject):
             (result,) = translator.translate_batch([request])
             assert result.half_width is not None, "the translator has a network for it"
-            counts[request.target].add(abs(truth - result.mean)[mask], result.half_width[mask])
+            error, size = abs(truth - result.mean), result.half_width
+            counts[request.target].add(error[mask], size[mask])
+            if labels is not None:
+                lesions[request.target].add(error[labels > 0], size[labels > 0])
     for name, one in counts.items():
         made = any(translator.translates(source, name) for source in translator.modalities if source != name)
         if made and not one.counts.any():
@@ -225,7 +228,8 @@ def calibrate(translator: Translator, error_unet: nn.Module, store: VolumeStore)
                 f"the store {store.path} has no validation subject with {name} and something that the model makes it "
                 "of: the interval is fitted on such subjects; prepare some (`splits` of aldm prepare)"
             )
-    return Calibration({name: one.quantile(LEVEL) for name, one in counts.items() if one.counts.any()}, len(subjects))
+    factors = {name: one.factor(lesions[name]) for name, one in counts.items() if one.counts.any()}
+    return Calibration(factors, len(subjects))
 
 
 def translations_of(

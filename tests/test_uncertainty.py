@@ -11,7 +11,7 @@ import torch
 from jobs import refused, run
 from untrained import save_untrained
 
-from aldm.calibration import LEVEL, STANDARD_DEVIATIONS, RatioCounts
+from aldm.calibration import LESION_LEVEL, LEVEL, STANDARD_DEVIATIONS, RatioCounts
 from aldm.config import DiffusionConfig
 from aldm.data.store import VolumeStore
 from aldm.data.volume import Volume
@@ -30,6 +30,7 @@ from aldm.uncertainty import (
     UncertaintyStage,
     calibrate,
     negative_log_likelihood,
+    translations_of,
     voxel_weights,
 )
 
@@ -71,13 +72,13 @@ def test_the_loss_is_least_at_the_standard_deviation() -> None:
     assert float(sizes[int(np.argmin(losses))]) == pytest.approx(float(error.square().mean().sqrt()), abs=0.0051)
 
 
-def test_a_lesion_weighs_as_much_as_the_mask() -> None:
+def test_a_lesion_weighs_three_times_as_much_as_the_mask() -> None:
     mask, lesion = torch.zeros(3, 1, 10, 10, 10, dtype=torch.bool), torch.zeros(3, 1, 10, 10, 10, dtype=torch.bool)
     mask[:, :, 2:8, 2:8, 2:8] = True  # 216 voxels
     lesion[0, :, 3:5, 3:5, 3:5], lesion[1, :, 3, 3, 3] = True, True
     weights = voxel_weights(mask, lesion)
     extra = [float((weights[i] - torch.where(mask[i], 1.0, 0.05)).sum()) for i in range(3)]
-    assert extra == pytest.approx([216, 50, 0], rel=1e-6)
+    assert extra == pytest.approx([3 * 216, 150, 0], rel=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
@@ -89,6 +90,17 @@ def test_the_factor_is_the_quantile_of_error_by_size(level: float) -> None:
     for part in range(4):
         counts.add(error[part::4], size[part::4])
     assert counts.quantile(level) == pytest.approx(np.quantile(error / size, level), rel=5e-3)
+
+
+def test_a_lesion_is_held_at_least_four_times_in_five() -> None:
+    rng = np.random.default_rng(0)
+    error, size = rng.exponential(0.1, 10_000), np.full(10_000, 0.1)
+    counts, none, mild, bad = RatioCounts(), RatioCounts(), RatioCounts(), RatioCounts()
+    counts.add(error, size)
+    mild.add(error[:500], size[:500])
+    bad.add(5 * error[:500], size[:500])
+    assert counts.factor(none) == counts.factor(mild) == counts.quantile(LEVEL)
+    assert counts.factor(bad) == pytest.approx(np.quantile(5 * error[:500] / 0.1, 0.8), rel=5e-3)
 
 
 def test_coverage_and_ratio_are_those_of_the_voxels_of_a_region() -> None:
@@ -147,21 +159,23 @@ def test_the_interval_covers_its_share_of_the_subjects_that_it_was_fitted_on(
     calibrated: Path, brats_store: VolumeStore
 ) -> None:
     translator = Translator.load(calibrated)
-    names = translator.modalities
-    assert translator.calibration is not None
-    within = {name: np.zeros(2) for name in names}
+    within, lesions = ({name: np.zeros(2) for name in translator.modalities} for _ in range(2))
+    wanted = []
     for subject in brats_store.subjects("validation"):
-        volumes = {name: brats_store.volume(subject.subject_id, name) for name in names}
-        codes = {name: translator.encode(volume) for name, volume in volumes.items()}
-        mask = brats_store.mask(subject.subject_id)
-        for sources in subsets_of(names):
-            for target in set(names) - set(sources):
-                request = Request({name: codes[name] for name in sources}, target, 0)
-                ((mean, spread, half),) = translator.translate_batch([request])
-                assert spread is None
-                within[target] += (abs(mean - volumes[target]) <= half)[mask].sum(), mask.sum()
-    for inside, total in within.values():
-        assert inside / total == pytest.approx(LEVEL, abs=2e-3)
+        mask, labels = brats_store.mask(subject.subject_id), brats_store.seg(subject.subject_id)
+        assert labels is not None
+        for request, truth in translations_of(translator, brats_store, subject):
+            ((mean, spread, half),) = translator.translate_batch([request])
+            assert spread is None
+            assert half is not None
+            wanted.append((tuple(request.codes), request.target))
+            held = abs(mean - truth) <= half
+            within[request.target] += held[mask].sum(), mask.sum()
+            lesions[request.target] += held[labels > 0].sum(), (labels > 0).sum()
+    assert sorted(wanted) == sorted((s, t) for s in subsets_of(BRATS) for t in set(BRATS) - set(s))
+    for name, (inside, total) in within.items():
+        shares = inside / total - LEVEL, lesions[name][0] / lesions[name][1] - LESION_LEVEL
+        assert min(shares) == pytest.approx(0, abs=3e-3)  # the one that asks for more is met exactly
 
 
 def test_the_interval_does_not_change_the_translation(model: Path, calibrated: Path, brats_store: VolumeStore) -> None:
