@@ -30,8 +30,8 @@ WAY_OUT = "export the model again, with `uncertainty`"
 class Calibration:
     """The factors of a model's intervals."""
 
-    factors: dict[str, float]
-    """Target modality -> what its learned sizes are multiplied by, above 0."""
+    factors: dict[str, tuple[float, ...]]
+    """Target modality -> what its learned sizes are multiplied by, above 0: from one source, from two, and so on."""
     num_subjects: int
     """Subjects that they were fitted on."""
     level: float = LEVEL
@@ -57,10 +57,21 @@ class Calibration:
         """
         check_record(values, {"factors": dict, "num_subjects": int, "level": float}, file, WAY_OUT)
         factors = values["factors"]
-        good = all(name in modalities and isinstance(f, float) and 0 < f < np.inf for name, f in factors.items())
+        good = all(name in modalities and _above_0(own) for name, own in factors.items())
         if not good or not 0 < values["level"] < 1:
             raise UserError(f"{file} is damaged: data.uncertainty cannot be used ({values!r:.120}); {WAY_OUT}")
-        return cls(dict(factors), values["num_subjects"], values["level"])
+        return cls({name: tuple(own) for name, own in factors.items()}, values["num_subjects"], values["level"])
+
+    def factor(self, target: str, num_sources: int) -> float:
+        """Return the factor of a translation; from more sources than were fitted it is that of the most."""
+        own = self.factors[target]
+        return own[min(num_sources, len(own)) - 1]
+
+
+def _above_0(values: Any) -> bool:
+    """Whether these are factors: one at least, each finite and above 0."""
+    numbers = isinstance(values, list) and all(isinstance(value, float) and 0 < value < np.inf for value in values)
+    return numbers and bool(values)
 
 
 class RatioCounts:

@@ -267,7 +267,8 @@ class Translator:
         """Return half of the interval around each mean; None where the calibration does not hold for it."""
         if self.calibration is None or not self.has_uncertainty(chosen):
             return None
-        factors = [self.calibration.factors[self.modalities[target]] for target in targets]
+        names = [self.modalities[target] for target in targets]
+        factors = [self.calibration.factor(name, len(own)) for name, own in zip(names, codes, strict=True)]
         size = self.predictor.error_size(mean, codes, targets)
         return size * size.new_tensor(factors).view(-1, 1, 1, 1, 1)
 

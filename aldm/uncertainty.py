@@ -2,9 +2,11 @@
 
 A trained model is taken as it is. The network sees what it made of which sources, and learns the standard deviation of
 its error at every voxel, by the likelihood of a Gaussian (Nix & Weigend 1994; Kendall & Gal 2017, eq. 5). Then one
-factor a modality is fitted on the validation subjects (calibration.py). Volumes are B C X Y Z in [-1, 1].
+factor for each target and number of sources is fitted on the validation subjects (calibration.py). Volumes are
+B C X Y Z in [-1, 1].
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -209,27 +211,30 @@ def calibrate(translator: Translator, error_unet: nn.Module, store: VolumeStore)
     """
     check_store(store, translator.config)
     translator.predictor.error_unet = error_unet.to(translator.device).eval().requires_grad_(False)
-    translator.calibration = Calibration(dict.fromkeys(translator.modalities, 1.0), 0)
+    translator.calibration = Calibration(dict.fromkeys(translator.modalities, (1.0,)), 0)
     subjects = store.subjects("validation")
-    counts, lesions = ({name: RatioCounts() for name in translator.modalities} for _ in range(2))
+    counts: dict[tuple[str, int], RatioCounts] = defaultdict(RatioCounts)
+    lesions: dict[tuple[str, int], RatioCounts] = defaultdict(RatioCounts)
     for subject in progress(subjects, description="calibrate", unit="subject"):
         mask, labels = store.mask(subject.subject_id), store.seg(subject.subject_id)
         for request, truth in translations_of(translator, store, subject):
             (result,) = translator.translate_batch([request])
             assert result.half_width is not None, "the translator has a network for it"
-            error, size = abs(truth - result.mean), result.half_width
-            counts[request.target].add(error[mask], size[mask])
+            error, size, key = abs(truth - result.mean), result.half_width, (request.target, len(request.codes))
+            counts[key].add(error[mask], size[mask])
             if labels is not None:
-                lesions[request.target].add(error[labels > 0], size[labels > 0])
-    for name, one in counts.items():
+                lesions[key].add(error[labels > 0], size[labels > 0])
+    for name in translator.modalities:
         made = any(translator.translates(source, name) for source in translator.modalities if source != name)
-        if made and not one.counts.any():
+        if made and (name, 1) not in counts:
             raise UserError(
                 f"the store {store.path} has no validation subject with {name} and something that the model makes it "
                 "of: the interval is fitted on such subjects; prepare some (`splits` of aldm prepare)"
             )
-    factors = {name: one.factor(lesions[name]) for name, one in counts.items() if one.counts.any()}
-    return Calibration(factors, len(subjects))
+    factors: dict[str, tuple[float, ...]] = defaultdict(tuple)
+    for name, number in sorted(counts):
+        factors[name] += (counts[name, number].factor(lesions[name, number]),)
+    return Calibration(dict(factors), len(subjects))
 
 
 def translations_of(

@@ -1,6 +1,7 @@
 """How far off a translation may be: what is learnt, and the factor that makes it an interval."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -159,7 +160,7 @@ def test_the_interval_covers_its_share_of_the_subjects_that_it_was_fitted_on(
     calibrated: Path, brats_store: VolumeStore
 ) -> None:
     translator = Translator.load(calibrated)
-    within, lesions = ({name: np.zeros(2) for name in translator.modalities} for _ in range(2))
+    within, lesions = (defaultdict(lambda: np.zeros(2)) for _ in range(2))
     wanted = []
     for subject in brats_store.subjects("validation"):
         mask, labels = brats_store.mask(subject.subject_id), brats_store.seg(subject.subject_id)
@@ -170,11 +171,12 @@ def test_the_interval_covers_its_share_of_the_subjects_that_it_was_fitted_on(
             assert half is not None
             wanted.append((tuple(request.codes), request.target))
             held = abs(mean - truth) <= half
-            within[request.target] += held[mask].sum(), mask.sum()
-            lesions[request.target] += held[labels > 0].sum(), (labels > 0).sum()
+            within[request.target, len(request.codes)] += held[mask].sum(), mask.sum()
+            lesions[request.target, len(request.codes)] += held[labels > 0].sum(), (labels > 0).sum()
     assert sorted(wanted) == sorted((s, t) for s in subsets_of(BRATS) for t in set(BRATS) - set(s))
-    for name, (inside, total) in within.items():
-        shares = inside / total - LEVEL, lesions[name][0] / lesions[name][1] - LESION_LEVEL
+    assert set(within) == {(name, number) for name in BRATS for number in (1, 2, 3)}
+    for key, (inside, total) in within.items():
+        shares = inside / total - LEVEL, lesions[key][0] / lesions[key][1] - LESION_LEVEL
         assert min(shares) == pytest.approx(0, abs=3e-3)  # the one that asks for more is met exactly
 
 
@@ -246,7 +248,16 @@ def test_a_store_of_another_grid_is_refused(
 
 
 @pytest.mark.parametrize(
-    "damage", [{"factors": {"t1": 0.0}}, {"factors": {"pd": 1.0}}, {"factors": 3}, {"level": 1.5}, {"level": None}]
+    "damage",
+    [
+        {"factors": {"t1": [0.0]}},
+        {"factors": {"t1": []}},
+        {"factors": {"t1": 1.0}},
+        {"factors": {"pd": [1.0]}},
+        {"factors": 3},
+        {"level": 1.5},
+        {"level": None},
+    ],
 )
 def test_a_damaged_calibration_is_said_so(damage: dict, calibrated: Path, tmp_path: Path) -> None:
     folder = Path(copytree(calibrated, tmp_path / "model"))
