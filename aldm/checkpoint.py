@@ -183,7 +183,32 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str |
     Raises:
         UserError: a name is missing or unknown, or a shape differs; at most five are listed.
     """
-    own = module.state_dict()
+    _check_fit(module.state_dict(), weights, source, type(module).__name__)
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def copy_weights(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | os.PathLike[str], network: str
+) -> None:
+    """Copy weights into tensors of the same names, such as those of a module's `state_dict`, strictly.
+
+    Args:
+        own: take the weights.
+        weights: parameters and buffers by name.
+        source, network: where they come from and whose they become, for the message.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    _check_fit(own, weights, source, network)
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def _check_fit(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | os.PathLike[str], network: str
+) -> None:
+    """Refuse weights of other names or shapes."""
     problems = [f"missing {name}" for name in own if name not in weights]
     problems += [f"unknown {name}" for name in weights if name not in own]
     problems += [
@@ -193,7 +218,4 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str |
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"the weights in {source} do not fit this {type(module).__name__}: {'; '.join(problems[:5])}{more}"
-        )
-    module.load_state_dict(dict(weights), strict=True)
+        raise UserError(f"the weights in {source} do not fit this {network}: {'; '.join(problems[:5])}{more}")

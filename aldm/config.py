@@ -291,6 +291,9 @@ class Config:
     (autocast with fp32 weights, norms and code search)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    init_from: str = ""
+    """The model that the weights of the training began as, NAME@HASH: `aldm train --init-from` says it, nobody else.
+    Empty where they began at random."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     ms_spade: MSSpadeConfig = field(default_factory=MSSpadeConfig)

@@ -16,7 +16,7 @@ def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequ
     """Fill the tables: of all functions that are constant in each bin, the one with the least squared error per pair.
 
     Over all voxels of the training subjects that are not air. One subject at a time is in memory. A pair that no
-    training subject has both modalities of keeps the identity.
+    training subject has both modalities of keeps its table, at first the identity.
 
     Args:
         into: built for these modalities, and for the codec of the latents.
@@ -25,7 +25,7 @@ def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequ
 
     Returns:
         (M, M) mean squared error that the map of (source, target) leaves, intensities in [-1, 1]: 0 between a modality
-        and itself, the largest of the others where no training subject has both.
+        and itself, NaN where no training subject has both.
     """
     into.mean.copy_(torch.from_numpy(latents.mean))
     into.std.copy_(torch.from_numpy(latents.std))
@@ -51,7 +51,6 @@ def fit_intensity_map(into: IntensityMap, latents: LatentStore, modalities: Sequ
                 into.tables[source, target] = torch.from_numpy(conditional_mean(n, total))
                 explained = np.divide(total**2, n, out=np.zeros(BINS), where=n > 0).sum()
                 errors[source, target] = (squares[source, target] - explained) / n.sum()
-    errors = np.nan_to_num(errors, nan=np.nanmax(errors, initial=0.0))
     np.fill_diagonal(errors, 0.0)
     return errors
 

@@ -64,21 +64,49 @@ def codec_hash(config: CodecConfig, weights: Mapping[str, Tensor]) -> str:
     return f"{config.kind}-{config.haar_levels}"
 
 
-def data_record(store: VolumeStore, modalities: Sequence[str]) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the data that it was trained on (JSON-able)."""
-    train, held_out = (
-        {name: store.likeness_rows(name, split) for name in modalities} for split in ("train", "validation")
-    )
+def data_record(
+    store: VolumeStore, modalities: Sequence[str], model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the data that it was trained on (JSON-able).
+
+    Args:
+        store: prepared volumes.
+        modalities: those of the model.
+        model: the same of the model that a training started from, which tells of modalities that no training subject
+            of the store has. Their likeness is not measured.
+
+    Raises:
+        UserError: no training subject has one of the modalities, and no model tells of it.
+    """
+    own = [name for name in modalities if model is None or name in store.trained_modalities]
+    train, held_out = ({name: store.likeness_rows(name, split) for name in own} for split in ("train", "validation"))
     statistics = fit_statistics(train, held_out)
+    percentiles = {name: list(store.median_percentiles(name)) for name in own}
+    backgrounds = {name: store.median_background(name) for name in own}
+    for name in modalities:
+        if name not in own and model is not None:
+            percentiles[name], backgrounds[name] = model["median_percentiles"][name], model["backgrounds"][name]
     return {
         "layout": store.layout,
         "fingerprint": store.fingerprint,
         "preprocess": asdict(store.preprocess),
         "num_subjects": {split: len(store.subjects(split)) for split in ("train", "validation", "test")},
-        "median_percentiles": {name: list(store.median_percentiles(name)) for name in modalities},
-        "backgrounds": {name: store.median_background(name) for name in modalities},
+        "median_percentiles": percentiles,
+        "backgrounds": backgrounds,
         "likeness": None if statistics is None else statistics.to_dict(),
     }
+
+
+@dataclass(frozen=True)
+class ModelLatents:
+    """What latents that are to be a trained model's take over from it."""
+
+    mean: list[float]
+    std: list[float]
+    """(C,) each, float32: its networks see latents that are standardised with these."""
+    modalities: tuple[str, ...]
+    data: Mapping[str, Any]
+    """What it keeps of its data."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +214,7 @@ def encode_store(
     encode: Callable[[Tensor], Tensor] | None = None,
     overwrite: bool = False,
     workers: Workers | None = None,
+    like: ModelLatents | None = None,
 ) -> LatentStore:
     """Encode all volumes of a store into a cache.
 
@@ -201,6 +230,7 @@ def encode_store(
         overwrite: replace an earlier cache.
         workers: encode a subject each, the result being the same; `out` and the store's path, which must be absolute,
             lie where all of them reach them. None encodes in this process.
+        like: of the model that is to be trained on with them; None standardises them with their own statistics.
 
     Raises:
         UserError: no training subject, a volume that the codec cannot take, or `out` cannot be written.
@@ -234,13 +264,20 @@ def encode_store(
             "latent_channels": codec.latent_channels,
             "modalities": list(store.modalities),
             "num_flips": num_flips,
-            "mean": statistics.mean.tolist(),
-            "std": statistics.std.tolist(),
-            "data": data_record(store, store.modalities),
+            "mean": statistics.mean.tolist() if like is None else like.mean,
+            "std": statistics.std.tolist() if like is None else like.std,
+            "data": _record(store, like),
             "subjects": [asdict(subject) for subject in subjects],
         }
         (temporary / LATENTS_FILE).write_text(json.dumps(header, indent=1) + "\n")
     return LatentStore.open(out)
+
+
+def _record(store: VolumeStore, like: ModelLatents | None) -> dict[str, Any]:
+    """Return the record of the data, with what the model that is to learn from them knows and the store lacks."""
+    if like is None:
+        return data_record(store, store.modalities)
+    return data_record(store, tuple(dict.fromkeys((*store.modalities, *like.modalities))), like.data)
 
 
 @torch.inference_mode()

@@ -33,7 +33,8 @@ def with_data(
 
     Args:
         config: as the user gave it.
-        modalities: those of the data; the configuration's are kept where it names any.
+        modalities: those of the data; the configuration's are kept where it names any. A model that is fine-tuned
+            keeps those that the data lack.
         preprocess: of the data.
         codec: of the latents; None keeps the configuration's.
 
@@ -41,7 +42,7 @@ def with_data(
         UserError: the configuration names a modality that the data lack, as one of all or as an end of its pair.
     """
     missing = [name for name in config.modalities if name not in modalities]
-    if missing:
+    if missing and not config.init_from:
         raise UserError(
             f"preset {config.preset} is for {', '.join(config.modalities)}, the data have {', '.join(modalities)}: "
             f"take another preset, or say `modalities=[{', '.join(modalities)}]`"

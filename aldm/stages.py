@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from aldm.denoising import (
 )
 from aldm.diffusion import make_schedule, training_loss_inputs
 from aldm.errors import UserError
+from aldm.intensity_map_fit import fit_intensity_map
 from aldm.latents import LatentStore, data_record
 from aldm.losses import (
     adaptive_weight,
@@ -57,6 +59,8 @@ from aldm.stage_data import (
     with_data,
 )
 
+LEAST_SQUARED_ERROR = 1e-4
+"""Added to what an intensity map leaves, intensities in [-1, 1], so that no source is believed alone."""
 RESIDUAL_SAMPLES = 16
 """Pairs over which the distance that stage 2 leaves is measured."""
 TARGET_LIKE_CACHE_BYTES = 2 * 2**30
@@ -81,6 +85,8 @@ class VQGANStage:
     name = "vqgan"
     score = "psnr_db"
     higher_is_better = True
+    model_data: Mapping[str, Any] | None = None
+    """What the model that it starts from keeps of its data, for modalities that the store lacks."""
 
     def __init__(self, config: Config, store: VolumeStore) -> None:
         if config.codec.kind == "haar":
@@ -199,7 +205,8 @@ class VQGANStage:
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """The codec alone."""
-        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        names = self.config.modalities
+        meta = {"modalities": list(names), "data": data_record(self._store, names, self.model_data)}
         return Export("codec", self.config, weights["codec"], meta)
 
     def _check_crop(self) -> None:
@@ -250,6 +257,22 @@ class MSSpadeStage:
                 number + 1,
             )
             self.players.append(adversary(self.discriminator, self._training, self._discriminator_loss))
+
+    def fit_intensity_map(self) -> None:
+        """Fit the intensity map, where there is one, to the training subjects: a model's that is fine-tuned too.
+
+        A pair that no training subject has both modalities of keeps what the model knows of it; without a model it has
+        the identity, and is believed as little as the worst of the others.
+        """
+        module = self.ms_spade
+        if module.intensity_map is None:
+            return
+        errors = fit_intensity_map(module.intensity_map, self._latents, self.config.modalities)
+        if self.config.diffusion.any_sources:
+            known = np.nan_to_num(errors, nan=np.nanmax(errors, initial=0.0))
+            precision = torch.from_numpy(1 / (known + LEAST_SQUARED_ERROR)).to(module.precision)
+            kept = torch.from_numpy(np.isnan(errors) & bool(self.config.init_from))
+            module.precision.copy_(torch.where(kept, module.precision, precision))
 
     def connect(self, engine: Engine) -> None:
         """Nothing is frozen here."""

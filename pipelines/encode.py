@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from aldm.data.store import VolumeStore
+    from aldm.latents import ModelLatents
     from aldm.models.codecs import Codec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm encode ARGUMENTS`."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.codec is None and args.like is None:
+        parser.error("one of the arguments --codec, --like is required")
     config = resolve_config(args)
     if args.max_memory_gb is not None and not 0 < args.max_memory_gb < math.inf:
         raise UserError(f"--max-memory-gb is {args.max_memory_gb:g}, wanted a number above 0")
@@ -30,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from aldm.data.store import VolumeStore
     from aldm.files import check_folder, free_gib
-    from aldm.latents import LATENTS_FILE, cache_bytes, encode_store
+    from aldm.latents import LATENTS_FILE, cache_bytes, codec_hash, encode_store
     from aldm.precision import usable_precision
+    from aldm.starting_model import model_folder
 
     device = select_device(args) if args.num_workers is None else torch.device("cpu")
     store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
-    codec, codec_config = load_codec(args.codec, config)
+    codec, codec_config = load_codec(args.codec or args.like, config)
+    like = None if args.like is None else _like(args.like, store, codec_hash(codec_config, codec.state_dict()))
     check_folder(args.out, args.overwrite, marker=LATENTS_FILE)
     need_gib, have_gib = cache_bytes(store, codec, args.flips) / 2**30, free_gib(args.out.parent)
     if need_gib > have_gib:
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if workers is None:
             encode = encoder(codec, shape, device, config.precision, args.max_memory_gb)
         else:
-            place = args.codec if args.codec == "haar" else str(Path(args.codec).absolute())
+            place = "haar" if args.codec == "haar" else str(model_folder(args.codec or args.like).absolute())
             encode = WorkerEncoder(place, config, shape, workers.device, args.max_memory_gb)
         if args.dry_run:
             where = device if workers is None else workers.describe()
@@ -67,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             encode=encode,
             overwrite=args.overwrite,
             workers=workers,
+            like=like,
         )
     print(f"{args.out}: latents of {counted(len(latents.subjects()), 'subject')}, codec {latents.codec_hash[:12]}")
     return 0
@@ -172,24 +180,42 @@ class WorkerEncoder:
 
 
 def load_codec(name_or_run: str, config: Config) -> tuple["Codec", CodecConfig]:
-    """Return the codec of a run of stage 1, or the lossless haar codec, and its CodecConfig.
+    """Return the codec of a run of stage 1 or of a translator folder, or the lossless haar codec, and its CodecConfig.
+
+    Args:
+        name_or_run: haar, default (the built-in model), or a folder.
+        config: what haar is built from.
 
     Raises:
-        UserError: neither "haar" nor a folder that holds a trained codec.
+        UserError: no such word, or a folder that holds no trained codec.
     """
     from aldm.checkpoint import load_checkpoint, load_weights
     from aldm.models.codecs import build_codec
-    from aldm.run_folder import checkpoint_folder
+    from aldm.starting_model import DEFAULT, model_folder, part_of
 
     if name_or_run == "haar":
         codec_config = replace(config.codec, kind="haar")
         return build_codec(codec_config), codec_config
-    if not Path(name_or_run).is_dir():
-        raise UserError(f"--codec {name_or_run!r} is neither haar nor the run folder of an aldm train vqgan")
-    checkpoint = load_checkpoint(checkpoint_folder(name_or_run), "codec")
+    if name_or_run != DEFAULT and not Path(name_or_run).is_dir():
+        raise UserError(
+            f"--codec {name_or_run!r} is neither haar nor the run folder of an aldm train vqgan or a translator folder"
+        )
+    checkpoint = load_checkpoint(model_folder(name_or_run), "codec", "aldm")
     codec = build_codec(checkpoint.config.codec)
-    load_weights(codec, checkpoint.weights, checkpoint.path)
+    names = codec.state_dict()
+    load_weights(codec, part_of(checkpoint.weights, "codec") if names else {}, checkpoint.path)
     return codec, checkpoint.config.codec
+
+
+def _like(word: str, store: "VolumeStore", codec_hash: str) -> "ModelLatents":
+    """Return what the latents take over from the model that is to be trained on with them."""
+    from aldm.checkpoint import load_checkpoint
+    from aldm.starting_model import StartingModel, model_folder
+
+    model = StartingModel(load_checkpoint(model_folder(word)))
+    found = model.latents()
+    model.check_encoding(store, codec_hash)
+    return found
 
 
 def _parser() -> JobParser:
@@ -197,9 +223,16 @@ def _parser() -> JobParser:
     parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
     parser.add_argument(
         "--codec",
-        required=True,
         metavar="RUN|haar",
-        help="run folder of stage 1, or haar: the lossless codec, which needs no training",
+        help="run folder of stage 1, a translator folder, or haar: the lossless codec, which needs no training "
+        "(default: that of --like)",
+    )
+    parser.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="make the latents that aldm train --init-from MODEL fine-tunes on, standardised with the model's mean and "
+        "standard deviation: a translator folder or default (the built-in one); a run folder of ms-spade or diffusion "
+        "needs --codec as well (default: their own mean and standard deviation)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
     parser.add_argument(

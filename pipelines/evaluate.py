@@ -175,7 +175,9 @@ class _Model:
 
 def _models(args: argparse.Namespace) -> list[_Model]:
     """Load --model and every --baseline; where workers measure, on the CPU, to know what there is."""
+    from aldm.default_model import default_model
     from aldm.evaluation import Candidate
+    from aldm.starting_model import DEFAULT
 
     if args.num_workers is not None:
         args = argparse.Namespace(**{**vars(args), "device": "cpu"})
@@ -184,7 +186,8 @@ def _models(args: argparse.Namespace) -> list[_Model]:
     models = [_Model(args.model, Candidate(model.kind, model, _samplings(model, args)))]
     for text in args.baseline:
         name, separator, folder = text.partition("=")
-        path = Path(folder if separator else text)
+        word = folder if separator else text
+        path = default_model() if word == DEFAULT else Path(word)
         own = argparse.Namespace(**{**vars(args), "preset": None, "set": []})  # those are for --model
         other = load_translator(path, model_config(path, own), args)
         models.append(_Model(path, Candidate(name if separator else other.kind, other, (other.sampling(),))))
@@ -290,7 +293,8 @@ def _parser() -> JobParser:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="another translator folder to measure beside the model, such as a plain unet; repeatable (default: none)",
+        help="another translator folder to measure beside the model, such as a plain unet, or the word default for the "
+        "built-in model; repeatable (default: none)",
     )
     parser.add_argument(
         "--champion",

@@ -85,7 +85,7 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
     """Put codec, MS-SPADE and U-Net together.
 
     Args:
-        codec: run folder of stage 1, or "haar".
+        codec: run folder of stage 1, a translator folder, or "haar".
         ms_spade, diffusion: run folders of stages 2 and 3.
 
     Raises:
@@ -257,12 +257,16 @@ def _check_parts(parser: JobParser, args: argparse.Namespace) -> None:
 def _codec_training(codec: str) -> list[dict[str, Any]]:
     from aldm.checkpoint import CONFIG, WAY_OUT, read_checkpoint_record
     from aldm.records import check_record
-    from aldm.run_folder import checkpoint_folder
+    from aldm.starting_model import model_folder
 
     if codec == "haar":
         return []
-    folder = checkpoint_folder(codec)
-    meta = read_checkpoint_record(folder)["meta"]
+    folder = model_folder(codec)
+    record = read_checkpoint_record(folder)
+    meta = record["meta"]
+    if record["kind"] == "aldm":
+        check_record(meta, {"training": list}, f"the meta of {folder / CONFIG}", WAY_OUT)
+        return [training for training in meta["training"] if training["stage"] == "vqgan"]
     check_record(meta, TRAINING, f"the meta of {folder / CONFIG}", WAY_OUT)
     return [meta["training"]]
 
@@ -297,7 +301,7 @@ def _register(args: argparse.Namespace) -> None:
 
 def _parser() -> JobParser:
     parser = job_parser("export", "Put trained stages together into a translator folder.")
-    parser.add_argument("--codec", metavar="RUN|haar", help="run folder of stage 1, or haar")
+    parser.add_argument("--codec", metavar="RUN|haar", help="run folder of stage 1, a translator folder, or haar")
     parser.add_argument("--ms-spade", type=Path, metavar="RUN", help="run folder of stage 2")
     parser.add_argument("--diffusion", type=Path, metavar="RUN", help="run folder of stage 3")
     parser.add_argument(

@@ -65,6 +65,7 @@ def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None)
             f"voxels, intensities scaled to [-1, 1] by the rule {config.preprocess.intensity}{shading}. "
             f"Fingerprint {data['fingerprint']}.",
             "",
+            *_origin(config.init_from),
             _likeness(data),
             "",
             _uncertainty(model.meta.get("uncertainty")),
@@ -135,6 +136,18 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
 def _rounded(value: float) -> float | None:
     """Return what the card holds of a mean: None where it is not defined, which JSON has no number for."""
     return None if math.isnan(value) else round(value, 4)
+
+
+def _origin(init_from: str) -> list[str]:
+    """Return the lines of the README that say what model was fine-tuned on these data, if one was."""
+    if not init_from:
+        return []
+    name, _, digest = init_from.partition("@")
+    return [
+        f"Fine-tuned: the weights began as those of the model {name} (hash {digest}), which had learnt from other data "
+        "than these.",
+        "",
+    ]
 
 
 def _likeness(data: dict[str, Any]) -> str:

@@ -99,10 +99,10 @@ def _with_gauges(logs: Logs, settings: dict[str, Any], batch_size: int) -> Logs:
 
 
 def _built_stage(settings: dict[str, Any]) -> "Stage":
-    from pipelines.train import build_stage
+    from pipelines.build_stage import build_stage
 
     paths = {name: Path(path) for name, path in settings["inputs"].items()}
-    inputs = argparse.Namespace(**{"vit_weights": None, **paths})
+    inputs = argparse.Namespace(**{"vit_weights": None, "pretrained": None, **paths})
     return build_stage(settings["stage"], from_dict(Config, settings["config"]), inputs)[0]
 
 

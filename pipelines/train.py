@@ -14,6 +14,8 @@ from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.build_stage import OF_A_MODEL, build_stage
+from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
 from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tracking_of
@@ -21,14 +23,11 @@ from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tra
 if TYPE_CHECKING:
     import torch
 
-    from aldm.data.store import VolumeStore
     from aldm.players import FitResult, Stage
     from aldm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-LEAST_SQUARED_ERROR = 1e-4
-"""Added to what an intensity map leaves, intensities in [-1, 1], so that no source is believed alone."""
 STAGES = {
     "vqgan": "stage 1: the codec, on the volumes of a store (not needed for the lossless haar codec)",
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
@@ -112,7 +111,12 @@ def parse(stage: str, words: Sequence[str]) -> tuple[argparse.Namespace, Config]
         UserError: as `resolve_config`, or a crop that is none.
     """
     args = _parser(stage).parse_args(words)
-    return args, _config(stage, args)
+    config = _config(stage, args)
+    if getattr(args, "init_from", None) is not None:
+        args.init_from = folder_of(args.init_from)
+    elif stage == "resvit" and args.pretrained is None:
+        raise UserError("resvit goes on from resvit-cnn: give its run folder, --pretrained, or a model, --init-from")
+    return args, config
 
 
 def _open_run(
@@ -152,125 +156,10 @@ def _train_here(
     )
 
 
-def build_stage(stage: str, config: Config, args: argparse.Namespace) -> tuple["Stage", dict[str, str]]:
-    """Open what the stage reads and build it, its initial weights a function of the seed.
-
-    Returns:
-        The stage, and name -> path or hash of its inputs.
-
-    Raises:
-        UserError: an input that is missing, stale, or does not go with the others.
-    """
-    import torch
-
-    from aldm.baselines.regression_unet import RegressionStage
-    from aldm.data.labels import structures_of
-    from aldm.data.store import VolumeStore
-    from aldm.denoising import PREDICTS_NOISE
-    from aldm.intensity_map_fit import fit_intensity_map
-    from aldm.latents import LatentStore
-    from aldm.randomness import derived_seed
-    from aldm.segmenter_stage import SegmenterStage
-    from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage, measured_residual_std
-
-    built: Any
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(config.seed, "weights", stage))
-        if stage not in ("ms-spade", "diffusion"):
-            store = VolumeStore.open(args.store)
-            inputs = {"store": str(args.store), "store_fingerprint": store.fingerprint}
-            if stage in METHODS:
-                return _method(stage, config, store, inputs, args), inputs
-            if stage == "segmenter":
-                return SegmenterStage(config, store, structures_of(store)), inputs
-            if stage == "uncertainty":
-                return _uncertainty(config, store, inputs, args.model), inputs
-            return (VQGANStage if stage == "vqgan" else RegressionStage)(config, store), inputs
-        latents = LatentStore.open(args.latents)
-        inputs = {"latents": str(args.latents), "codec_hash": latents.codec_hash}
-        inputs["store_fingerprint"] = latents.data["fingerprint"]
-        if stage == "ms-spade":
-            built = MSSpadeStage(config, latents)
-            if built.ms_spade.intensity_map is not None:
-                errors = fit_intensity_map(built.ms_spade.intensity_map, latents, built.config.modalities)
-                if config.diffusion.any_sources:
-                    built.ms_spade.precision.copy_(torch.from_numpy(1 / (errors + LEAST_SQUARED_ERROR)))
-            return built, inputs
-        ms_spade, ms_spade_hash, widths = load_ms_spade(args.ms_spade, latents)
-        diffusion = config.diffusion
-        if diffusion.any_sources != hasattr(ms_spade, "precision"):
-            raise UserError(
-                f"diffusion.any_sources is {str(diffusion.any_sources).lower()}, and {args.ms_spade} was trained with "
-                "the other value: train ms-spade with this one too"
-            )
-        if diffusion.objective in PREDICTS_NOISE and diffusion.residual_std == ():
-            measured = measured_residual_std(config, latents, ms_spade)
-            config = replace(config, diffusion=replace(diffusion, residual_std=measured))
-        built = DiffusionStage(replace(config, ms_spade=widths), latents, ms_spade, ms_spade_hash)
-        return built, inputs | {"ms_spade": str(args.ms_spade), "ms_spade_hash": ms_spade_hash}
-
-
-def _method(
-    stage: str, config: Config, store: "VolumeStore", inputs: dict[str, str], args: argparse.Namespace
-) -> "Stage":
-    """Build a comparison method; the second training of ResViT goes on from the first, which the inputs then name."""
-    from aldm.baselines.methods import method_stage
-    from aldm.baselines.resvit import FIRST, SECOND, ResViTStage
-    from aldm.checkpoint import load_checkpoint
-    from aldm.run_folder import checkpoint_folder
-
-    built = method_stage(config, store, stage)
-    if stage == SECOND:
-        assert isinstance(built, ResViTStage)
-        first = load_checkpoint(checkpoint_folder(args.pretrained), FIRST)
-        built.start_from(first, args.vit_weights)
-        weights = "random" if args.vit_weights is None else str(args.vit_weights)
-        inputs |= {"pretrained": str(args.pretrained), "pretrained_hash": first.hash, "vit_weights": weights}
-        if args.vit_weights is None:
-            logger.warning("no --vit-weights: the transformer starts from random weights, not from ImageNet's")
-    return built
-
-
-def _uncertainty(config: Config, store: "VolumeStore", inputs: dict[str, str], model: Path) -> "Stage":
-    """Build the training of a model's uncertainty; the inputs then name the model."""
-    from aldm.translate import Translator
-    from aldm.uncertainty import FrozenModel, UncertaintyStage
-
-    frozen = FrozenModel(Translator.load(model))
-    inputs |= {"model": str(model), "model_hash": frozen.model_hash}
-    return UncertaintyStage(config, store, frozen)
-
-
 def _paths(stage: str, args: argparse.Namespace) -> dict[str, str]:
     """Return the paths that a stage is built from, by flag name."""
-    given = {name: getattr(args, name) for name in INPUTS.get(stage, ("store",))}
+    given = {name: getattr(args, name, None) for name in (*INPUTS.get(stage, ("store",)), "init_from")}
     return {name: str(path) for name, path in given.items() if path is not None}
-
-
-def load_ms_spade(folder: Path, latents: Any) -> tuple[Any, str, Any]:
-    """Return the trained MS-SPADE, its hash and its MSSpadeConfig, checked against the latents.
-
-    Raises:
-        UserError: no such checkpoint, or it was trained on latents of another codec or data set.
-    """
-    from aldm.checkpoint import load_checkpoint, load_weights
-    from aldm.denoising import build_ms_spade
-    from aldm.run_folder import checkpoint_folder
-    from aldm.stage_data import LATENTS
-
-    checkpoint = load_checkpoint(checkpoint_folder(folder), "ms-spade")
-    checkpoint.check_meta(LATENTS)
-    trained_on = checkpoint.meta["latents"]
-    wanted = (latents.codec_hash, latents.data["fingerprint"], latents.mean.tolist(), latents.std.tolist())
-    got = (trained_on["codec_hash"], trained_on["data"]["fingerprint"], trained_on["mean"], trained_on["std"])
-    if got != wanted:
-        raise UserError(
-            f"{folder} was trained on other latents (codec {got[0][:12]}, data {got[1][:12]}) than {latents.path} "
-            f"(codec {wanted[0][:12]}, data {wanted[1][:12]}): train ms-spade on these, or give its own --latents"
-        )
-    module = build_ms_spade(checkpoint.config, latents.latent_channels)
-    load_weights(module, checkpoint.weights, checkpoint.path)
-    return module, checkpoint.hash, checkpoint.config.ms_spade
 
 
 def _parser(stage: str) -> JobParser:
@@ -293,7 +182,9 @@ def _parser(stage: str) -> JobParser:
     elif stage not in ("vqgan", "segmenter"):
         _add_pair(parser, needed=stage in METHODS)
     if stage == "resvit":
-        parser.add_argument("--pretrained", type=Path, required=True, metavar="RUN", help="run folder of resvit-cnn")
+        parser.add_argument(
+            "--pretrained", type=Path, metavar="RUN", help="run folder of resvit-cnn; needed without --init-from"
+        )
         parser.add_argument(
             "--vit-weights",
             type=Path,
@@ -303,6 +194,8 @@ def _parser(stage: str) -> JobParser:
         )
     if stage == "diffusion":
         parser.add_argument("--ms-spade", type=Path, required=True, metavar="RUN", help="run folder of stage 2")
+    if stage not in OF_A_MODEL:
+        add_starting_model(parser)
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
     parser.add_argument("--max-steps", type=int, help="optimizer steps (default: the configuration's)")
     parser.add_argument(
@@ -337,7 +230,8 @@ def _add_pair(parser: JobParser, *, needed: bool) -> None:
 
 def _config(stage: str, args: argparse.Namespace) -> Config:
     """Return the configuration with the job's own flags laid over it."""
-    config = resolve_config(args)
+    word = getattr(args, "init_from", None)
+    config = resolve_config(args) if word is None else config_of_model(stage, word, args)
     changes: dict[str, Any] = {}
     for field in ("max_steps", "max_minutes"):
         if getattr(args, field) is not None:
@@ -349,6 +243,8 @@ def _config(stage: str, args: argparse.Namespace) -> Config:
     if (source is None) != (target is None):
         raise UserError("--source and --target go together: give both for one pair, or none for every pair")
     if source is not None:
+        if word is not None and config.pair not in (None, (source, target)):
+            raise UserError(f"--init-from {word} translates {' to '.join(config.pair or ())}: give that pair, or none")
         config = replace(config, pair=(source, target))
     if args.activation_checkpointing:
         config = replace(config, activation_checkpointing=True)
@@ -400,6 +296,7 @@ def _plan(
     train, validation = built.samples("train"), built.samples("validation")
     lines = [
         f"would train {stage} in {args.run_dir} on {place}",
+        *([f"  weights: those of {built.config.init_from}"] if built.config.init_from else []),
         f"  samples: {len(train)} in an epoch of training, {len(validation)} of validation",
         f"  steps: {planned_steps(training, len(train))} of batch {training.batch_size}",
     ]

@@ -14,7 +14,7 @@ from pipelines.arguments import JobParser, select_device
 if TYPE_CHECKING:
     from aldm.translate import Translator
 
-CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing", "segmenter")
+CHANGEABLE = ("sampling", "precision", "preset", "seed", "activation_checkpointing", "segmenter", "init_from")
 """What may differ from a trained model's own configuration; trainings (train_*) and a segmenter have no say in it."""
 
 MAX_SEED = 2**63 - 2**33

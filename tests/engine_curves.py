@@ -183,7 +183,7 @@ def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> 
     from aldm.config import training_of, with_training
     from aldm.config_baselines import METHODS
     from aldm.presets import tiny
-    from pipelines.train import build_stage
+    from pipelines.build_stage import build_stage
 
     config = replace(tiny(), pair=("t1", "t2")) if stage in METHODS else tiny()
     paths = argparse.Namespace(vit_weights=None, **{name: Path(path) for name, path in inputs.items()})

@@ -14,6 +14,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from jobs import content
 
 from aldm import cli
 from aldm.checkpoint import load_checkpoint
@@ -72,6 +73,10 @@ def test_from_stage_1_to_a_translator(brats_store: VolumeStore, tmp_path: Path) 
     assert "t1, t1ce, t2, flair" in card
     assert "Not a medical device" in card
     assert all(f"| {stage} | 4 |" in card for stage in ("vqgan", "ms-spade", "diffusion"))
+
+    again = tmp_path / "again"  # with the codec of a translator folder, as after fine-tuning
+    assert run("export", "--codec", model, "--ms-spade", r2, "--diffusion", r3, "--out", again, *TINY) == 0
+    assert content(again) == content(model)
 
 
 def test_the_lossless_codec_needs_no_run(stage_2: Path, stage_3: Path, tmp_path: Path) -> None:

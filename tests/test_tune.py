@@ -32,7 +32,7 @@ from aldm.presets import load_preset, tiny
 from aldm.run_folder import RunFolder, checkpoint_folder
 from aldm.sampling import allowed_samplers, check_sampling
 from aldm.training import fit
-from pipelines.train import build_stage
+from pipelines.build_stage import build_stage
 from tune.noise_schedules import main
 from tune.picture import save_pareto_picture
 from tune.results import Measurement, Trial, pareto_front

@@ -144,7 +144,7 @@ def _sweep(args: argparse.Namespace) -> tuple["Sweep", Config]:
         UserError: a number out of range, a name that is not known, inputs that are missing or do not fit.
     """
     from aldm.pace import planned_steps
-    from pipelines.train import build_stage
+    from pipelines.build_stage import build_stage
     from tune.search_space import random_points, with_point, with_way
     from tune.sweep import HALTS, STAGE, Sweep
 

@@ -81,7 +81,7 @@ def _train_and_measure(sweep: Sweep, point: Point, folder: Path, device: str) ->
     from aldm.precision import usable_precision
     from aldm.run_folder import CONFIG_FILE, RunFolder, checkpoint_folder
     from aldm.training import PlainEngine, fit
-    from pipelines.train import build_stage
+    from pipelines.build_stage import build_stage
 
     inputs = argparse.Namespace(latents=Path(sweep.latents), ms_spade=Path(sweep.ms_spade))
     stage, sources = build_stage(STAGE, sweep.config_of(point), inputs)

@@ -5,6 +5,7 @@ Tensors are B 1 X Y axial slices or B 1 X Y Z volumes, RAS+, in [-1, 1] with a b
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class PairStage:
     """Whether source and target of a training sample are of one subject."""
     score = "psnr_db"
     higher_is_better = True
+    model_data: Mapping[str, Any] | None = None
+    """What the model that it starts from keeps of its data, for modalities that the store lacks."""
 
     def __init__(self, config: Config, store: VolumeStore, name: str) -> None:
         self.name = name
@@ -95,7 +98,8 @@ class PairStage:
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """What translates."""
-        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        names = self.config.modalities
+        meta = {"modalities": list(names), "data": data_record(self._store, names, self.model_data)}
         return Export(self.name, self.config, self.exported(weights), meta)
 
     def exported(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ class RegressionStage:
     name = "unet"
     score = "psnr_db"
     higher_is_better = True
+    model_data: Mapping[str, Any] | None = None
+    """What the model that it starts from keeps of its data, for modalities that the store lacks."""
 
     def __init__(self, config: Config, store: VolumeStore) -> None:
         self.config = with_data(config, store.modalities, asdict(store.preprocess))
@@ -70,5 +73,6 @@ class RegressionStage:
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """The U-Net."""
-        meta = {"modalities": list(self.config.modalities), "data": data_record(self._store, self.config.modalities)}
+        names = self.config.modalities
+        meta = {"modalities": list(names), "data": data_record(self._store, names, self.model_data)}
         return Export("unet", self.config, weights["unet"], meta)

@@ -144,7 +144,7 @@ def _engine(name: str, batch: int) -> "Engine":
 def _stage(inputs: dict[str, str]) -> tuple["Stage", "TrainingConfig"]:
     """Return stage 3 with nothing but training in it: one validation sample at the end."""
     from aldm.presets import small
-    from pipelines.train import build_stage
+    from pipelines.build_stage import build_stage
 
     often: Any = {"log_every": 10**6, "validate_every": 10**6, "checkpoint_every": 10**6, "num_validation_samples": 1}
     config = replace(small(), precision="fp32")
