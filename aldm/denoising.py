@@ -154,8 +154,8 @@ def target_like_of_sources(
 ) -> Tensor:
     """Return what the given sources say of every modality, (1, M C, x, y, z), before the U-Net has seen it.
 
-    A modality that is given is itself. Any other is the mean of what MS-SPADE makes of each source, weighted by the
-    inverse of the squared error that the pair's intensity map leaves. The sources are added in the order of their
+    A modality that is given is itself. Any other is the mean of what MS-SPADE makes of each source, weighted by how
+    well the pair's intensity map does. The sources are added in the order of their
     modalities, so that the order in which they were named cannot matter; a single one has the weight 1.
 
     Args:

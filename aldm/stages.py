@@ -61,6 +61,9 @@ from aldm.stage_data import (
 
 LEAST_SQUARED_ERROR = 1e-4
 """Added to what an intensity map leaves, intensities in [-1, 1], so that no source is believed alone."""
+PRECISION_POWER = 4
+"""Of the weights of several sources: their errors go together, so a mean by inverse squared errors takes too much of
+the worse ones."""
 RESIDUAL_SAMPLES = 16
 """Pairs over which the distance that stage 2 leaves is measured."""
 TARGET_LIKE_CACHE_BYTES = 2 * 2**30
