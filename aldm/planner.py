@@ -153,10 +153,12 @@ class StandInModel:
     def to(self, device: torch.device) -> None:
         """Stay where it is."""
 
-    def predict(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return what it makes of each sample, with one evaluation of the denoiser."""
+    @torch.no_grad()
+    def predict(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Return what it makes of each sample, with one evaluation of the denoiser, and a copy of the volumes."""
         volumes = batch["volumes"][:, :1]
-        return torch.cat([_evaluate_once(self.predictor, x[None], lambda part: None) for x in volumes])
+        made = [_evaluate_once(self.predictor, x[None], lambda part: None) for x in volumes]
+        return torch.cat(made), batch["volumes"].clone()
 
 
 def _plan_training(config: Config, name: str, ids: dict[str, Tensor]) -> MemoryPlan:

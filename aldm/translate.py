@@ -88,7 +88,8 @@ class Translator:
                 aldm latents.mean and latents.std, where it was measured data.likeness (`Statistics.to_dict`), and where
                 the model knows its errors uncertainty (`Calibration.to_dict`).
             device: where to compute.
-            sampling, precision: instead of the folder's own.
+            sampling, precision: instead of the folder's own; with another sampling its intervals do not hold, and there
+                are none.
             max_memory_gb: the most memory that this process may hold, GB (10^9 bytes), on a CPU: codecs then run slab
                 by slab, with the same result.
             scratch_dir: folder on a disk for what does not fit; None takes the system's for temporary files.

@@ -37,7 +37,7 @@ class TrainedModel:
     statistics: Statistics | None
     """What tells how unlike the training volumes another one is; None in models of before that was kept."""
     calibration: Calibration | None
-    """Of the intervals around its translations; None where its errors were not learnt."""
+    """Of the intervals around its translations; None where its errors were not learnt, or those of other sampling."""
 
 
 def load_model(
@@ -73,7 +73,7 @@ def load_model(
         backgrounds,
         checkpoint.hash,
         _statistics(checkpoint),
-        _calibration(checkpoint),
+        _calibration(checkpoint, config),
     )
     del checkpoint  # its copy of the weights
     if max_memory_gb is not None:
@@ -92,13 +92,15 @@ def _statistics(checkpoint: Checkpoint) -> Statistics | None:
     return Statistics.from_dict(checkpoint.meta["data"]["likeness"], checkpoint.path / CONFIG)
 
 
-def _calibration(checkpoint: Checkpoint) -> Calibration | None:
-    """Return how the model's intervals are scaled, where the folder says so."""
+def _calibration(checkpoint: Checkpoint, used: Config) -> Calibration | None:
+    """Return how the model's intervals are scaled, where the folder says so and it is sampled as the folder says."""
     if UNCERTAINTY not in checkpoint.meta:
         return None
     checkpoint.check_meta({UNCERTAINTY: dict})
     modalities, file = checkpoint.config.modalities, checkpoint.path / CONFIG
-    return Calibration.from_dict(checkpoint.meta[UNCERTAINTY], modalities, file)
+    calibration = Calibration.from_dict(checkpoint.meta[UNCERTAINTY], modalities, file)
+    has_sampler = checkpoint.kind == "aldm"
+    return None if has_sampler and used.sampling != checkpoint.config.sampling else calibration
 
 
 def _percentiles(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:

@@ -62,18 +62,26 @@ class FrozenModel:
         """Whether the model was trained to translate one modality into another."""
         return self._translator.translates(source, target)
 
-    def predict(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return what the model makes of the given volumes, (B, 1, X, Y, Z), sampled as it is by default."""
-        names = self.config.modalities
+    @torch.no_grad()
+    def predict(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Return what the model makes of the given volumes, sampled as it is by default, and what it keeps of these.
+
+        Returns:
+            prediction: (B, 1, X, Y, Z).
+            kept: (B, M, X, Y, Z), the given volumes through the model's codec, as `Predictor.error_size` shows them.
+        """
+        names, kept = self.config.modalities, torch.zeros_like(batch["volumes"])
         requests = []
-        for volumes, given, target, generator in zip(
-            batch["volumes"], batch["given"], batch["target"].tolist(), generators, strict=True
+        for i, (given, target, generator) in enumerate(
+            zip(batch["given"], batch["target"].tolist(), generators, strict=True)
         ):
-            sources = given.nonzero()[:, 0].tolist()
-            codes = {names[m]: self._translator.encode(volumes[m].cpu().numpy()) for m in sources}
+            codes = {}
+            for m in given.nonzero()[:, 0].tolist():
+                codes[names[m]] = self._translator.encode(batch["volumes"][i, m].cpu().numpy())
+                kept[i, m] = self._translator.predictor.decode(codes[names[m]])[0, 0]
             requests.append(Request(codes, names[target], int(torch.randint(2**31, (), generator=generator))))
         results = self._translator.translate_batch(requests)
-        return torch.stack([torch.from_numpy(result.mean) for result in results])[:, None].to(batch["volumes"].device)
+        return torch.stack([torch.from_numpy(result.mean) for result in results])[:, None].to(kept.device), kept
 
 
 def negative_log_likelihood(error: Tensor, log_size: Tensor) -> Tensor:
@@ -143,10 +151,9 @@ class UncertaintyStage:
         self, model: nn.Module, batch: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         """Return the error of the frozen model and the logarithm of its size as the network says it."""
-        with torch.no_grad():
-            prediction = self._model.predict(batch, generators)
+        prediction, kept = self._model.predict(batch, generators)
         truth = of_target(batch["volumes"], batch["target"], 1)
-        log_size = model(prediction, batch["volumes"], batch["given"], batch["target"])
+        log_size = model(prediction, kept, batch["given"], batch["target"])
         return prediction - truth, log_size
 
     def validate(self, modules: Mapping[str, nn.Module], batch: Batch, info: StepInfo) -> Values:

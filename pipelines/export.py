@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.register is not None:
         _check_registry(args)
     if args.model is not None:
-        model = with_uncertainty(args.model, args.uncertainty, args.store, select_device(args))
+        changes = args.set, args.precision
+        model = with_uncertainty(args.model, args.uncertainty, args.store, select_device(args), changes)
     elif args.baseline is not None:
         model = baseline_model(args.baseline)
     else:
         model = aldm_model(args.codec, args.ms_spade, args.diffusion)
-    model = replace(model, config=used_config(model, args.set, args.precision))
+    model = replace(model, config=used_config(model.kind, model.config, args.set, args.precision))
     if args.half:
         model = replace(model, weights=halved(model.weights))
     number = sum(tensor.numel() for tensor in model.weights.values())
@@ -160,7 +161,9 @@ def baseline_model(run: Path) -> Model:
     )
 
 
-def with_uncertainty(model: Path, run: Path, store: Path, device: "torch.device") -> Model:
+def with_uncertainty(
+    model: Path, run: Path, store: Path, device: "torch.device", changes: tuple[Sequence[str], str | None] = ((), None)
+) -> Model:
     """Add to a model the network that knows its errors, calibrated on the validation subjects of a store.
 
     Args:
@@ -168,9 +171,10 @@ def with_uncertainty(model: Path, run: Path, store: Path, device: "torch.device"
         run: run folder of `aldm train uncertainty` on that model.
         store: prepared volumes.
         device: where to compute.
+        changes: what `used_config` takes: the interval is that of the model as it is to be used by default.
 
     Raises:
-        UserError: a run on another model, or what `calibrate` refuses.
+        UserError: a run on another model, or what `used_config` and `calibrate` refuse.
     """
     from aldm.checkpoint import load_checkpoint, load_weights
     from aldm.data.store import VolumeStore
@@ -188,14 +192,16 @@ def with_uncertainty(model: Path, run: Path, store: Path, device: "torch.device"
             f"{run} learnt the errors of model {learnt.meta['model_hash'][:12]}, {model} is {before.hash[:12]}: give "
             "the model that it was trained on, or train uncertainty again"
         )
-    config = replace(before.config, error_unet=learnt.config.error_unet)
+    config = replace(used_config(before.kind, before.config, *changes), error_unet=learnt.config.error_unet)
     error_unet = build_error_unet(config)
     load_weights(error_unet, learnt.weights, learnt.path)
-    calibration = calibrate(Translator.load(model, device), error_unet, VolumeStore.open(store))
+    translator = Translator.load(model, device, sampling=config.sampling, precision=config.precision)
+    calibration = calibrate(translator, error_unet, VolumeStore.open(store))
+    weights = {name: tensor for name, tensor in before.weights.items() if not name.startswith("error_unet.")}
     return Model(
         kind=before.kind,
         config=config,
-        weights=before.weights | {f"error_unet.{name}": tensor for name, tensor in learnt.weights.items()},
+        weights=weights | {f"error_unet.{name}": tensor for name, tensor in learnt.weights.items()},
         meta={
             **before.meta,
             UNCERTAINTY: calibration.to_dict(),
@@ -219,8 +225,8 @@ def halved(weights: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return smaller
 
 
-def used_config(model: Model, assignments: Sequence[str], precision: str | None) -> Config:
-    """Return the model's configuration with the way that it is used by default changed: sampling and precision.
+def used_config(kind: str, config: Config, assignments: Sequence[str], precision: str | None) -> Config:
+    """Return a model's configuration with the way that it is used by default changed: sampling and precision.
 
     Raises:
         UserError: something else is to be changed, or the sampler does not go with the model.
@@ -230,8 +236,8 @@ def used_config(model: Model, assignments: Sequence[str], precision: str | None)
     foreign = [assignment for assignment in assignments if not assignment.startswith("sampling.")]
     if foreign:
         raise UserError(f"--set {foreign[0]}: a trained model is exported as it is; only sampling.* can be set here")
-    config = override(model.config, assignments)
-    if model.kind == "aldm":
+    config = override(config, assignments)
+    if kind == "aldm":
         sampling = config.sampling
         check_sampling(
             config.diffusion, sampling.sampler, sampling.num_inference_steps, sampling.num_samples, sampling.eta

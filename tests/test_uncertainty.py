@@ -13,6 +13,7 @@ from jobs import refused, run
 from untrained import save_untrained
 
 from aldm.calibration import LESION_LEVEL, LEVEL, STANDARD_DEVIATIONS, RatioCounts
+from aldm.checkpoint import load_checkpoint, save_checkpoint
 from aldm.config import DiffusionConfig
 from aldm.data.store import VolumeStore
 from aldm.data.volume import Volume
@@ -34,6 +35,7 @@ from aldm.uncertainty import (
     translations_of,
     voxel_weights,
 )
+from pipelines.translate_files import map_in_words
 
 BRATS = ("t1", "t1ce", "t2", "flair")
 ANY = replace(
@@ -200,6 +202,14 @@ def test_the_map_is_in_the_results_units_and_says_its_level(calibrated: Path, br
     assert unit.spread is None
 
 
+def test_the_header_of_a_map_still_says_which_model_made_it() -> None:
+    made = {"source": "t1+t1ce+t2+flair", "target": "pd", "model_kind": "aldm", "model_hash": "0123456789"}
+    made |= {"uncertainty_level": LEVEL, "sampler": "one-step", "num_inference_steps": 1, "seed": 0}
+    words = map_in_words("uncertainty", made)[:79]  # all that a NIfTI header holds
+    assert words.startswith("uncertainty (90% within +-): synthetic pd from t1+t1ce+t2+flair")
+    assert words.endswith("01234567")
+
+
 def test_a_model_sampled_otherwise_has_no_interval(brats_store: VolumeStore, tmp_path: Path) -> None:
     translator = Translator.load(save_untrained(tmp_path / "model", modalities=BRATS))
     error_unet = network()
@@ -219,13 +229,57 @@ def test_the_frozen_model_is_asked_as_a_user_asks_it(model: Path, brats_store: V
     sample = stage.samples("train").sample(0, torch.Generator().manual_seed(5))
     batch = {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
     batch["target"] = torch.tensor([sample["target"]])
-    made = FrozenModel(translator).predict(batch, [torch.Generator()])
+    made, _ = FrozenModel(translator).predict(batch, [torch.Generator()])
     sources = [BRATS[m] for m in sample["given"].nonzero()[:, 0].tolist()]
     volumes = {name: Volume(brats_store.volume(sample["subject_id"], name), np.eye(4)) for name in sources}
     codes = {name: translator.encode(volume.data) for name, volume in volumes.items()}
     (wanted,) = translator.translate_batch([Request(codes, BRATS[sample["target"]], 0)])
     np.testing.assert_array_equal(made[0, 0], wanted.mean)
     assert choose_sampling(translator.config, "aldm") == translator.sampling()
+
+
+def test_the_network_is_shown_in_training_what_it_is_shown_in_use(model: Path, brats_store: VolumeStore) -> None:
+    translator = Translator.load(model)  # whose codec is lossy
+    stage = UncertaintyStage(tiny(), brats_store, FrozenModel(translator))
+    translator.predictor.error_unet = network()
+    sample = stage.samples("train").sample(0, torch.Generator().manual_seed(5))
+    batch = {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
+    batch["target"] = torch.tensor([sample["target"]])
+    with torch.no_grad():
+        error, log_size = stage._error_and_size(translator.predictor.error_unet, batch, [torch.Generator()])
+    codes = {m: translator.encode(sample["volumes"][m].numpy()) for m in sample["given"].nonzero()[:, 0].tolist()}
+    prediction = error + sample["volumes"][sample["target"]]
+    said = translator.predictor.error_size(prediction, [codes], [sample["target"]])
+    torch.testing.assert_close(log_size.exp(), said, rtol=1e-3, atol=1e-5)
+
+
+def learnt(folder: Path, model: Path, channels: tuple[int, ...]) -> Path:
+    """Write what a training of no step leaves: a network of other widths, and whose errors it knows."""
+    checkpoint = load_checkpoint(model, "aldm")
+    config = replace(checkpoint.config, error_unet=replace(checkpoint.config.error_unet, channels=channels))
+    meta = {"training": {"stage": "uncertainty", "step": 0, "validation": {}}, "model_hash": checkpoint.hash}
+    weights = build_error_unet(config).state_dict()
+    save_checkpoint(folder, kind="uncertainty", config=config, weights=weights, meta=meta)
+    return folder
+
+
+def test_the_interval_is_that_of_the_sampling_that_is_exported_and_of_no_other(
+    brats_store: VolumeStore, tmp_path: Path
+) -> None:
+    before = save_untrained(tmp_path / "first", modalities=BRATS)
+    for steps, channels in ((2, (8, 8, 8)), (1, (8, 8))):  # the second network takes the place of the first
+        checkpoint = learnt(tmp_path / f"learnt-{steps}", before, channels)
+        words = ("--model", before, "--uncertainty", checkpoint, "--store", brats_store.path)
+        before = tmp_path / f"model-{steps}"
+        assert run("export", *words, "--set", f"sampling.num_inference_steps={steps}", "--out", before) == 0
+    own = Translator.load(before)
+    assert own.has_uncertainty(own.sampling())
+    assert own.sampling().num_inference_steps == 1
+    error_unet, calibration = own.predictor.error_unet, own.calibration
+    assert isinstance(error_unet, ErrorUNet)
+    assert calibration == calibrate(own, error_unet, brats_store)
+    other = Translator.load(before, sampling=replace(own.sampling(), num_inference_steps=3))
+    assert not other.has_uncertainty(other.sampling())
 
 
 def test_a_run_on_another_model_is_refused(
