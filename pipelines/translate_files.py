@@ -350,7 +350,7 @@ class Writer:
         for kind, path in output.maps.items():
             data = getattr(result, kind)
             assert data is not None, "the model gives what was asked for"
-            self._write_nifti(path, data, result.volume, source, f"{map_in_words(kind, made)} of {describe(made)}")
+            self._write_nifti(path, data, result.volume, source, map_in_words(kind, made))
             record[kind] = path.name
         self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
 
@@ -433,10 +433,14 @@ def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
 
 
 def map_in_words(kind: str, made: Mapping[str, Any]) -> str:
-    """Return what a map of MAPS is, for people; `made` is the provenance of the translation that it lies beside."""
-    if kind == "spread":
-        return "sample spread (standard deviation)"
-    return f"uncertainty ({made['uncertainty_level']:.0%} of voxels are within +-)"
+    """Return what a map of MAPS is and what it lies beside, whose provenance is `made`.
+
+    It is short, so that the model's hash is still among the 79 characters of a NIfTI header's `descrip`.
+    """
+    what = "standard deviation of samples"
+    if kind == "uncertainty":
+        what = f"uncertainty ({made['uncertainty_level']:.0%} within +-)"
+    return f"{what}: {describe(made)}"
 
 
 def likeness_of(made: Mapping[str, Any]) -> Likeness | None:
@@ -445,7 +449,7 @@ def likeness_of(made: Mapping[str, Any]) -> Likeness | None:
     return Likeness(**found) if isinstance(found, dict) else None
 
 
-def describe(made: dict[str, Any]) -> str:
+def describe(made: Mapping[str, Any]) -> str:
     """Return the provenance in the 79 characters of a NIfTI header's `descrip`."""
     how = f" {made['sampler']} {made['num_inference_steps']} seed {made['seed']}" if "sampler" in made else ""
     return f"synthetic {made['target']} from {made['source']}, {made['model_kind']} {made['model_hash'][:8]}{how}"

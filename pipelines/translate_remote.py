@@ -118,7 +118,17 @@ class RemoteService:
         check_several(sources, target, kind=model["kind"], modalities=self.modalities, takes_several=several)
 
     def load(self) -> None:
-        """The service has loaded its model already."""
+        """Refuse maps that the service's model is known not to give; it has loaded the model already.
+
+        Raises:
+            UserError: --uncertainty or --spread of a model without.
+        """
+        args, model = self._args, self._model
+        samples = args.num_samples or model["default"]["num_samples"]
+        if args.spread is not None and samples < 2:
+            raise UserError(NO_SPREAD)
+        if args.uncertainty is not None and model.get("uncertainty_level") is None:  # a service of before has none
+            raise UserError(NO_UNCERTAINTY)
 
     def count_boxes(self, volume: "Volume") -> None:
         """The service says so when the translation is done."""

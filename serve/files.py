@@ -153,7 +153,7 @@ def write_results(
         data = getattr(translation, kind)
         if data is not None:
             data = to_source_orientation(data, grid)
-            about = f"{map_in_words(kind, made)} of {words}"
+            about = map_in_words(kind, made)
             save_nifti(map_file(folder, kind, target), data, grid, description=about, overwrite=True)
     _write_preview(preview_file(folder, target), translation, volume, sources)
     with atomic_path(provenance_file(folder, target), overwrite=True) as temporary:

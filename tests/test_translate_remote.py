@@ -120,6 +120,8 @@ def test_ctrl_c_cancels_at_the_service(service: RunningService, scan: Path, tmp_
         (["--server", "SERVER", "--target", "flair"], "flair"),
         (["--server", "SERVER", "--num-samples", "99"], "the limit is 16"),
         (["--server", "SERVER", "--spread", "std.nii"], "--spread is the standard deviation of several samples"),
+        (["--server", "SERVER", "--spread", "std.nii", "--dry-run"], "--spread is the standard deviation of several"),
+        (["--server", "SERVER", "--uncertainty", "u.nii", "--dry-run"], "--uncertainty needs a model that knows"),
         (["--server", "SERVER", "--token-file", "missing"], "--token-file missing cannot be read"),
         (["--token-file", "missing"], "--token-file is for --server"),
     ],

@@ -264,6 +264,7 @@ async function forget() {
   const old = job;
   job = null;
   $("downloads").hidden = true;
+  for (const id of ["shown", "shown-source"]) $(id).disabled = true; // there is nothing to fetch any more
   if (old) await remove(old.links.self).catch(() => {});
 }
 
@@ -282,6 +283,7 @@ async function showJob() {
   shown.replaceChildren(...job.targets.map((name) => new Option(name, name)));
   $("shown-area").hidden = job.targets.length < 2;
   $("downloads").hidden = false;
+  for (const id of ["shown", "shown-source"]) $(id).disabled = false;
   const links = Object.values(job.links.results)[0];
   for (const kind of ["uncertainty", "spread"]) document.querySelector(`[data-file="${kind}"]`).hidden = !links[kind];
   if (!canDraw) return showPreview();
@@ -347,8 +349,8 @@ function showMap() {
   const range = viewer.mapRange();
   $("map-scale").hidden = !$("map").checked || !range;
   if (!range) return;
-  $("map-low").textContent = `≤ ${range[0].toPrecision(2)}`;
-  $("map-high").textContent = `≥ ${range[1].toPrecision(2)}`;
+  $("map-low").textContent = `≤ ${Number(range[0].toPrecision(2))}`; // not 1.2e+2
+  $("map-high").textContent = `≥ ${Number(range[1].toPrecision(2))}`;
 }
 
 function setMode(mode) {

@@ -145,7 +145,7 @@ export class Viewer {
       });
     let words = values.length > 1 ? `source ${values[0]}, result ${values[1]}` : `source ${values[0]}`;
     const map = this.result?.volumes[1];
-    if (map) words += this.words(Number(map.getValue(...this.result.frac2vox(at))).toPrecision(3));
+    if (map) words += this.words(Number(Number(map.getValue(...this.result.frac2vox(at))).toPrecision(3)));
     return `x ${mm[0]}, y ${mm[1]}, z ${mm[2]} mm: ${words}`;
   }
 }
