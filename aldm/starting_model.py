@@ -32,7 +32,7 @@ PARTS = {"vqgan": "codec", "ms-spade": "ms_spade", "diffusion": "unet", "unet": 
 """Training -> what the weights of its network are called in a translator folder; a comparison method's: network."""
 SHORTER, SLOWER = 5, 2
 """Fine-tuning takes the model's own steps or epochs by this, and its learning rate by this: see docs/fine_tuning.md."""
-VALIDATIONS = 6
+VALIDATIONS = 12
 """Of a fine-tuning whose length is known in steps."""
 _LATENTS = {"latents.codec_hash": str, "latents.mean": list, "latents.std": list}
 
