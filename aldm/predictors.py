@@ -3,6 +3,7 @@
 Tensors are B C X Y Z of RAS+ volumes, intensities in [-1, 1]. Modalities are integer ids in the model's own order.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -145,8 +146,14 @@ class Predictor(nn.Module):
         return log_size.exp()
 
     def needed_bytes(self) -> int:
-        """Return the least memory that a translation needs beyond the weights, bytes."""
-        return max(self.prediction_bytes(), 0 if self.error_unet is None else peak_bytes(self._one_error_size))
+        """Return the least memory that a translation needs beyond the weights, bytes.
+
+        Where errors are known, the prediction and the sources, decoded again one after another, are held meanwhile.
+        """
+        if self.error_unet is None:
+            return self.prediction_bytes()
+        held = 4 * (2 + len(self.config.modalities)) * math.prod(self.config.preprocess.spatial_shape)
+        return max(self.prediction_bytes() + held, peak_bytes(self._one_error_size))
 
     def prediction_bytes(self) -> int:
         """Return what `predict` alone needs, bytes."""

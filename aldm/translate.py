@@ -389,7 +389,7 @@ class Translator:
             check_room(found, config, predictor.limit)
         boxes, record = prepare_volumes(found, config, stride=self.box_step, max_boxes=max_boxes)
         if predictor.limit is not None and len(record.boxes) > 1:
-            check_room_to_blend(record, config.spatial_shape, predictor.needed_bytes(), predictor.limit)
+            check_room_to_blend(record, config.spatial_shape, len(names), predictor.needed_bytes(), predictor.limit)
         codes = tuple(
             {name: self.encode(x) for name, x in zip(names, parts, strict=True)} for parts in zip(*boxes, strict=True)
         )

@@ -29,8 +29,14 @@ SEVERAL = "+"
 """Between the names of several sources, where they stand in one word."""
 BLENDING_BYTES = 20
 """Memory of making one of several boxes' results, per voxel of the region that they cover together."""
-BOX_BYTES = 16
-"""Memory of what is kept of a box until all are made, per voxel: code, mean, standard deviation, a copy on the way."""
+MAP_BLENDING_BYTES = 8
+"""The same of a map beside the result."""
+BOX_BYTES = 8
+"""Memory of what is kept of a box until all are made, per voxel: the mean, and a copy on the way."""
+NUM_MAPS = 2
+"""What may lie beside the mean: spread and uncertainty."""
+PART_BYTES = 4
+"""The same of the code of a source, and of a map beside the mean."""
 PREPARATION_BYTES = 24
 """Memory of putting a volume on the model's grid and back, per voxel of the larger grid (measured: 13 to 22)."""
 
@@ -169,17 +175,21 @@ def check_room(volumes: Sequence[Volume], config: PreprocessConfig, limit: Memor
         )
 
 
-def check_room_to_blend(record: PreprocessRecord, shape: Shape, needed_bytes: int, limit: MemoryLimit) -> None:
+def check_room_to_blend(
+    record: PreprocessRecord, shape: Shape, num_sources: int, needed_bytes: int, limit: MemoryLimit
+) -> None:
     """Refuse a volume in several boxes whose results, held together, would break the limit.
 
     Args:
         record: how they lie.
         shape: voxels of one.
+        num_sources: volumes that are translated together.
         needed_bytes: what translating one of them takes.
         limit: the limit.
     """
     region = math.prod(region_of(record.boxes, shape)[1])
-    needed = BLENDING_BYTES * region + BOX_BYTES * len(record.boxes) * math.prod(shape) + needed_bytes
+    a_box = (BOX_BYTES + PART_BYTES * (num_sources + NUM_MAPS)) * math.prod(shape)
+    needed = (BLENDING_BYTES + MAP_BLENDING_BYTES) * region + a_box * len(record.boxes) + needed_bytes
     left = limit.left()
     if needed > left:
         raise UserError(
