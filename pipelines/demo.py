@@ -1,25 +1,13 @@
 """aldm demo: every job of the method once, on simulated data, with a report."""
 
-import importlib
-import json
-import logging
-import os
-import shlex
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aldm.cli import JOBS
 from aldm.config import Config, training_name, training_of
-from aldm.errors import UserError
-from aldm.files import atomic_path, check_folder
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.tracking_server import STORE_FILE, default_server
-
-logger = logging.getLogger(__name__)
+from pipelines.chain import Chain, Step
 
 REPORT, RECORD, SPLITS = "report.html", "demo.json", "splits.csv"
 LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
@@ -39,30 +27,6 @@ aldm command that is printed first and can be run by hand. Run again after an in
 stopped."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo.
-
-    Attributes:
-        title: what it does.
-        command: the words after `aldm`.
-        output: the file or folder it makes.
-        budget_minutes: what it takes on two CPU cores, about.
-        again: the flag that goes on with, or replaces, an output that an interrupted demo left.
-    """
-
-    title: str
-    command: list[str]
-    output: Path
-    budget_minutes: float
-    again: str | None = "--overwrite"
-
-    @property
-    def line(self) -> str:
-        """The command as a user would type it."""
-        return "aldm " + shlex.join(self.command)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm demo ARGUMENTS`."""
     parser = _parser()
@@ -80,24 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     out: Path = args.out
     steps = plan(out, settings, config, args.device)
+    chain = Chain(out, RECORD, "demo", settings)
     if args.dry_run:
-        _earlier_record(out, settings, args.overwrite)
+        chain.earlier_record(args.overwrite)
         print("\n".join(f"{step.budget_minutes:4.1f} min  {step.title}\n          $ {step.line}" for step in steps))
         print(
             f"memory: {_expected_gib(config):.2f} GiB for the largest training, beyond Python and torch (about 0.4 GB)"
         )
         return 0
-    record = _open(out, settings, args.overwrite)
+    record = chain.open(args.overwrite, ("runs", "translated"))
+    if not (out / SPLITS).is_file():
+        _write_splits(out / SPLITS, args.num_subjects)
     print(f"{len(steps)} steps, about {sum(step.budget_minutes for step in steps):.0f} minutes on two CPU cores")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / STORE_FILE}"
-    with default_server(uri):
-        for number, step in enumerate(steps, start=1):
-            left = sum(each.budget_minutes for each in steps[number - 1 :])
-            _run(step, f"[{number}/{len(steps)}, about {left:.0f} min to go]", out, record)
+    chain.run(steps, record)
     from pipelines.demo_report import write_demo_report
 
     verdict = write_demo_report(out, record["steps"], source=SOURCE, target=TARGET)
-    print(f"compare the trainings: mlflow ui --backend-store-uri {uri}")
+    print(f"compare the trainings: mlflow ui --backend-store-uri {chain.tracking_uri}")
     print(f"report: {out / REPORT}")
     print(verdict)
     return 0
@@ -193,40 +156,6 @@ def _expected_gib(config: Config) -> float:
     return max(each.peak_bytes for each in plans) / GIB
 
 
-def _earlier_record(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Return the record of the demo that is to go on in the folder; None where one starts anew.
-
-    Raises:
-        UserError: a demo made with other settings is there, or the folder cannot be made.
-    """
-    file = out / RECORD
-    if file.is_file() and not overwrite:
-        record: dict[str, Any] = json.loads(file.read_text())
-        if record["settings"] != settings:
-            raise UserError(
-                f"{out} holds a demo made with {record['settings']}, wanted {settings}: give another --out, or "
-                "--overwrite to start anew"
-            )
-        return record
-    check_folder(out, overwrite, marker=RECORD)
-    return None
-
-
-def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Make the folder, or go on with the demo that is in it; return its record."""
-    record = _earlier_record(out, settings, overwrite)
-    if record is not None:
-        return record
-    if out.exists():
-        shutil.rmtree(out)
-    for folder in (out, out / "runs", out / "translated"):
-        folder.mkdir()
-    _write_splits(out / SPLITS, settings["num_subjects"])
-    record = {"settings": settings, "steps": []}
-    _write_record(out, record)
-    return record
-
-
 def _write_splits(path: Path, num_subjects: int) -> None:
     """The last subjects are the test split, those before them the validation split."""
     from aldm.data.phantom import subject_name
@@ -237,40 +166,6 @@ def _write_splits(path: Path, num_subjects: int) -> None:
         split = "test" if index >= first_test else "validation" if index >= first_test - NUM_VALIDATION else "train"
         lines.append(f"{subject_name(LAYOUT, index)},{split}")
     path.write_text("\n".join(lines) + "\n")
-
-
-def _run(step: Step, counter: str, out: Path, record: dict[str, Any]) -> None:
-    """Run one command, unless an earlier start of the demo finished it, and note its time and memory."""
-    from aldm.memory import PeakMemory
-
-    if any(done["command"] == step.line for done in record["steps"]):
-        print(f"{counter} {step.title}: done before")
-        return
-    print(f"{counter} {step.title} ({step.budget_minutes:.1f} min)\n  $ {step.line}", flush=True)
-    job, *arguments = step.command
-    if step.again is not None and step.output.exists():
-        arguments.append(step.again)
-    begin = time.monotonic()
-    with PeakMemory() as memory:
-        if importlib.import_module(JOBS[job][0]).main(arguments):
-            raise UserError(f"the step failed: {step.line}")
-    seconds = time.monotonic() - begin
-    print(f"  {seconds:.0f} s", flush=True)
-    record["steps"].append(
-        {
-            "title": step.title,
-            "command": step.line,
-            "budget_s": step.budget_minutes * 60,
-            "seconds": round(seconds, 1),
-            "peak_gb": round(memory.peak_bytes / 1e9, 2),
-        }
-    )
-    _write_record(out, record)
-
-
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    with atomic_path(out / RECORD, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _parser() -> JobParser:

@@ -56,7 +56,7 @@ def layers_text(config: Config) -> str:
         shape = " x ".join(map(str, layer.shape))
         row = (layer.part, layer.name, layer.kind, shape, f"{layer.parameters:,}", f"{layer.flops / 1e9:,.1f}")
         rows.append(row)
-    return _table(rows, right=(4, 5))
+    return table(rows, right=(4, 5))
 
 
 def parameters_text(config: Config) -> str:
@@ -78,7 +78,7 @@ def parameters_text(config: Config) -> str:
         ("codebook", _millions(counts.codebook), ""),
         ("U-Net", _millions(counts.unet), "658 (Table C)" if config.unet == paper.unet else ""),
     ]
-    text = _table(rows, right=(1,))
+    text = table(rows, right=(1,))
     if own and config.unet == paper.unet:
         size = 4 * counts.unet / 1e6
         text += (
@@ -105,7 +105,7 @@ def needs_text(config: Config, args: argparse.Namespace, device: str) -> str:
         except UserError:  # such as the vqgan stage of a codec that has nothing to train
             continue
         rows.append(_row(f"train {name}", plain, plan(replace(changed, activation_checkpointing=True), name), speed))
-    lines.append(_table(rows, right=(2, 3, 4, 5, 6)))
+    lines.append(table(rows, right=(2, 3, 4, 5, 6)))
     lines.append(
         f"Peak memory beyond Python and torch (about 0.4 GB), {config.precision}; 'recomputing' is with "
         "--activation-checkpointing.\nTFLOP and seconds are those of one volume or one step, at "
@@ -130,7 +130,7 @@ def _flops_text(inference: "MemoryPlan", steps: int, samples: int) -> str:
     rows = [("operations of one volume", "TFLOP"), *((name, f"{value / 1e12:.3g}") for name, value in parts.items())]
     rows[3] = ("unet, one evaluation", rows[3][1])
     what = f"all, {counted(steps, 'evaluation')}" + (f" in each of {samples} samples" if samples > 1 else "")
-    return _table([*rows, (what, f"{inference.flops / 1e12:.3g}")], right=(1,))
+    return table([*rows, (what, f"{inference.flops / 1e12:.3g}")], right=(1,))
 
 
 def _row(name: str, plain: "MemoryPlan", recomputing: "MemoryPlan | None", speed: float) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f}"
 
 
-def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     """Return rows as aligned columns, the first row underlined."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 

@@ -10,7 +10,7 @@ import pytest
 from aldm.config import training_of
 from aldm.errors import UserError
 from aldm.presets import small
-from pipelines import demo
+from pipelines import chain, demo
 from pipelines.demo import main
 from pipelines.demo_report import cost_verdict, scores_verdict
 from pipelines.train import parse
@@ -20,17 +20,17 @@ from pipelines.train import parse
 def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     arguments = ["--out", str(out), "--preset", "tiny", "--num-subjects", "11"]
-    run = demo._run
+    run = chain.run_step
 
-    def stop_before_export(step, counter, *rest):
+    def stop_before_export(step):
         if step.command[0] == "export":
             raise KeyboardInterrupt
-        run(step, counter, *rest)
+        return run(step)
 
-    monkeypatch.setattr(demo, "_run", stop_before_export)
+    monkeypatch.setattr(chain, "run_step", stop_before_export)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(chain, "run_step", run)
     assert not (out / "report.html").exists()
     before = json.loads((out / "demo.json").read_text())["steps"]
 
@@ -122,7 +122,7 @@ def test_the_trainings_count_steps_and_no_minutes(tmp_path):
 def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):
     out = tmp_path / "demo"
     settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 11, "seed": 0}
-    demo._open(out, settings, overwrite=False)
+    chain.Chain(out, demo.RECORD, "demo", settings).open(overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
         main(["--out", str(out), "--preset", "tiny", "--num-subjects", "12"])
 
