@@ -123,9 +123,9 @@ def splits_text(data: Data, splits: dict[str, str]) -> str:
         extra = sizes["validation"] - len(data.incomplete)
         parts = [f"{extra} beyond the paper's {PAPER_SUBJECTS}"] if extra else []
         parts += [f"{len(data.incomplete)} that lack a modality"] if data.incomplete else []
-        chosen = f"validation: {' and '.join(parts)}"
+        chosen = f"Validation: {' and '.join(parts)}"
     else:
-        chosen = "nobody is left for validation, so the last checkpoint of each training counts"
+        chosen = "Nobody is left for validation, so the last checkpoint of each training counts"
     return f"{ours}: {verdict}. Which subjects, the paper does not say: by the SHA-256 of their names. {chosen}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aldm import __version__
-from aldm.config import Config
+from aldm.config import Config, TrainingConfig
 from aldm.presets import ixi
 from aldm.report import Code, Figures, Section, Table, Text, write_report
 from aldm.run_folder import git_state
@@ -137,15 +137,18 @@ def caveats(config: Config, splits: str) -> str:
 
 def differences(config: Config) -> list[tuple[str, str, str]]:
     """Return what differs from the paper: part, paper, here. What the paper does not say is said so."""
+
+    def other(same: bool, text: str) -> str:
+        return text if same else f"NOT the paper's: {text}"
+
     preset, paper = config.preprocess, ixi()
     widths = (config.codec, config.ms_spade, config.unet) == (paper.codec, paper.ms_spade, paper.unet)
-    x, y, z = preset.spatial_shape
+    standard = paper.preprocess
+    same_grid = (preset.spatial_shape, preset.spacing_mm) == (standard.spatial_shape, standard.spacing_mm)
+    grid = f"{_sides(preset.spatial_shape)} of {_sides(preset.spacing_mm)} mm"
     crop = "whole volumes" if config.train_vqgan.crop is None else f"crops of {_sides(config.train_vqgan.crop)}"
-    lengths = [
-        f"{name} {f'{one.max_steps:,} steps' if one.max_steps else f'{one.epochs} epochs'} of batch {one.batch_size}"
-        for name, one in (("stage 1", config.train_vqgan), ("2", config.train_ms_spade), ("3", config.train_diffusion))
-    ]
-    shorter = any(one.max_steps or one.max_minutes for one in (config.train_vqgan, config.train_diffusion))
+    length = "; ".join(f"stage {i}: {_length(one)}" for i, one in enumerate(_trainings(config), start=1))
+    same_lengths = list(map(_length, _trainings(config))) == list(map(_length, _trainings(paper)))
     sampling = config.sampling
     intensities = {
         "paper": "the same",
@@ -154,15 +157,15 @@ def differences(config: Config) -> list[tuple[str, str, str]]:
     }
     return [
         ("test subjects", "115, not named", "by the SHA-256 of their names, see the splits above"),
-        ("grid", "256 x 160 x 224 (RAS+: 160 x 256 x 224) of 0.9375 and 1.2 mm", _grid(x, y, z, preset.spacing_mm)),
-        ("T1 on the grid of T2 and PD", "not said", "resampled by the affines" + _registered(preset.register)),
+        ("grid", "256 x 160 x 224 (RAS+: 160 x 256 x 224) of 0.9375 and 1.2 mm", other(same_grid, grid)),
+        ("T1, T2 and PD on one grid", "not said", "by the affines" + _registered(preset.register)),
         ("skull", "not said", "not stripped: whole heads"),
         ("shading of the coil", "not said", f"correction {preset.bias_correction} (preprocess.bias_correction)"),
         ("intensities", "0.5 and 99.5 percentile (public code)", intensities[preset.intensity]),
-        ("networks", "Tables A, B and C", "the same widths" if widths else f"NOT the paper's: preset {config.preset}"),
-        ("codec", "VQGAN", "the same" if config.codec.kind == "vqgan" else f"NOT the paper's: {config.codec.kind}"),
+        ("networks", "Tables A, B and C", other(widths, f"widths of preset {config.preset}")),
+        ("codec", "VQGAN", other(config.codec.kind == "vqgan", config.codec.kind)),
         ("stage 1 sees", "whole volumes", crop if config.codec.kind != "haar" else "nothing: the codec is fixed"),
-        ("length", "500 epochs of stage 1, 800 of stage 3, batch 1", "NOT " * shorter + ", ".join(lengths)),
+        ("length", "500 epochs of stage 1, 800 of stage 3, batch 1", other(same_lengths, length)),
         ("sampler", "not said (public code: ddim, 200 steps)", f"{sampling.sampler}, {sampling.num_inference_steps}"),
         ("region of the scores", "not said", "volume and foreground, both given"),
     ]
@@ -223,8 +226,14 @@ def _markdown(body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
-def _grid(x: int, y: int, z: int, spacing_mm: tuple[float, ...]) -> str:
-    return f"{_sides((x, y, z))} of {_sides(spacing_mm)} mm"
+def _trainings(config: Config) -> tuple[TrainingConfig, ...]:
+    return config.train_vqgan, config.train_ms_spade, config.train_diffusion
+
+
+def _length(training: TrainingConfig) -> str:
+    text = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs} epochs"
+    minutes = "" if training.max_minutes is None else f", at most {training.max_minutes:g} minutes"
+    return f"{text} of batch {training.batch_size}{minutes}"
 
 
 def _sides(values: Sequence[float]) -> str:
@@ -232,4 +241,4 @@ def _sides(values: Sequence[float]) -> str:
 
 
 def _registered(register: str) -> str:
-    return " alone (--set preprocess.register=rigid registers too)" if register == "none" else " after registration"
+    return " alone (--set preprocess.register=rigid registers as well)" if register == "none" else " after registration"

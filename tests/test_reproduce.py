@@ -235,11 +235,16 @@ def test_a_time_is_said_in_the_unit_that_suits_it(minutes, text):
 def test_a_run_that_is_not_the_papers_says_so():
     whole = "459 train, 3 validation, 115 test: the paper's sizes"
     assert caveats(ixi(), whole) == ""
+    assert caveats(replace(ixi(), preprocess=replace(ixi().preprocess, register="rigid")), whole) == ""
     text = caveats(tiny(), "7 train: NOT the paper's 459 and 115")
-    assert text.startswith("Not the paper's experiment (networks: NOT the paper's: preset tiny")
+    assert text.startswith("Not the paper's experiment (grid: NOT the paper's: 16 x 24 x 16 of 8 x 8 x 8 mm; networks")
     assert "splits" in text
     assert "codec: NOT the paper's: haar" in caveats(small(), whole)
-    assert "length: NOT " in caveats(with_training(ixi(), "diffusion", max_steps=100), whole)
+    for changes in ({"max_steps": 100}, {"max_minutes": 5}, {"batch_size": 8}, {"epochs": 799}):
+        text = caveats(with_training(ixi(), "diffusion", **changes), whole)
+        assert text.startswith(
+            "Not the paper's experiment (length: NOT the paper's: stage 1: 500 epochs of batch 1; stage 2"
+        )
 
 
 @pytest.mark.slow
@@ -268,7 +273,13 @@ def test_stopped_in_the_middle_it_ends_with_the_same_model(tmp_path, ixi_tree, m
     assert (whole / "scores/scores.csv").read_bytes() == (stopped / "scores/scores.csv").read_bytes()
 
     report = (stopped / "report.html").read_text()
-    for text in (models[0], "aldm reproduce ixi", "not stripped", "NOT the paper&#x27;s: preset tiny", "29.49 ± 0.52"):
+    for text in (
+        models[0],
+        "aldm reproduce ixi",
+        "not stripped",
+        "NOT the paper&#x27;s: widths of preset tiny",
+        "29.49 ± 0.52",
+    ):
         assert text in report, text
     for region in ("volume", "foreground"):
         assert verdict_by_hand(whole / "scores/scores.csv", region) in first
