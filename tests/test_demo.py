@@ -39,7 +39,7 @@ def test_the_demo_runs_every_step_and_goes_on_where_it_stopped(tmp_path, capsys,
     assert printed.count("done before") == len(before) > 0
     after = json.loads((out / "demo.json").read_text())["steps"]
     assert after[: len(before)] == before
-    assert "[12/12, about 0 min to go]" in printed
+    assert "[12/12, about 0.1 min to go]" in printed
     page = (out / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/png;base64,") >= 3
