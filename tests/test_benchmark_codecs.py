@@ -111,7 +111,7 @@ def test_what_is_measured_is_what_the_codec_does(ixi_store: VolumeStore, trained
     assert found["haar", 0].facts.scalars_per_voxel == 1
     assert min(row.psnr_db for row in found["haar", 0].rows) > 100
     weights.unlink()  # nothing is measured twice
-    assert score_all(terms, entries, ixi_store, torch.device("cpu")) == list(found.values())
+    assert repr(score_all(terms, entries, ixi_store, torch.device("cpu"))) == repr(list(found.values()))  # NaN is NaN
 
 
 def test_the_row_of_a_codec_is_the_mean_over_subjects_of_their_means(ixi_store: VolumeStore, trained) -> None:

@@ -165,7 +165,7 @@ def test_the_units_of_a_whole_head_change_nothing(heads, modality, slope, interc
 
 
 def test_a_subject_and_its_volumes_alone_are_prepared_alike(brats):
-    volumes = {name: volume for name, volume in brats.items() if name != "seg"}
+    volumes = {name: volume for name, volume in brats.items() if name not in ("seg", "tissue")}
     prepared = prepare_subject(
         volumes, CONFIG, mask=Volume((volumes["t1"].data > 300) * np.float32(1), brats["t1"].affine)
     )
@@ -236,7 +236,7 @@ def test_half_of_a_voxel_of_the_grid_in_a_mask_is_enough() -> None:
 
 
 def test_lesions_stay_apart_and_what_is_clipped_is_counted(brats):
-    volumes = {name: volume for name, volume in brats.items() if name != "seg"}
+    volumes = {name: volume for name, volume in brats.items() if name not in ("seg", "tissue")}
     prepared = prepare_subject(volumes, CONFIG, seg=brats["seg"])
     paper = prepare_subject(volumes, PAPER, seg=brats["seg"])
     assert prepared.seg is not None
