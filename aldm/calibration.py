@@ -8,6 +8,7 @@ subjects unlike those it promises nothing.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ LEVEL = 0.9
 """Share of the voxels whose error the interval holds."""
 LESION_LEVEL = 0.8
 """The least share that it is to hold of a lesion's voxels, where the errors are largest and matter most."""
-STANDARD_DEVIATIONS = 1.6448536269514722
+STANDARD_DEVIATIONS = NormalDist().inv_cdf((1 + LEVEL) / 2)
 """Half the width of the interval that holds LEVEL of a normal distribution, in its standard deviations."""
 BINS = np.linspace(-10, 10, 20_001)
 """Edges for the logarithm of error by size: a quantile is right to a thousandth of itself."""
@@ -59,7 +60,7 @@ class Calibration:
         factors = values["factors"]
         good = all(name in modalities and _above_0(own) for name, own in factors.items())
         if not good or not 0 < values["level"] < 1:
-            raise UserError(f"{file} is damaged: data.uncertainty cannot be used ({values!r:.120}); {WAY_OUT}")
+            raise UserError(f"{file} is damaged: the meta's uncertainty cannot be used ({values!r:.120}); {WAY_OUT}")
         return cls({name: tuple(own) for name, own in factors.items()}, values["num_subjects"], values["level"])
 
     def factor(self, target: str, num_sources: int) -> float:

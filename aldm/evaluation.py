@@ -54,11 +54,6 @@ class Candidate:
     samplings: tuple[SamplingConfig, ...]
     """At least one; the first one is the one that pictures show."""
 
-    @property
-    def takes_several(self) -> bool:
-        """Whether it translates from several sources."""
-        return self.translator.takes_several
-
     def key(self, sampling: SamplingConfig) -> MethodKey:
         """Return what the scores are filed under."""
         if self.translator.kind != "aldm":
@@ -187,7 +182,7 @@ def count_translations(
         for candidate in candidates:
             own = sum(candidate.translator.translates(source, target) for source, target in pairs)
             total += own * len(candidate.samplings)
-            if pair is None and candidate.takes_several:
+            if pair is None and candidate.translator.takes_several:
                 total += len(several([name for name in record.modalities if name in modalities]))
     return total
 
@@ -256,7 +251,7 @@ class _SubjectTask:
                     self.on_example,
                     self.on_volume,
                 )
-            if self.pair is None and candidate.takes_several:
+            if self.pair is None and candidate.translator.takes_several:
                 _score_several(candidate, volumes, scorer, result, self.on_volume)
         return result
 

@@ -34,7 +34,7 @@ OUTSIDE = 0.05
 LESION = 3.0
 """What the voxels of a lesion weigh together beside all of the mask."""
 MOST_OF_LESION = 150.0
-"""The largest weight of a voxel of a lesion, whose voxels together weigh as much as the mask does."""
+"""The most that one voxel of a lesion weighs."""
 
 OWN_SECTIONS = ("error_unet", "train_uncertainty", "seed", "precision", "activation_checkpointing")
 """What of a configuration is the training's own; the rest is the model's."""

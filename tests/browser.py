@@ -3,9 +3,11 @@
 python tests/browser.py starts it once; exit code 0 if that works.
 """
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,16 @@ def launch(playwright: Playwright) -> Browser:
     """Start it headless, with WebGL in software, which takes its time: what is expected of a page may, too."""
     expect.set_options(timeout=PATIENCE_MS)
     return playwright.chromium.launch(executable_path=find_chromium(playwright), args=FLAGS)
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Browser]:
+    """Run it for as long as the context lasts; a test is skipped where there is none."""
+    with sync_playwright() as playwright:
+        skip_without_browser(playwright)
+        browser = launch(playwright)
+        yield browser
+        browser.close()
 
 
 def skip_without_browser(playwright: Playwright) -> None:

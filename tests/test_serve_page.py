@@ -11,20 +11,17 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from browser import PATIENCE_MS, launch, skip_without_browser
+from browser import PATIENCE_MS, opened
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from service import RunningService
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium with WebGL in software."""
-    with sync_playwright() as playwright:
-        skip_without_browser(playwright)
-        browser = launch(playwright)
+    with opened() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import httpx
 import nibabel
 import numpy as np
 import pytest
-from browser import PATIENCE_MS, launch, skip_without_browser
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browser import PATIENCE_MS, opened
+from playwright.sync_api import Browser, Page, expect
 from scans import image_of, same_image, write
 from series import in_the_head, make_series
 from service import RunningService
@@ -91,11 +91,8 @@ def test_a_client_that_hangs_up_between_two_volumes_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        skip_without_browser(playwright)
-        browser = launch(playwright)
+    with opened() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -116,13 +116,8 @@ class HaarUNet(BandsUNet):
         num_modalities, channels, norm_groups: see BandsUNet.
     """
 
-    def __init__(self, num_modalities: int, channels: tuple[int, ...], norm_groups: int) -> None:
-        super().__init__(num_modalities, channels, norm_groups, num_volumes=1)
-
     def forward(self, volume: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Return the prediction (B, 1, X, Y, Z), fp32.
-
-        Sides that the strides do not divide get background at their ends, which is cropped off again.
 
         Args:
             volume: (B, 1, X, Y, Z), the source.
