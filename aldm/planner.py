@@ -145,7 +145,7 @@ class StandIn:
 class StandInModel:
     """Stands for the trained model whose errors are learnt: an ALDM of the same configuration."""
 
-    kind, model_hash, takes_several = "aldm", "", False
+    model_hash, takes_several = "", False
 
     def __init__(self, config: Config) -> None:
         self.config, self.predictor = config, _untrained(config)

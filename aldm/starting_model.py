@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from aldm.checkpoint import (
@@ -219,8 +220,6 @@ def _check_kind(kind: str, stage: str, folder: Path) -> None:
 
 def _float32(values: list[float]) -> list[float]:
     """Return numbers as a store of latents reads them."""
-    import numpy as np
-
     found: list[float] = np.asarray(values, np.float32).tolist()
     return found
 

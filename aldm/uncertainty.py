@@ -44,14 +44,14 @@ class FrozenModel:
     """A trained model whose errors are to be learnt: what it makes of a batch.
 
     Attributes:
-        config, kind, model_hash: of the translator.
+        config, model_hash: of the translator.
         takes_several: whether it translates from several sources.
     """
 
     def __init__(self, translator: Translator) -> None:
         self._translator = translator
         translator.calibration = None  # of errors that it knows already, where it does, nothing is asked
-        self.config, self.kind, self.model_hash = translator.config, translator.kind, translator.model_hash
+        self.config, self.model_hash = translator.config, translator.model_hash
         self.takes_several = translator.takes_several
 
     def to(self, device: torch.device) -> None:
@@ -101,8 +101,8 @@ def voxel_weights(mask: Tensor, lesion: Tensor) -> Tensor:
         mask, lesion: (B, 1, X, Y, Z) bool; where there is no lesion the mask alone counts.
     """
     inside = torch.where(mask, 1.0, OUTSIDE)
-    sizes = (part.sum(dim=(1, 2, 3, 4), keepdim=True) for part in (mask, lesion))
-    ratio = next(sizes) / next(sizes).clamp_min(1)
+    in_mask, in_lesion = (part.sum(dim=(1, 2, 3, 4), keepdim=True) for part in (mask, lesion))
+    ratio = in_mask / in_lesion.clamp_min(1)
     return inside + lesion * (LESION * ratio).clamp_max(MOST_OF_LESION)
 
 
@@ -170,7 +170,6 @@ class UncertaintyStage:
         meta = {
             "modalities": list(self.config.modalities),
             "data": data_record(self._store, self.config.modalities),
-            "model_kind": self._model.kind,
             "model_hash": self._model.model_hash,
         }
         return Export("uncertainty", self.config, weights["error_unet"], meta)

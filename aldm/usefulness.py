@@ -2,8 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from aldm.score_rows import SEGMENTED, MethodKey, ScoreRow, mean_scores
+
+if TYPE_CHECKING:
+    import pandas
 
 REAL, EMPTY = "real", "empty"
 """Methods of the rows of true volumes, and of volumes without anything in them."""
@@ -55,12 +59,17 @@ def table(rows: Sequence[ScoreRow]) -> str:
     keys.sort(key=lambda key: (key.method != REAL, key.method == EMPTY))
     lines = [f"| | {' | '.join(structures)} | volumes |", "|---" * (len(structures) + 2) + "|"]
     for key in keys:
-        own = [means.loc[(*key, SEGMENTED + name)] for name in structures if (*key, SEGMENTED + name) in means.index]
-        cells = [
-            f"{_number(line.dice, 3)} / {_number(line.hd95_mm, 1)} / {_number(line.volume_error_ml, 1)}" for line in own
-        ]
-        lines.append(f"| {key.label()} | {' | '.join(cells)} | {int(own[0].volumes)} |")
+        places = [(*key, SEGMENTED + name) for name in structures]
+        found = [means.loc[place] if place in means.index else None for place in places]
+        cells = ["" if line is None else _cell(line) for line in found]
+        number = max(int(line.volumes) for line in found if line is not None)
+        lines.append(f"| {key.label()} | {' | '.join(cells)} | {number} |")
     return "\n".join(lines)
+
+
+def _cell(line: "pandas.Series") -> str:
+    """Return Dice / HD95 / error of the volume."""
+    return f"{_number(line.dice, 3)} / {_number(line.hd95_mm, 1)} / {_number(line.volume_error_ml, 1)}"
 
 
 def _number(value: float, digits: int) -> str:

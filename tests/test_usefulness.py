@@ -194,3 +194,12 @@ def test_its_training_is_planned() -> None:
     one, two = (plan(replace(tiny(), modalities=("t1", "t2", "pd")[:number]), "segmenter") for number in (1, 2))
     assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
     assert two.weights_bytes == 2 * one.weights_bytes > 0
+
+
+def test_a_structure_that_one_method_lacks_leaves_its_own_cell_empty() -> None:
+    def row(method: str, structure: str, dice: float) -> ScoreRow:
+        region = SEGMENTED + structure
+        return ScoreRow("1", method, "t1", "t2", "", 0, region, dice=dice, hd95_mm=1.0, volume_error_ml=2.0)
+
+    rows = [row("real", "grey", 0.9), row("real", "lesion", 0.8), row("a", "lesion", 0.5)]
+    assert "| a |  | 0.500 / 1.0 / 2.0 | 1 |" in usefulness.table(rows)
