@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # ruff: noqa: E402
 import contextlib
 import json
+import logging
 import random
 import signal
 import sys
@@ -125,6 +126,17 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Leave no job's --log-level to the tests after it."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("aldm", "pipelines", "serve", "tune")]
+    handlers, levels = list(root.handlers), [logger.level for logger in (root, *ours)]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in zip((root, *ours), levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

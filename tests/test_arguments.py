@@ -1,7 +1,6 @@
 """The flags that every job shares."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +10,6 @@ import torch
 from aldm.errors import UserError
 from aldm.presets import brats, small
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("aldm", "pipelines", "serve", "tune")]
-    handlers, levels = list(root.handlers), [logger.level for logger in (root, *ours)]
-    yield
-    root.handlers[:] = handlers
-    for logger, level in zip((root, *ours), levels, strict=True):
-        logger.setLevel(level)
 
 
 @pytest.fixture
