@@ -111,9 +111,9 @@ class BrainTraits:
         """Draw a subject; a third of them have some atrophy."""
         atrophy = generator.uniform(0.2, 1) if generator.uniform() < 0.35 else generator.uniform(0, 0.2)
         return cls(
-            sulci=float(generator.normal(0.5, 0.25) + 1.0 * atrophy),
+            sulci=float(generator.normal(0.3, 0.4) + 1.0 * atrophy),
             ventricles_mm=float(generator.normal(-0.6, 0.6) + 5 * atrophy),
-            sharpness=float(generator.uniform(3.0, 5.0)),
+            sharpness=float(generator.uniform(2.0, 5.0)),
             folding=float(generator.uniform(0.6, 1.1)),
         )
 

@@ -79,8 +79,8 @@ class Session:
         u = generator.uniform
         pose = Pose.draw(generator, 3.0 if stripped else 7.0)
         axes = rotation(np.deg2rad(np.clip(generator.normal(0, 4, 3), -10, 10)))
-        top = u(95, 120) if u() > 0.1 else u(60, 80)  # some lack their top
-        bottom = -u(60, 95) if u() < 0.6 else -u(95, 135)  # to the skull base, or to the neck
+        top = u(95, 120) if u() > 0.2 else u(50, 85)  # some lack their top
+        bottom = -u(45, 95) if u() < 0.6 else -u(95, 135)  # to the skull base, or to the neck
         low = np.array([-u(95, 120), -u(118, 130), bottom])
         high = np.array([-low[0] + u(-8, 8), u(112, 130), top])
         if stripped:

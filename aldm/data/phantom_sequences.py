@@ -197,10 +197,10 @@ def draw_sequence(modality: str, field_t: float, generator: np.random.Generator)
             return SpinEcho(u(1900, 2600), u(8, 20), u(900, 1000) if field_t < 2 else u(1000, 1100))
         return SpinEcho(u(400, 650), u(8, 14))
     if modality == "t2":
-        return SpinEcho(u(3000, 7000), u(80, 125))
+        return SpinEcho(u(3000, 7000), u(70, 125))
     if modality == "pd":
         return SpinEcho(u(2500, 5000), u(8, 28))
-    tr, te, t1 = u(7000, 11000), u(85, 140), TISSUES["csf"][field_t].t1_ms
+    tr, te, t1 = u(4800, 11000), u(85, 140), TISSUES["csf"][field_t].t1_ms
     null = t1 * np.log(2 / (1 + 2 * np.exp(-(tr - te / 2) / t1) - np.exp(-tr / t1)))  # where fluid gives nothing
     return SpinEcho(tr, te, float(null * u(0.96, 1.02)))
 
@@ -258,12 +258,15 @@ class Contrast:
     """0 where blood leaves before its echo, above 1 where fresh blood flows in."""
     transfer: float = 0.0
     """What white matter loses as the pulses of the other slices saturate its macromolecules."""
+    fat_t2: float = 1.0
+    """By how much fat's T2 is longer in a train of echoes, whose many pulses undo its J-coupling (Henkelman et al. 1992)."""
 
     @classmethod
     def draw(cls, modality: str, field_t: float, generator: np.random.Generator) -> "Contrast":
         """Draw a sequence; fat is suppressed in 8 % of t1, 20 % of t1ce and pd, 25 % of t2 and 55 % of flair.
 
-        Spin echoes of many slices lose up to 12 % of white matter's signal to magnetization transfer.
+        Spin echoes of many slices lose up to 12 % of white matter's signal to magnetization transfer. Those of t2, flair
+        and pd are trains of echoes: fat's T2 is 1.1 to 2 times as long there.
         """
         sequence = draw_sequence(modality, field_t, generator)
         share = {"t1": 0.08, "t1ce": 0.2, "pd": 0.2, "t2": 0.25, "flair": 0.55}[modality]
@@ -271,10 +274,13 @@ class Contrast:
         low, high = (0.0, 0.35) if isinstance(sequence, SpinEcho) else (0.8, 1.3)
         flow = float(generator.uniform(low, high)) if modality != "t1ce" else float(generator.uniform(0.6, 1.0))
         transfer = float(generator.uniform(0, 0.12)) if isinstance(sequence, SpinEcho) else 0.0
-        return cls(sequence, 0.05 + 0.25 * float(left) if fat < share else 1.0, flow, transfer)
+        fat_t2 = 1.0 if modality in ("t1", "t1ce") else float(generator.uniform(1.1, 2.0))
+        return cls(sequence, 0.05 + 0.25 * float(left) if fat < share else 1.0, flow, transfer, fat_t2)
 
     def signal(self, name: str, tissue: Tissue) -> float:
         """Return the signed signal of a tissue."""
+        if name in ("fat", "marrow"):
+            tissue = replace(tissue, t2_ms=tissue.t2_ms * self.fat_t2)
         value = self.sequence.signal(tissue) * (1 - self.transfer * TRANSFER.get(name, 0.0))
         if name == "blood":
             return value * self.flow
