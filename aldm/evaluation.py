@@ -7,8 +7,8 @@ Beside every model stand the rows that keep it honest:
 * intensity-map, histogram-matching: the source with other intensities, voxel by voxel (references.py).
 * reconstruction: the target through the codec alone, which is the ceiling of everything that decodes with it.
 
-training-mean, intensity-map and histogram-matching are made of the store's training split: those of a modality that no
-training subject has are left out, all of them where the store holds test subjects alone.
+training-mean, intensity-map and histogram-matching are made of the training split, the store's own or another one's:
+those of a modality that no training subject has are left out, all of them where there is no training subject.
 
 With a segmenter that was trained on real volumes all of these are segmented as well (usefulness.py), and beside them:
 
@@ -105,6 +105,7 @@ def evaluate(
     workers: Workers | None = None,
     load: Callable[[], Sequence[Candidate]] | None = None,
     segmenter: Segmenter | None = None,
+    training_store: VolumeStore | None = None,
 ) -> Evaluation:
     """Score every candidate and the honest rows over every pair of modalities that a subject has.
 
@@ -123,17 +124,22 @@ def evaluate(
             all of them reach. None measures in this process.
         load: returns the candidates anew; every worker calls it once. None sends them to the workers, pickled.
         segmenter: of the store's modalities, on the CPU; segments whatever is scored of the subjects that have labels.
+        training_store: whose training split the rows are made of that need one, such as that which the model was
+            trained on; None takes the store's own.
 
     Raises:
-        UserError: no subjects, or a candidate whose modalities or preprocessing are not the store's.
+        UserError: no subjects, a candidate whose modalities or preprocessing are not the store's, or a training store
+            that was prepared otherwise or has no training subject.
     """
     modalities = check_candidates(store, candidates)
+    training = store if training_store is None else training_store
+    _check_training(store, training)
     if not subjects:
         raise UserError(f"the store {store.path} has no subject to evaluate in this split")
     pairs = [(source, target) for source, target in wanted_pairs(modalities, candidates, pair) if source != target]
-    references = fit_references(store, pairs)
+    references = fit_references(training, pairs)
     load = load or partial(tuple, candidates)
-    measure = _SubjectTask(store, load, modalities, references, seed, on_example or _ignore, pair, segmenter)
+    measure = _SubjectTask(store, training, load, modalities, references, seed, on_example or _ignore, pair, segmenter)
     result = Evaluation()
     if workers is None:
         measure.candidates, measure.on_volume = candidates, on_volume or _ignore
@@ -143,6 +149,21 @@ def evaluate(
         for part in map_in_order(workers, measure, subjects, description="evaluate", unit="subject"):
             result.extend(part)
     return result
+
+
+def _check_training(store: VolumeStore, training: VolumeStore) -> None:
+    """Refuse another store to train on that does not fit.
+
+    Raises:
+        UserError: it was prepared otherwise, or has no training subject.
+    """
+    if training.preprocess != store.preprocess:
+        raise UserError(
+            f"the `training_store` {training.path} was prepared with {training.preprocess}, the store {store.path} "
+            f"with {store.preprocess}: prepare both in the same way"
+        )
+    if training is not store and not training.subjects("train"):
+        raise UserError(f"the `training_store` {training.path} has no training subject")
 
 
 def check_candidates(store: VolumeStore, candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -214,6 +235,7 @@ class _SubjectTask:
     """Measures one subject after another; the candidates are loaded for the first one and kept."""
 
     store: VolumeStore
+    training: VolumeStore
     load: Callable[[], Sequence[Candidate]]
     modalities: tuple[str, ...]
     references: References
@@ -232,7 +254,7 @@ class _SubjectTask:
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
         scorer = SubjectScorer(result.rows, self.store, record, volumes, self.segmenter)
         pairs = wanted_pairs(names, self.candidates, self.pair)
-        _score_company(scorer, self.store, self.references, pairs, self.candidates)
+        _score_company(scorer, self.training, self.references, pairs, self.candidates)
         for candidate in self.candidates:
             for source in names:
                 targets = [
@@ -276,7 +298,7 @@ def _score_several(
 
 def _score_company(
     scorer: SubjectScorer,
-    store: VolumeStore,
+    training: VolumeStore,
     references: References,
     pairs: Sequence[tuple[str, str]],
     candidates: Sequence[Candidate],
@@ -284,7 +306,7 @@ def _score_company(
     """Score the rows that keep a model honest."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
     for target in dict.fromkeys(end for _, end in pairs):
-        mean = scorer.scores(target, store.training_mean(target)) if target in store.trained_modalities else None
+        mean = scorer.scores(target, training.training_mean(target)) if target in training.trained_modalities else None
         for source in [begin for begin, end in pairs if end == target]:
             if mean is not None:
                 scorer.file(MethodKey("training-mean", "", 0), source, target, mean)

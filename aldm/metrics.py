@@ -14,6 +14,7 @@ from scipy.ndimage import binary_erosion
 from aldm import similarity
 from aldm.calibration import STANDARD_DEVIATIONS
 from aldm.errors import UserError
+from aldm.gain import with_fitted_gain
 from aldm.similarity import Similarity
 
 NMI_BINS = 64
@@ -44,6 +45,10 @@ class Scores:
     """Share of the voxels whose true value lies in the interval that the model gives, in [0, 1]; NaN without one."""
     error_ratio: float = math.nan
     """RMS error by the RMS standard deviation that the interval stands for; 1 is right, above 1 it is too narrow."""
+    gain_psnr_db: float = math.nan
+    """PSNR, dB, after the smooth gain that fits best (gain.py); NaN where it was not asked for."""
+    gain_ssim: float = math.nan
+    """SSIM after it."""
 
 
 def to_unit(x: np.ndarray) -> np.ndarray:
@@ -218,6 +223,15 @@ class Truth:
             )
             for name, scores in found.items()
         }
+
+    def after_gain(self, image: np.ndarray, region: str) -> dict[str, float]:
+        """Return `gain_psnr_db` and `gain_ssim` of an image (X Y Z in [0, 1]) over a region, the gain fitted there."""
+        mask = np.zeros(self.image.size, bool)
+        mask[self._places[region]] = True
+        gained = with_fitted_gain(self.image, image, mask.reshape(self.image.shape))
+        error = (self.image - gained).reshape(-1)[self._places[region]]
+        ssim = self._similarity.ssim(gained.astype(np.float32), region)
+        return {"gain_psnr_db": _psnr_db(float(np.mean(error**2))), "gain_ssim": ssim}
 
     def _scores(self, image: np.ndarray) -> dict[str, Scores]:
         """Return the scores of the image alone."""

@@ -73,6 +73,8 @@ class ScoreRow:
     volume_error_ml: float = math.nan
     coverage: float = math.nan
     error_ratio: float = math.nan
+    gain_psnr_db: float = math.nan
+    gain_ssim: float = math.nan
 
     @property
     def key(self) -> MethodKey:

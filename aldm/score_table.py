@@ -41,7 +41,8 @@ CARD_NOTE = (
     "MS-SSIM (as many of five scales as have 11 voxels along every axis), NMI (1 to 2). Sharpness: gradient energy by "
     "the target's, 1 is right, below 1 is blurred, above 1 may be noise or ringing. Coverage: share of the voxels "
     f"whose true value lies in the model's interval, which is to hold {LEVEL:.0%}; error ratio: RMS error by the RMS "
-    "standard deviation that the interval stands for, 1 is right."
+    "standard deviation that the interval stands for, 1 is right. After gain: once the smooth gain (second order in "
+    "the position) is known that fits the image best to the target; what is left is contrast and anatomy."
 )
 CARD: dict[str, tuple[str, int]] = {
     "psnr_db": ("PSNR (dB)", 2),
@@ -53,10 +54,12 @@ CARD: dict[str, tuple[str, int]] = {
     "sharpness": ("sharpness", 2),
     "coverage": ("coverage", 3),
     "error_ratio": ("error ratio", 2),
+    "gain_psnr_db": ("PSNR after gain (dB)", 2),
+    "gain_ssim": ("SSIM after gain", 3),
 }
 """Score -> its heading and digits in `card`."""
-INTERVAL = ("coverage", "error_ratio")
-"""Scores of a model's interval: shown where any model has one."""
+SOMETIMES = ("coverage", "error_ratio", "gain_psnr_db", "gain_ssim")
+"""Scores of a model's interval, and of the mask alone: shown where any method has them."""
 ONE_VALUE_PER_TARGET = (
     "training-mean",
     "reconstruction",
@@ -205,7 +208,7 @@ def card(rows: Sequence[ScoreRow], region: str) -> str:
     """Return a table with a line per method: the mean of every score over its translations in a region."""
     means = mean_scores(rows)
     means = means[means.index.get_level_values("region") == region]
-    shown = {name: heading for name, heading in CARD.items() if name not in INTERVAL or means[name].notna().any()}
+    shown = {name: heading for name, heading in CARD.items() if name not in SOMETIMES or means[name].notna().any()}
     headings = [heading for heading, _ in shown.values()]
     lines = [f"| {' | '.join(['', *headings, 'volumes'])} |", "|---" * (len(headings) + 2) + "|"]
     for key, line in means.iterrows():

@@ -48,6 +48,11 @@ class Similarity:
         exponents = np.array(SCALE_WEIGHTS[: len(self._scales)])
         self._exponents = exponents / exponents.sum()
 
+    def ssim(self, y: np.ndarray, region: str) -> float:
+        """Return SSIM alone of an image (X Y Z float32 in [0, 1]) over a region."""
+        luminance, structure = self._scales[0].compare(y)
+        return _mean(luminance * structure, self._scales[0].weights[region])
+
     def compare(self, y: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
         """Return SSIM and MS-SSIM of an image (X Y Z float32 in [0, 1]) over each region."""
         ssim: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """The scores of one subject: its true volumes with their regions, and the rows that are filed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -78,7 +78,10 @@ class SubjectScorer:
             prediction: (spatial_shape).
             half_width: half of the interval around it, on the same scale, where the model gives one.
         """
-        scores = self.truth(target).score(to_unit(prediction), None if half_width is None else half_width / 2)
+        truth, image = self.truth(target), to_unit(prediction)
+        scores = truth.score(image, None if half_width is None else half_width / 2)
+        if self._name in scores:
+            scores[self._name] = replace(scores[self._name], **truth.after_gain(image, self._name))
         return {**scores, **self.overlaps(target, prediction)}
 
     def overlaps(self, target: str, prediction: np.ndarray) -> dict[str, Overlap]:

@@ -34,7 +34,7 @@ from pipelines.ray_workers import add_worker_arguments, open_workers
 from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
 if TYPE_CHECKING:
-    from aldm.data.store import SubjectRecord
+    from aldm.data.store import SubjectRecord, VolumeStore
     from aldm.evaluation import Candidate
     from aldm.translate import Translator
     from pipelines.ray_workers import RayWorkers
@@ -46,7 +46,8 @@ DESCRIPTION = f"""Score a translator over every ordered pair of modalities of a 
 PSNR, NMSE, SSIM, MAE, MS-SSIM, NMI and sharpness over the whole volume, the brain, its edges and, where there is a
 segmentation, the lesion. Beside it stand the source itself (identity), the training set's mean volume, the source with
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
-(--baseline). A store of test subjects alone, such as those of another site, has no rows made of training subjects.
+(--baseline). A store of test subjects alone, such as those of another site, has no rows made of training subjects,
+unless --training-store names another store that has some.
 --segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES}, the same table as {PARQUET},
 {TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that takes any sources is scored over every subset of them too
 ({SUBSETS}, {SUBSETS_PICTURE})."""
@@ -129,6 +130,7 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
                     workers=workers,
                     load=load,
                     segmenter=segmenter,
+                    training_store=None if args.training_store is None else _training_store(args),
                 )
             remove_leftovers(folder)
             write_results(folder, result, store, args)
@@ -143,6 +145,12 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
 
         log_evaluation(args.out, group=args.group)
     return 0
+
+
+def _training_store(args: argparse.Namespace) -> "VolumeStore":
+    from aldm.data.store import VolumeStore
+
+    return VolumeStore.open(args.training_store.absolute())
 
 
 def _pair(args: argparse.Namespace, candidates: Sequence["Candidate"]) -> tuple[str, str] | None:
@@ -275,6 +283,13 @@ def _parser() -> JobParser:
     add_translator_arguments(parser, without_model="none; needed but for --self-test")
     parser.add_argument("--store", type=Path, required=True, help="store of volumes, from aldm prepare")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="which subjects")
+    parser.add_argument(
+        "--training-store",
+        type=Path,
+        metavar="STORE",
+        help="make the rows training-mean, intensity-map and histogram-matching from the training subjects of this "
+        "store, such as the model's own (default: from --store's)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--source", metavar="MODALITY", help="score translations of this one alone (default: of all)")
     parser.add_argument(

@@ -27,7 +27,7 @@ from pipelines.model_card import read_scores
 
 COLUMNS = (
     "subject_id,method,source,target,sampler,num_inference_steps,region,psnr_db,nmse,ssim,mae,ms_ssim,nmi,sharpness,"
-    "dice,hd95_mm,volume_ml,volume_error_ml,coverage,error_ratio"
+    "dice,hd95_mm,volume_ml,volume_error_ml,coverage,error_ratio,gain_psnr_db,gain_ssim"
 )
 
 

@@ -57,6 +57,28 @@ def test_test_subjects_alone_are_scored_without_what_is_made_of_training_subject
     assert sorted(map(str, of_the_same)) == sorted(map(str, kept)), "every score that is left is as it was"
 
 
+def test_a_training_store_of_its_own_gives_those_rows_back(
+    test_store: VolumeStore, ixi_store: VolumeStore, model: Path, tmp_path: Path
+) -> None:
+    words = ["--model", str(model), "--pictures", "0", "--device", "cpu"]
+    training = ["--training-store", str(ixi_store.path)]
+    assert main([*words, "--store", str(test_store.path), "--out", str(tmp_path / "external"), *training]) == 0
+    assert main([*words, "--store", str(ixi_store.path), "--out", str(tmp_path / "own")]) == 0
+    own, external = rows_of(tmp_path / "own"), rows_of(tmp_path / "external")
+    assert {row["method"] for row in external} == {"aldm", "reconstruction", *REFERENCES}
+    of_the_same = [row for row in external if row["subject_id"] in {row["subject_id"] for row in own}]
+    assert sorted(map(str, of_the_same)) == sorted(map(str, own))
+
+
+def test_a_training_store_that_has_no_training_subject_is_refused(
+    test_store: VolumeStore, ixi_store: VolumeStore, model: Path, tmp_path: Path
+) -> None:
+    words = ["--model", str(model), "--device", "cpu", "--store", str(ixi_store.path), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="has no training subject"):
+        main([*words, "--training-store", str(test_store.path)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_scores_react_without_training_subjects_too(test_store: VolumeStore, tmp_path: Path) -> None:
     words = ["--self-test", "--store", str(test_store.path), "--out", str(tmp_path / "out"), "--max-subjects", "1"]
     assert main(words) == 0

@@ -259,14 +259,14 @@ class Contrast:
     transfer: float = 0.0
     """What white matter loses as the pulses of the other slices saturate its macromolecules."""
     fat_t2: float = 1.0
-    """By how much fat's T2 is longer in a train of echoes, whose many pulses undo its J-coupling (Henkelman et al. 1992)."""
+    """By how much fat's T2 is longer in a train of echoes, whose pulses undo its J-coupling (Henkelman et al. 1992)."""
 
     @classmethod
     def draw(cls, modality: str, field_t: float, generator: np.random.Generator) -> "Contrast":
         """Draw a sequence; fat is suppressed in 8 % of t1, 20 % of t1ce and pd, 25 % of t2 and 55 % of flair.
 
-        Spin echoes of many slices lose up to 12 % of white matter's signal to magnetization transfer. Those of t2, flair
-        and pd are trains of echoes: fat's T2 is 1.1 to 2 times as long there.
+        Spin echoes of many slices lose up to 12 % of white matter's signal to magnetization transfer. Those of t2,
+        flair and pd are trains of echoes: fat's T2 is 1.1 to 2 times as long there.
         """
         sequence = draw_sequence(modality, field_t, generator)
         share = {"t1": 0.08, "t1ce": 0.2, "pd": 0.2, "t2": 0.25, "flair": 0.55}[modality]
