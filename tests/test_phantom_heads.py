@@ -101,7 +101,9 @@ def test_contrast_of_every_drawn_protocol_is_that_of_its_modality() -> None:
         for modality in ("t1", "t1ce"):
             assert signal[modality]["white"] > signal[modality]["grey"] > signal[modality]["csf"]
         assert signal["t2"]["csf"] > signal["t2"]["grey"] > signal["t2"]["white"]
-        assert signal["flair"]["grey"] > signal["flair"]["white"] > 1.5 * signal["flair"]["csf"]
+        # short repetitions weigh by T1 too, so white matter may be a little brighter
+        assert signal["flair"]["grey"] > 0.85 * signal["flair"]["white"]
+        assert signal["flair"]["white"] > 2 * signal["flair"]["csf"]
         assert signal["pd"]["grey"] > signal["pd"]["white"]
         assert signal["flair"]["plaque"] > signal["flair"]["white"]
         assert signal["t2"]["stroke"] > signal["t2"]["grey"]
