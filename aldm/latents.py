@@ -30,7 +30,7 @@ from aldm.data.parallel import ProcessWorkers, Workers, map_in_order, remove_lef
 from aldm.data.store import SHARD_FOLDER, ShardReader, VolumeStore, shard_path, write_shard
 from aldm.errors import UserError
 from aldm.files import atomic_folder
-from aldm.likeness import fit_statistics
+from aldm.likeness import MIN_VOLUMES, fit_statistics, kind_of
 from aldm.models.codecs import Codec
 from aldm.records import check_record, has_file, read_record
 
@@ -79,8 +79,7 @@ def data_record(
         UserError: no training subject has one of the modalities, and no model tells of it.
     """
     own = [name for name in modalities if model is None or name in store.trained_modalities]
-    train, held_out = ({name: store.likeness_rows(name, split) for name in own} for split in ("train", "validation"))
-    statistics = fit_statistics(train, held_out)
+    statistics = fit_statistics(*(_likeness_rows(store, own, split) for split in ("train", "validation")))
     percentiles = {name: list(store.median_percentiles(name)) for name in own}
     backgrounds = {name: store.median_background(name) for name in own}
     for name in modalities:
@@ -95,6 +94,19 @@ def data_record(
         "backgrounds": backgrounds,
         "likeness": None if statistics is None else statistics.to_dict(),
     }
+
+
+def _likeness_rows(store: VolumeStore, modalities: Sequence[str], split: str) -> dict[str, list[tuple[float, ...]]]:
+    """Return what tells how unlike a volume is, by kind: heads and brains apart where both train a modality well."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    regions = sorted({record.region for record in store.subjects("train")})
+    for name in modalities:
+        enough = [len(store.likeness_rows(name, "train", region)) >= MIN_VOLUMES for region in regions]
+        if len(regions) > 1 and all(enough):
+            found |= {kind_of(name, region): store.likeness_rows(name, split, region) for region in regions}
+        else:
+            found[kind_of(name)] = store.likeness_rows(name, split)
+    return found
 
 
 @dataclass(frozen=True)

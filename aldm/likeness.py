@@ -1,9 +1,11 @@
 """How unlike a volume is to those that a model was trained on: a few numbers of it against their statistics.
 
 The numbers (`features`) are of the volume as the model gets it: one box, X Y Z of an RAS+ volume in [-1, 1]. They come
-in groups, and for each of these every modality has a Gaussian of its training volumes. The distance of a volume is the
-largest of its Mahalanobis distances over the groups (Lee et al. 2018 have the features of a network there), each in
-units of a limit that hardly any volume of the kind exceeds: 1 is at the limit, 5 far from all that the model has seen.
+in groups, and for each of these every kind of volume has a Gaussian of its training volumes: a modality is one kind, or
+two where some of its training volumes are whole heads and some skull-stripped. The distance of a volume is the largest
+of its Mahalanobis distances over the groups (Lee et al. 2018 have the features of a network there), each in units of a
+limit that hardly any volume of the kind exceeds: 1 is at the limit, 5 far from all that the model has seen. Of a
+modality's kinds the nearest counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -165,27 +167,42 @@ def _haar(x: np.ndarray) -> list[np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
+def kind_of(modality: str, region: str = "") -> str:
+    """Return the name of a kind of volumes.
+
+    Args:
+        modality: of the volumes.
+        region: brain or foreground, where the training volumes of the modality are of both.
+    """
+    return f"{modality} {region}".strip()
+
+
+def modality_of(kind: str) -> str:
+    """Return the modality of a kind."""
+    return kind.split()[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a model keeps of its training volumes: 112 numbers a modality, and 354 that all share."""
+    """What a model keeps of its training volumes: 112 numbers a kind (`kind_of`), and 354 that all share."""
 
     means: Mapping[str, np.ndarray]
-    """Modality -> (NUM_FEATURES,)."""
+    """Kind -> (NUM_FEATURES,)."""
     stds: Mapping[str, np.ndarray]
-    """Modality -> (NUM_FEATURES,), positive."""
+    """Kind -> (NUM_FEATURES,), positive."""
     limits: Mapping[str, np.ndarray]
-    """Modality -> (groups,): the Mahalanobis distances that count as 1."""
+    """Kind -> (groups,): the Mahalanobis distances that count as 1."""
     correlations: Sequence[np.ndarray]
     """Of each group (f, f): of the standardised features, shrunken, so that it has an inverse."""
 
-    def distances(self, modality: str, rows: np.ndarray) -> np.ndarray:
-        """Return the distances (N, groups) of rows (N, NUM_FEATURES) from a modality, in units of its limits."""
-        z = (rows - self.means[modality]) / self.stds[modality]
+    def distances(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """Return the distances (N, groups) of rows (N, NUM_FEATURES) from a kind of volumes, in units of its limits."""
+        z = (rows - self.means[kind]) / self.stds[kind]
         found = []
         for each, correlation in zip(_SLICES, self.correlations, strict=True):
             whitened = np.linalg.solve(np.linalg.cholesky(correlation), z[:, each].T)
             found.append(np.sqrt(np.square(whitened).mean(axis=0)))
-        return np.stack(found, axis=1) / self.limits[modality]
+        return np.stack(found, axis=1) / self.limits[kind]
 
     def measure(self, row: Sequence[float], source: str) -> Likeness | None:
         """Return how unlike a volume is.
@@ -194,15 +211,23 @@ class Statistics:
             row: its `features`.
             source: the modality that it is said to be; None is returned where that has no statistics.
         """
-        if source not in self.means or len(row) != NUM_FEATURES:
+        if len(row) != NUM_FEATURES:
             return None
-        distances = {name: self.distances(name, np.array([row]))[0] for name in self.means}
-        group = int(distances[source].argmax())
+        distances = {kind: self.distances(kind, np.array([row]))[0] for kind in self.means}
+        own = [kind for kind in distances if modality_of(kind) == source]
+        if not own:
+            return None
+
+        def largest(kind: str) -> float:
+            return float(distances[kind].max())
+
+        nearest = distances[min(own, key=largest)]
+        group = int(nearest.argmax())
         return Likeness(
-            distance=float(f"{distances[source][group]:.4g}"),
+            distance=float(f"{nearest[group]:.4g}"),
             source=source,
             differs_in=list(GROUPS)[group],
-            looks_like=min(distances, key=lambda name: float(distances[name].max())),
+            looks_like=modality_of(min(distances, key=largest)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,13 +275,13 @@ class Statistics:
 
 
 def fit_statistics(train: Mapping[str, Rows], held_out: Mapping[str, Rows]) -> Statistics | None:
-    """Return the statistics of training volumes; None where no modality has MIN_VOLUMES of them.
+    """Return the statistics of training volumes; None where no kind has MIN_VOLUMES of them.
 
     The limits come from volumes that the Gaussians were not made of: those held out, and each fifth of the training
     volumes measured with Gaussians of the other four.
 
     Args:
-        train: modality -> `features` of its training volumes; rows of another length are left out.
+        train: kind -> `features` of its training volumes; rows of another length are left out.
         held_out: the same of validation volumes; there may be none.
     """
     known = {name: _table(rows) for name, rows in train.items()}
@@ -276,7 +301,7 @@ def fit_statistics(train: Mapping[str, Rows], held_out: Mapping[str, Rows]) -> S
 
 
 def _gaussians(known: Mapping[str, np.ndarray]) -> Statistics:
-    """Return the statistics of rows (N, NUM_FEATURES) by modality, with limits of 1."""
+    """Return the statistics of rows (N, NUM_FEATURES) by kind, with limits of 1."""
     means = {name: rows.mean(axis=0) for name, rows in known.items()}
     stds = {name: np.maximum(rows.std(axis=0), MIN_STD) for name, rows in known.items()}
     z = np.concatenate([(rows - means[name]) / stds[name] for name, rows in known.items()])

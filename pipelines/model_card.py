@@ -152,7 +152,9 @@ def _origin(init_from: str) -> list[str]:
 
 def _likeness(data: dict[str, Any]) -> str:
     """Return the line of the README that says whether an input's likeness to the data is measured."""
-    names = list((data.get("likeness") or {}).get("modalities", ()))
+    from aldm.likeness import modality_of
+
+    names = list(dict.fromkeys(modality_of(kind) for kind in (data.get("likeness") or {}).get("modalities", ())))
     if not names:
         return "How unlike an input is to these volumes is not measured: their statistics were not kept."
     return (

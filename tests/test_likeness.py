@@ -138,6 +138,25 @@ def test_volumes_of_the_kind_stay_below_one_and_others_do_not() -> None:
     assert "`accept_unlike`" in other.words()
 
 
+def test_the_nearest_of_a_modalitys_kinds_counts() -> None:
+    """Whole heads beside skull-stripped ones: each is like its own, and what lies between them is like neither."""
+    kinds = {"t1 brain": drawn(40), "t1 foreground": drawn(40, 40, 1), "t2": drawn(40, 20, 2)}
+    found = fit_statistics(kinds, {})
+    assert found is not None
+    for shift, seed in ((0, 3), (40, 4)):
+        own = found.measure(drawn(1, shift, seed)[0].tolist(), "t1")
+        assert own is not None
+        assert not own.is_unlike
+        assert (own.source, own.looks_like) == ("t1", "t1")
+    between = found.measure(drawn(1, 20, 5)[0].tolist(), "t1")
+    assert between is not None
+    assert between.is_unlike
+    assert between.looks_like == "t2"
+    again = Statistics.from_dict(json.loads(json.dumps(found.to_dict())), "config.json")
+    assert again is not None
+    assert again.measure(drawn(1, 20, 5)[0].tolist(), "t1") == between
+
+
 def test_it_says_in_what_a_volume_differs() -> None:
     found = fitted()
     row = found.means["t1"].copy()

@@ -233,10 +233,16 @@ class VolumeStore:
         values = [value for value in found if value is not None]
         return statistics.median(values) if 2 * len(values) > len(found) else None
 
-    def likeness_rows(self, modality: str, split: str) -> list[tuple[float, ...]]:
-        """Return what `likeness.features` says of a split's volumes; those that it was not asked about are left out."""
-        rows = [record.likeness.get(modality, ()) for record in self.subjects(split)]
-        return [row for row in rows if row]
+    def likeness_rows(self, modality: str, split: str, region: str | None = None) -> list[tuple[float, ...]]:
+        """Return what `likeness.features` says of a split's volumes; those that it was not asked about are left out.
+
+        Args:
+            modality: of the volumes.
+            split: of the subjects.
+            region: those alone whose mask is this, brain or foreground; None takes all.
+        """
+        subjects = [record for record in self.subjects(split) if region in (None, record.region)]
+        return [row for record in subjects if (row := record.likeness.get(modality, ()))]
 
     def training_mean(self, modality: str) -> np.ndarray:
         """Return the mean over the training volumes, (spatial_shape) float32 in [-1, 1] (kept in memory)."""
