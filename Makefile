@@ -6,6 +6,7 @@
 # make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (goes on where it stopped)
 # make gpu-check   speed, memory and results on a machine with a GPU: tests/gpu/README.md (7 minutes; without a GPU it tests itself)
 # make check-real  real heads through prepare and translate: make check-real DIR=FOLDER (tests/check_real.py says what lies there)
+# make default-model  the built-in model anew from nothing: make default-model DIR=FOLDER (about three hours on two cores)
 # make docs        write the generated pages of docs/ again
 # make clean       remove what these targets made, the environment included (results in demo/ stay)
 #
@@ -14,7 +15,7 @@
 # that is 3.11 to 3.13; TORCH_INDEX the package index of torch (see .ci/make-environment). The tests need Linux.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-all test-image browser mutants gpu-check check-real docs clean
+.PHONY: help demo lint test test-all test-image browser mutants gpu-check check-real default-model docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +56,9 @@ gpu-check: # with the Python that is there: such a machine has no network
 
 check-real: $(STAMP)
 	$(BIN)/python tests/check_real.py "$(DIR)"
+
+default-model: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash aldm/default_model/make.sh "$(DIR)"
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
