@@ -106,8 +106,8 @@ def verdict(rows: list[ScoreRow], store: VolumeStore) -> Iterator[str]:
         if gains:
             worst = min(gains, key=gains.__getitem__)
             yield (
-                f"- {wanted:g} dB or more above {method}: on {sum(g >= wanted for g in gains.values())} of {len(gains)} "
-                f"pairs; mean {np.mean(list(gains.values())):+.1f} dB, least {gains[worst]:+.1f} dB "
+                f"- {wanted:g} dB or more above {method}: on {sum(g >= wanted for g in gains.values())} of "
+                f"{len(gains)} pairs; mean {np.mean(list(gains.values())):+.1f} dB, least {gains[worst]:+.1f} dB "
                 f"({worst[0]}, {worst[1]} to {worst[2]})."
             )
     held = [row.coverage for row in model.values() if np.isfinite(row.coverage)]
