@@ -111,7 +111,7 @@ def test_the_built_in_models_training_leaves_a_translator(blocked: list[str], tm
     blocked = [name for name in blocked if name != "nilearn"]  # its data files are read, its code is not
     record = _check(blocked, tmp_path, "--train-minutes", "0.01")
     assert [row["num_steps"] > 0 for row in record["rows"] if "num_steps" in row] == [True, True]
-    assert Translator.load(tmp_path / "model").modalities == ("t1", "t2", "pd")
+    assert Translator.load(tmp_path / "model").modalities == ("t1", "t1ce", "t2", "flair", "pd")
 
 
 def test_no_backward_pass_before_the_measures_are_forked() -> None:
