@@ -56,6 +56,8 @@ gpu-check: # with the Python that is there: such a machine has no network
 
 check-real: $(STAMP)
 	$(BIN)/python tests/check_real.py "$(DIR)"
+	$(BIN)/python tests/real_heads.py "$(DIR)"
+	$(BIN)/python tests/corruption_costs.py "$(DIR)"
 
 default-model: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash aldm/default_model/make.sh "$(DIR)"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import corruptions
 import nibabel
 import numpy as np
 
@@ -33,6 +34,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 BEGIN, END = "<!-- real heads: begin -->\n", "<!-- real heads: end -->"
 UPPER_HEAD_MM = 90.0
 MAX_OUTSIDE, MAX_UNITS, MAX_VIEW_DB, MAX_CLIPPED = 0.005, 0.01, 0.1, 0.05
+NO_HEADS = ("noise alone", "two legs", "upside down (mirrored)", "turned by 180 degrees about the axis from ear to ear")
+"""Of tests/corruptions.py: what a service is to refuse."""
 HALF = ("--spacing-mm", 2, 2, 2, "--spatial-shape", 96, 96, 72)
 """The paper's 192 x 192 x 144 mm."""
 CUT, AIR = 0.76, 0.1
@@ -70,11 +73,11 @@ def share(what: str, value: float, most: float) -> Check:
 
 
 def scans(folder: Path, unpacked: Path) -> list[Scan]:
-    """Return every scan that the built-in model can take (it knows neither t1ce nor flair)."""
+    """Return every head, T1, T2 and FLAIR."""
     found = []
     for place, patients in (("ms-skull-stripped", ("ms07", "ms19")), ("ms-whole-head", ("ms01",))):
         for patient in patients:
-            for source, target in (("t1", "t2"), ("t2", "t1")):
+            for source, target in (("t1", "t2"), ("t2", "t1"), ("flair", "t1")):
                 path, truth = (folder / place / f"{patient}-{name}.nii.gz" for name in (source, target))
                 found.append(Scan(f"{patient} {source}", path, source, target, truth))
     found.append(Scan("enhanced t1", folder / "xa30-enhanced" / "t1.dcm", "t1", "t2"))
@@ -138,6 +141,16 @@ def z_scored(volume: Volume, mask: np.ndarray) -> Volume:
     if outside is not None:
         data[outside] = 0
     return Volume(data.astype(np.float32), volume.affine)
+
+
+def check_likeness(scan: Scan, translator: Translator) -> Iterator[Check]:
+    """A real head is taken; what is no head, or lies otherwise than its header says, is told."""
+    volume = scan.load()
+    found = corruptions.likeness(translator, volume, scan.source)
+    yield Check(f"{scan.name}: likeness", f"{found.distance:.2f}", "at most 1", not found.is_unlike)
+    for words in NO_HEADS:
+        other = corruptions.likeness(translator, corruptions.CORRUPTIONS[words](volume), scan.source)
+        yield Check(f"{scan.name}, {words}: likeness", f"{other.distance:.2f}", "above 1", other.is_unlike)
 
 
 def check_views(
@@ -273,6 +286,7 @@ def main() -> int:
         series = [scan for scan in found if scan.truth is None]
         parts = {"dcm2niix": check_enhanced(folder), "prepare": check_prepare(folder, series, out)}
         parts |= {scan.name: check_translation(scan, translator, out) for scan in found}
+        parts |= {f"likeness {scan.name}": check_likeness(scan, translator) for scan in found}
         for part in [checking for name, checking in parts.items() if args.only in name]:
             for check in part:
                 checks.append(check)
