@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.config import Config, to_dict, training_name, training_of
 from aldm.errors import UserError
 from aldm.run_folder import CHECKPOINTS, LAST, RunFolder
+from aldm.stage_inputs import StageInputs
 from pipelines.arguments import JobParser
 from pipelines.ray_storage import Storage
 
@@ -246,7 +247,7 @@ def train_on_ray(
     *,
     stage: str,
     config: Config,
-    inputs: dict[str, str],
+    inputs: StageInputs,
     record: dict[str, str],
     tracking: dict[str, str | None] | None,
     args: argparse.Namespace,
@@ -259,7 +260,7 @@ def train_on_ray(
         storage: of the run's checkpoints.
         stage: vqgan, ms-spade, diffusion or unet.
         config: resolved.
-        inputs: the paths that the stage is built from, by flag name.
+        inputs: what the stage is built from.
         record: name -> path or hash of what the stage is built from, for the tracking.
         tracking: from training_logs.tracking_of.
         args: --resume, --overwrite and --log-level.
@@ -276,7 +277,7 @@ def train_on_ray(
         "run_dir": str(run.path.resolve()),
         "stage": stage,
         "config": to_dict(config),
-        "inputs": {name: str(Path(path).resolve()) for name, path in inputs.items()},
+        "inputs": inputs.resolved(),
         "engine": cluster.engine,
         "zero_stage": cluster.zero_stage,
         "record": record,

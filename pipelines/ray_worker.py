@@ -1,6 +1,5 @@
 """What each worker of a Ray Train group runs: the stage, its engine, and `fit`."""
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -99,11 +98,9 @@ def _with_gauges(logs: Logs, settings: dict[str, Any], batch_size: int) -> Logs:
 
 
 def _built_stage(settings: dict[str, Any]) -> "Stage":
-    from pipelines.build_stage import build_stage
+    from aldm.training_build import build_stage
 
-    paths = {name: Path(path) for name, path in settings["inputs"].items()}
-    inputs = argparse.Namespace(**{"vit_weights": None, "pretrained": None, **paths})
-    return build_stage(settings["stage"], from_dict(Config, settings["config"]), inputs)[0]
+    return build_stage(settings["stage"], from_dict(Config, settings["config"]), settings["inputs"])[0]
 
 
 def _engine(settings: dict[str, Any], config: Config, batch_size: int, resume_from: Path | None) -> "Engine":

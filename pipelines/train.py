@@ -5,16 +5,16 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aldm.config import Config, TrainingConfig, training_of, with_training
 from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
+from aldm.stage_inputs import WITHOUT_STARTING_MODEL, StageInputs
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
-from pipelines.build_stage import OF_A_MODEL, build_stage
 from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
@@ -37,13 +37,6 @@ STAGES = {
     "uncertainty": "how far off a trained model may be: --model, of any kind; aldm export puts the two together",
     **METHODS,
 }
-INPUTS = {
-    "ms-spade": ("latents",),
-    "diffusion": ("latents", "ms_spade"),
-    "uncertainty": ("store", "model"),
-    "resvit": ("store", "pretrained", "vit_weights"),
-}
-"""The flags that name what a stage is built from; those not named here are built from a store."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume_or_start:
         args.resume = _begun(args)
     _check_folder(stage, args)
-    built, inputs = build_stage(stage, config, args)
+    from aldm.training_build import build_stage
+
+    paths = _inputs(args)
+    built, inputs = build_stage(stage, config, paths)
     built.samples("train")  # data that it cannot learn from are refused before anything is written
     config = built.config
     training = training_of(config, stage)
@@ -94,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 storage,
                 stage=stage,
                 config=config,
-                inputs=_paths(stage, args),
+                inputs=paths,
                 record=inputs,
                 tracking=tracking,
                 args=args,
@@ -156,10 +152,9 @@ def _train_here(
     )
 
 
-def _paths(stage: str, args: argparse.Namespace) -> dict[str, str]:
-    """Return the paths that a stage is built from, by flag name."""
-    given = {name: getattr(args, name, None) for name in (*INPUTS.get(stage, ("store",)), "init_from")}
-    return {name: str(path) for name, path in given.items() if path is not None}
+def _inputs(args: argparse.Namespace) -> StageInputs:
+    """Return what the flags say that the stage is built from; no training has them all."""
+    return StageInputs(**{field.name: getattr(args, field.name, None) for field in fields(StageInputs)})
 
 
 def _parser(stage: str) -> JobParser:
@@ -194,7 +189,7 @@ def _parser(stage: str) -> JobParser:
         )
     if stage == "diffusion":
         parser.add_argument("--ms-spade", type=Path, required=True, metavar="RUN", help="run folder of stage 2")
-    if stage not in OF_A_MODEL:
+    if stage not in WITHOUT_STARTING_MODEL:
         add_starting_model(parser)
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
     parser.add_argument("--max-steps", type=int, help="optimizer steps (default: the configuration's)")

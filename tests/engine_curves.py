@@ -178,15 +178,14 @@ def of_all_ranks(engine: Any, value: Any) -> list[Any]:
 
 def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> tuple[Any, Any]:
     """Return the stage of the changed tiny preset and its section of the configuration."""
-    import argparse
-
     from aldm.config import training_of, with_training
     from aldm.config_baselines import METHODS
     from aldm.presets import tiny
-    from pipelines.build_stage import build_stage
+    from aldm.stage_inputs import StageInputs
+    from aldm.training_build import build_stage
 
     config = replace(tiny(), pair=("t1", "t2")) if stage in METHODS else tiny()
-    paths = argparse.Namespace(vit_weights=None, **{name: Path(path) for name, path in inputs.items()})
+    paths = StageInputs(**{name: Path(path) for name, path in inputs.items()})
     built, _ = build_stage(stage, with_training(config, stage, **training), paths)
     return built, training_of(built.config, stage)
 

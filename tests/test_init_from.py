@@ -1,7 +1,6 @@
 """`aldm train --init-from`: a trained model goes on learning from a user's own subjects."""
 
 import json
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from aldm.checkpoint import load_checkpoint
 from aldm.data.store import VolumeStore
 from aldm.latents import LatentStore
 from aldm.presets import tiny
+from aldm.stage_inputs import StageInputs
+from aldm.training_build import build_stage
 from aldm.translate import Translator
-from pipelines.build_stage import build_stage
 
 CPU = ("--device", "cpu", "--log-level", "warning")
 TINY = ("--preset", "tiny", *CPU)
@@ -202,10 +202,10 @@ def test_the_uncertainty_of_a_fine_tuned_model_is_trained_from_its_own_configura
     before = load_checkpoint(model)
     config = replace(before.config, init_from="model@0123456789ab", modalities=("t1", "t2"))
     save_untrained(tuned, config=config, modalities=("t1", "t2"))
-    args = Namespace(store=own_store.path, model=tuned)
-    first, _ = build_stage("uncertainty", tiny(), args)
+    paths = StageInputs(store=own_store.path, model=tuned)
+    first, _ = build_stage("uncertainty", tiny(), paths)
     assert first.config.init_from == "model@0123456789ab"
-    again, _ = build_stage("uncertainty", first.config, args)
+    again, _ = build_stage("uncertainty", first.config, paths)
     assert again.config == first.config
 
 

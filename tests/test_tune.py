@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,9 @@ from aldm.errors import UserError
 from aldm.presets import load_preset, tiny
 from aldm.run_folder import RunFolder, checkpoint_folder
 from aldm.sampling import allowed_samplers, check_sampling
+from aldm.stage_inputs import StageInputs
 from aldm.training import fit
-from pipelines.build_stage import build_stage
+from aldm.training_build import build_stage
 from tune.noise_schedules import main
 from tune.picture import save_pareto_picture
 from tune.results import Measurement, Trial, pareto_front
@@ -185,8 +185,8 @@ def inputs(haar_latents: Path, stage_2: Path) -> Inputs:
 
 def test_measuring_repeats_the_validation_of_the_training(inputs: Inputs, tmp_path: Path) -> None:
     config, way = with_point(tiny(), {"objective": "v", "schedule": "cosine"}), Way("ddim", 4)
-    namespace = Namespace(latents=Path(inputs[1]), ms_spade=Path(inputs[3]))
-    stage, sources = build_stage("diffusion", with_way(config, way), namespace)
+    paths = StageInputs(latents=Path(inputs[1]), ms_spade=Path(inputs[3]))
+    stage, sources = build_stage("diffusion", with_way(config, way), paths)
     engine = PlainEngine("cpu", "fp32")
     with RunFolder.open(tmp_path / "r", stage="diffusion", config=stage.config, inputs=sources) as folder:
         result = fit(

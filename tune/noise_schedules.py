@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aldm.config import OBJECTIVES, SAMPLERS, Config
 from aldm.errors import UserError
+from aldm.stage_inputs import StageInputs
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 
@@ -144,7 +145,7 @@ def _sweep(args: argparse.Namespace) -> tuple["Sweep", Config]:
         UserError: a number out of range, a name that is not known, inputs that are missing or do not fit.
     """
     from aldm.pace import planned_steps
-    from pipelines.build_stage import build_stage
+    from aldm.training_build import build_stage
     from tune.search_space import random_points, with_point, with_way
     from tune.sweep import HALTS, STAGE, Sweep
 
@@ -164,7 +165,7 @@ def _sweep(args: argparse.Namespace) -> tuple["Sweep", Config]:
     training = replace(preset.train_diffusion, **changes)
     objective = space.objectives[0]
     probe = with_way(with_point(preset, {"objective": objective}), space.scored_way(objective))
-    stage, inputs = build_stage(STAGE, probe, args)
+    stage, inputs = build_stage(STAGE, probe, StageInputs(latents=args.latents, ms_spade=args.ms_spade))
     for split in ("train", "validation"):
         if not len(stage.samples(split)):
             raise UserError(f"{args.latents} has no {split} subjects, a sweep needs them: prepare with other --splits")

@@ -4,7 +4,6 @@ The run folder is the trial's only state. A trial that starts where its folder h
 is measured already only says so again: whatever Ray Tune knew when it was stopped, nothing is trained twice.
 """
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.config import TrainingConfig
 from aldm.errors import NotFiniteError
+from aldm.stage_inputs import StageInputs
 from pipelines.arguments import configure_logging
 from tune.search_space import Point, Way, point_name, with_way
 from tune.sweep import STAGE, TRIALS, Measured, Outcome, Sweep
@@ -81,10 +81,10 @@ def _train_and_measure(sweep: Sweep, point: Point, folder: Path, device: str) ->
     from aldm.precision import usable_precision
     from aldm.run_folder import CONFIG_FILE, RunFolder, checkpoint_folder
     from aldm.training import PlainEngine, fit
-    from pipelines.build_stage import build_stage
+    from aldm.training_build import build_stage
 
-    inputs = argparse.Namespace(latents=Path(sweep.latents), ms_spade=Path(sweep.ms_spade))
-    stage, sources = build_stage(STAGE, sweep.config_of(point), inputs)
+    paths = StageInputs(latents=Path(sweep.latents), ms_spade=Path(sweep.ms_spade))
+    stage, sources = build_stage(STAGE, sweep.config_of(point), paths)
     training: TrainingConfig = stage.config.train_diffusion
     engine = PlainEngine(device, usable_precision(stage.config.precision, device))
     resume = (folder / CONFIG_FILE).is_file()

@@ -144,12 +144,13 @@ def _engine(name: str, batch: int) -> "Engine":
 def _stage(inputs: dict[str, str]) -> tuple["Stage", "TrainingConfig"]:
     """Return stage 3 with nothing but training in it: one validation sample at the end."""
     from aldm.presets import small
-    from pipelines.build_stage import build_stage
+    from aldm.stage_inputs import StageInputs
+    from aldm.training_build import build_stage
 
     often: Any = {"log_every": 10**6, "validate_every": 10**6, "checkpoint_every": 10**6, "num_validation_samples": 1}
     config = replace(small(), precision="fp32")
     config = replace(config, train_diffusion=replace(config.train_diffusion, **often))
-    paths = argparse.Namespace(**{name: Path(path) for name, path in inputs.items()})
+    paths = StageInputs(**{name: Path(path) for name, path in inputs.items()})
     stage, _ = build_stage("diffusion", config, paths)
     return stage, stage.config.train_diffusion
 
