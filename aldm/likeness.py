@@ -5,7 +5,8 @@ in groups, and for each of these every kind of volume has a Gaussian of its trai
 two where some of its training volumes are whole heads and some skull-stripped. The distance of a volume is the largest
 of its Mahalanobis distances over the groups (Lee et al. 2018 have the features of a network there), each in units of a
 limit that hardly any volume of the kind exceeds: 1 is at the limit, 5 far from all that the model has seen. Of a
-modality's kinds the nearest counts.
+modality's kinds the nearest counts. What modality a volume looks like is told by its contrast and texture alone: that
+whose Gaussians make them the likeliest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,8 @@ DEVIATIONS = 3.0
 lies beyond, were they normal."""
 MIN_SHRINKAGE, MIN_STD = 0.05, 0.01
 """No direction counts as having no variance."""
+TELLING = ("contrast", "texture")
+"""Groups that tell the modalities apart."""
 _SMALL = 1e-6
 NOT_MEASURED = "not measured"
 WAY_OUT = "export it again"
@@ -78,7 +81,7 @@ class Likeness:
     differs_in: str
     """The group of features with that distance: shape, brightness (where it is bright), contrast or texture."""
     looks_like: str
-    """The modality of the model whose training volumes it is nearest to."""
+    """The modality of the model in whose training volumes its contrast and texture are the likeliest."""
 
     @property
     def is_unlike(self) -> bool:
@@ -197,12 +200,26 @@ class Statistics:
 
     def distances(self, kind: str, rows: np.ndarray) -> np.ndarray:
         """Return the distances (N, groups) of rows (N, NUM_FEATURES) from a kind of volumes, in units of its limits."""
+        return np.sqrt(self._mean_squares(kind, rows)) / self.limits[kind]
+
+    def log_likelihood(self, kind: str, row: Sequence[float]) -> float:
+        """Return that of a row's TELLING features under the kind's Gaussians, less what all kinds share."""
+        squares = self._mean_squares(kind, np.array([row]))[0]
+        parts = [
+            -0.5 * square * len(names) - np.log(self.stds[kind][each]).sum()
+            for square, (group, names), each in zip(squares, GROUPS.items(), _SLICES, strict=True)
+            if group in TELLING
+        ]
+        return float(sum(parts))
+
+    def _mean_squares(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """Return the mean squares of the whitened features of rows (N, NUM_FEATURES) by group, (N, groups)."""
         z = (rows - self.means[kind]) / self.stds[kind]
         found = []
         for each, correlation in zip(_SLICES, self.correlations, strict=True):
             whitened = np.linalg.solve(np.linalg.cholesky(correlation), z[:, each].T)
-            found.append(np.sqrt(np.square(whitened).mean(axis=0)))
-        return np.stack(found, axis=1) / self.limits[kind]
+            found.append(np.square(whitened).mean(axis=0))
+        return np.stack(found, axis=1)
 
     def measure(self, row: Sequence[float], source: str) -> Likeness | None:
         """Return how unlike a volume is.
@@ -213,21 +230,16 @@ class Statistics:
         """
         if len(row) != NUM_FEATURES:
             return None
-        distances = {kind: self.distances(kind, np.array([row]))[0] for kind in self.means}
-        own = [kind for kind in distances if modality_of(kind) == source]
+        own = [kind for kind in self.means if modality_of(kind) == source]
         if not own:
             return None
-
-        def largest(kind: str) -> float:
-            return float(distances[kind].max())
-
-        nearest = distances[min(own, key=largest)]
+        nearest = min((self.distances(kind, np.array([row]))[0] for kind in own), key=lambda one: float(one.max()))
         group = int(nearest.argmax())
         return Likeness(
             distance=float(f"{nearest[group]:.4g}"),
             source=source,
             differs_in=list(GROUPS)[group],
-            looks_like=modality_of(min(distances, key=largest)),
+            looks_like=modality_of(max(self.means, key=lambda kind: self.log_likelihood(kind, row))),
         )
 
     def to_dict(self) -> dict[str, Any]:

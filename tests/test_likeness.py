@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from aldm import likeness
 from aldm.errors import UserError
@@ -123,6 +124,23 @@ def test_the_distance_is_that_of_mahalanobis_in_each_group() -> None:
         off = rows[:, part] - found.means["t1"][part]
         wanted = np.sqrt(np.einsum("ni,ij,nj->n", off, inverse, off) / len(names)) / found.limits["t1"][group]
         np.testing.assert_allclose(found.distances("t1", rows)[:, group], wanted, rtol=1e-6)
+
+
+def test_it_looks_like_what_makes_its_contrast_and_texture_likeliest() -> None:
+    found, row = fitted(), drawn(1, 9, seed=5)[0]
+    start, wanted = 0, dict.fromkeys(found.means, 0.0)
+    for group, names in GROUPS.items():
+        part = slice(start, start + len(names))
+        start += len(names)
+        for kind in wanted if group in ("contrast", "texture") else ():
+            std, correlation = found.stds[kind][part], found.correlations[list(GROUPS).index(group)]
+            gaussian = multivariate_normal(found.means[kind][part], correlation * np.outer(std, std))
+            wanted[kind] += float(gaussian.logpdf(row[part]))
+    got = {kind: found.log_likelihood(kind, row.tolist()) for kind in wanted}
+    assert got["t1"] - got["t2"] == pytest.approx(wanted["t1"] - wanted["t2"], rel=1e-6)
+    measured = found.measure(row.tolist(), "t1")
+    assert measured is not None
+    assert measured.looks_like == max(wanted, key=wanted.__getitem__)
 
 
 def test_volumes_of_the_kind_stay_below_one_and_others_do_not() -> None:
