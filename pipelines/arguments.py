@@ -1,19 +1,15 @@
-"""What every job's command line shares: the common flags, the resolved configuration, the device and the logging."""
+"""What every job's command line shares: the common flags, the resolved configuration and the logging."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from aldm.cli import with_flags
 from aldm.config import PRECISIONS, Config, override
-from aldm.errors import UserError
 from aldm.presets import PRESETS, load_preset
-
-if TYPE_CHECKING:
-    import torch
 
 COMMON_FLAGS = "flags of every job"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -97,23 +93,6 @@ def resolve_config(args: argparse.Namespace, default_preset: str = "small") -> C
     """
     config = override(load_preset(args.preset or default_preset), args.set)
     return config if args.precision is None else replace(config, precision=args.precision)
-
-
-def select_device(args: argparse.Namespace) -> "torch.device":
-    """Return the torch device that --device asks for.
-
-    Raises:
-        UserError: cuda was asked for and torch sees no GPU.
-    """
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device cuda: torch {torch.__version__} sees no GPU here; "
-            "give --device cpu, or install a CUDA build of it"
-        )
-    use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
 
 
 class _StderrHandler(logging.Handler):

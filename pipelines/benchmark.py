@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aldm.errors import UserError
 from aldm.words import counted
-from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.benchmark_codecs import CODECS, CodecTerms, check_codecs, plan_codec
 from pipelines.benchmark_plan import BENCHMARKED, Contest, Terms, check_methods, plan_entry
 from pipelines.benchmark_run import Planned, check_folder, finished, flags_of, open_folder, run_all
@@ -85,11 +85,12 @@ def _codecs(args: argparse.Namespace, config: "Config", store: "VolumeStore") ->
     if not _begin(entries, terms, args):
         return 0
     run_all(entries, terms, args)
+    from aldm.device import select_device
     from pipelines.benchmark_codecs_scores import score_all
     from pipelines.benchmark_codecs_table import TABLE, write_codecs
 
     done = finished(terms.out, list(CODECS), plan)
-    print(write_codecs(terms, done, score_all(terms, done, store, select_device(args)), store))
+    print(write_codecs(terms, done, score_all(terms, done, store, select_device(args.device)), store))
     print(f"\neverything: {args.out / TABLE}")
     return 0
 

@@ -12,7 +12,7 @@ from aldm.config_baselines import METHODS
 from aldm.errors import UserError
 from aldm.pairs import pairs_in_words
 from aldm.presets import load_preset
-from pipelines.arguments import JobParser, job_parser, select_device
+from pipelines.arguments import JobParser, job_parser
 from pipelines.model_card import CARD, SCORES_CARD, model_card, read_scores
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.alias is not None and args.register is None:
         parser.error("--alias names a version of a registered model: give --register NAME as well")
     from aldm.checkpoint import CONFIG, write_checkpoint
+    from aldm.device import select_device
     from aldm.files import atomic_folder, check_folder
     from aldm.memory import gigabytes, resident_bytes
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_registry(args)
     if args.model is not None:
         changes = args.set, args.precision
-        model = with_uncertainty(args.model, args.uncertainty, args.store, select_device(args), changes)
+        model = with_uncertainty(args.model, args.uncertainty, args.store, select_device(args.device), changes)
     elif args.baseline is not None:
         model = baseline_model(args.baseline)
     else:
@@ -93,10 +94,10 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> Model:
         UserError: a run without checkpoint, or stages that were not trained on each other's results.
     """
     from aldm.checkpoint import load_checkpoint
+    from aldm.encoding import load_codec
     from aldm.latents import codec_hash
     from aldm.run_folder import checkpoint_folder
     from aldm.stage_data import LATENTS
-    from pipelines.encode import load_codec
 
     stage_3 = load_checkpoint(checkpoint_folder(diffusion), "diffusion")
     stage_2 = load_checkpoint(checkpoint_folder(ms_spade), "ms-spade")

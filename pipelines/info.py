@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aldm.config import Config
 from aldm.errors import UserError
 from aldm.words import counted
-from pipelines.arguments import job_parser, resolve_config, select_device
+from pipelines.arguments import job_parser, resolve_config
 
 if TYPE_CHECKING:
     from aldm.planner import MemoryPlan
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-layers", action="store_true", help="leave the table of layers out")
     args = parser.parse_args(argv)
     config = resolve_config(args)
-    device = select_device(args)
+    from aldm.device import select_device
     from aldm.planner import with_modalities
 
+    device = select_device(args.device)
     if args.dry_run:
         from aldm.memory import gigabytes, resident_bytes
 

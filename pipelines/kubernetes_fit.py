@@ -125,8 +125,8 @@ class _Plans:
         return (expected.peak_bytes + (expected.gradients_bytes if shared else 0)) / GIB
 
     def _encoding(self) -> float:
+        from aldm.encoding import encoding_bytes
         from aldm.models.codecs import build_codec
-        from pipelines.encode import encoding_bytes
 
         config = self.setup.config
         codec = build_codec(config.codec)

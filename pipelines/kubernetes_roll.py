@@ -36,7 +36,7 @@ from pathlib import Path
 
 from aldm.errors import UserError
 from aldm.files import atomic_path
-from pipelines.arguments import JobParser, job_parser, select_device
+from pipelines.arguments import JobParser, job_parser
 from pipelines.kubernetes_service import BUILT_IN, RayService
 from pipelines.registered import Registered, fetch, resolve
 from pipelines.serve_config import APPLICATION, model_of, read_manifest, with_model
@@ -88,9 +88,10 @@ def try_out(model: Registered, server: str, args: argparse.Namespace) -> None:
     Raises:
         UserError: it is not what was registered, or does not work.
     """
+    from aldm.device import select_device
     from pipelines.smoke_test import smoke_test
 
-    device = "cpu" if args.device == "auto" else str(select_device(args))
+    device = "cpu" if args.device == "auto" else str(select_device(args.device))
     with tempfile.TemporaryDirectory(prefix="aldm-roll-") as folder:
         found = fetch(model, Path(folder), server)
         print(f"{model.address}: the weights are those registered", flush=True)

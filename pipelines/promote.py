@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aldm.errors import UserError
-from pipelines.arguments import JobParser, job_parser, select_device
+from pipelines.arguments import JobParser, job_parser
 from pipelines.champion import ALIAS, FORMER, Contest, find_hash, read_contest, set_champion, swap_back
 from pipelines.registered import Registered, find_alias
 from pipelines.registry import check_names, register
@@ -76,9 +76,10 @@ def _try_out(model: Path, args: argparse.Namespace) -> None:
     Raises:
         UserError: it does not work.
     """
+    from aldm.device import select_device
     from pipelines.smoke_test import smoke_test
 
-    device = "cpu" if args.device == "auto" else str(select_device(args))
+    device = "cpu" if args.device == "auto" else str(select_device(args.device))
     try:
         print(smoke_test(model, device=device), flush=True)
     except UserError as error:

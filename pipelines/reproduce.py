@@ -14,7 +14,7 @@ from aldm.config import Config
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from aldm.run_folder import without_secrets
-from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.chain import Chain, Step, is_done, span
 from pipelines.ray_training import add_cluster_arguments, cluster_of
 from pipelines.reproduce_data import LAYOUT, SOURCE, find_subjects, paper_splits, splits_csv, splits_text
@@ -88,10 +88,11 @@ def _judged(
     Raises:
         UserError: it does not fit this machine, and --anyway was not given.
     """
+    from aldm.device import select_device
     from aldm.precision import usable_precision
     from pipelines.reproduce_verdict import judge, machine_here, prepare_minutes, ways_out
 
-    device = select_device(args)
+    device = select_device(args.device)
     num_workers = cluster_of(args, config, TRAININGS[0]).min_workers
     machine = machine_here(args.out, device, usable_precision(config.precision, device), num_workers)
     verdict = judge(config, machine, data.volumes(), Counter(splits.values()), done)

@@ -14,7 +14,7 @@ from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
 from aldm.stage_inputs import WITHOUT_STARTING_MODEL, StageInputs
 from aldm.words import counted
-from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
@@ -46,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _no_stage(arguments)
     stage, *rest = arguments
     args, config = parse(stage, rest)
-    device = select_device(args)
+    from aldm.device import select_device
+    from aldm.training_build import build_stage
+
+    device = select_device(args.device)
     if args.resume_or_start:
         args.resume = _begun(args)
     _check_folder(stage, args)
-    from aldm.training_build import build_stage
-
     paths = _inputs(args)
     built, inputs = build_stage(stage, config, paths)
     built.samples("train")  # data that it cannot learn from are refused before anything is written

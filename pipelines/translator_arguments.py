@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aldm.config import Config, override
 from aldm.errors import UserError
 from aldm.presets import load_preset
-from pipelines.arguments import JobParser, select_device
+from pipelines.arguments import JobParser
 
 if TYPE_CHECKING:
     from aldm.translate import Translator
@@ -91,6 +91,7 @@ def load_translator(folder: Path, config: Config, args: argparse.Namespace) -> "
     Raises:
         UserError: as Translator.load, or a flag that makes no sense.
     """
+    from aldm.device import select_device
     from aldm.translate import Translator
 
     if args.max_memory_gb is not None and not 0 < args.max_memory_gb < math.inf:
@@ -99,7 +100,7 @@ def load_translator(folder: Path, config: Config, args: argparse.Namespace) -> "
         raise UserError(f"--scratch-dir {args.scratch_dir} is not a folder: make it first, or leave it out")
     return Translator.load(
         folder,
-        select_device(args),
+        select_device(args.device),
         sampling=config.sampling,
         precision=config.precision,
         max_memory_gb=args.max_memory_gb,

@@ -117,9 +117,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     values: dict[str, Any] = {name: getattr(args, name) for name in Settings.model_fields if name not in _OWN_FLAGS}
     values["precision"] = args.precision
     if args.device != "cpu":
-        from pipelines.arguments import select_device
+        from aldm.device import select_device
 
-        values["use_gpu"] = select_device(args).type == "cuda"
+        values["use_gpu"] = select_device(args.device).type == "cuda"
     if args.token_file is not None:
         values["token_file"] = str(Path(args.token_file).expanduser().absolute())  # a link may be turned later
     values["work_dir"] = str(Path(args.work_dir).expanduser().resolve())

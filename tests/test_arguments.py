@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from aldm.device import select_device
 from aldm.errors import UserError
 from aldm.presets import brats, small
-from pipelines.arguments import JobParser, job_parser, resolve_config, select_device
+from pipelines.arguments import JobParser, job_parser, resolve_config
 
 
 @pytest.fixture
@@ -72,14 +73,14 @@ def test_help_shows_every_default_and_unit(parser: JobParser, capsys: pytest.Cap
     assert text.count("(default: ") == len(optional)
 
 
-def test_the_device_is_the_one_asked_for(parser: JobParser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_device(parser.parse_args(["s"])) == torch.device("cpu")
-    with pytest.raises(UserError, match=r"--device cuda: torch .* sees no GPU here"):
-        select_device(parser.parse_args(["s", "--device", "cuda"]))
+    assert select_device() == torch.device("cpu")
+    with pytest.raises(UserError, match=r"`device` cuda: torch .* sees no GPU here"):
+        select_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert select_device(parser.parse_args(["s"])) == torch.device("cuda")
-    assert select_device(parser.parse_args(["s", "--device", "cpu"])) == torch.device("cpu")
+    assert select_device() == torch.device("cuda")
+    assert select_device("cpu") == torch.device("cpu")
 
 
 def test_the_log_level_is_the_one_asked_for(parser: JobParser, capsys: pytest.CaptureFixture[str]) -> None:

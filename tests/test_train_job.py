@@ -257,9 +257,9 @@ def test_a_codec_that_is_none_is_refused(
 
 
 def test_encoding_in_bounded_memory_gives_the_same_latents(brats_store: VolumeStore, tmp_path: Path) -> None:
+    from aldm.encoding import make_encoder
     from aldm.memory import resident_bytes
     from aldm.presets import tiny
-    from pipelines.encode import encoder
 
     torch.manual_seed(0)
     codec = build_codec(tiny().codec).eval()
@@ -267,15 +267,15 @@ def test_encoding_in_bounded_memory_gives_the_same_latents(brats_store: VolumeSt
     volume = torch.from_numpy(brats_store.volume(brats_store.subjects()[0].subject_id, "t1"))[None, None]
     limit_gb = (resident_bytes() + 2e9) / 1e9
     with torch.inference_mode():
-        whole = encoder(codec, shape, torch.device("cpu"), "fp32", None)(volume)
-        bounded = encoder(codec, shape, torch.device("cpu"), "fp32", limit_gb)(volume)
+        whole = make_encoder(codec, shape, torch.device("cpu"), "fp32", None)(volume)
+        bounded = make_encoder(codec, shape, torch.device("cpu"), "fp32", limit_gb)(volume)
     assert torch.allclose(whole, bounded, atol=1e-4)
 
 
 def test_a_full_disk_is_seen_before_encoding(
     brats_store: VolumeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("aldm.files.free_gib", lambda folder: 1e-6)
+    monkeypatch.setattr("aldm.encoding.free_gib", lambda folder: 1e-6)
     words = ("encode", "--store", brats_store.path, "--codec", "haar", "--out", tmp_path / "l", *TINY)
     assert "free some space" in refused(capsys, *words)
 
