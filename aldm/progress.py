@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -105,9 +105,21 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
+@overload
 def progress(
-    iterable: Iterable[T] | None = None, total: int | None = None, description: str = "", unit: str = "it"
-) -> Progress[T]:
+    iterable: None = None, total: int | None = None, description: str = "", unit: str = "it"
+) -> Progress[None]: ...
+
+
+@overload
+def progress(
+    iterable: Iterable[T], total: int | None = None, description: str = "", unit: str = "it"
+) -> Progress[T]: ...
+
+
+def progress(
+    iterable: Iterable[Any] | None = None, total: int | None = None, description: str = "", unit: str = "it"
+) -> Progress[Any]:
     """Return a progress display on stderr over `iterable`, or one to `update` by hand.
 
     Args:

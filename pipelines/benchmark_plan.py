@@ -165,8 +165,9 @@ def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entr
         trainings = [train(name, 1.0, *store, *pair, *endless)]
         parts = ("--baseline", folder / name)
     model = folder / MODEL
-    evaluate = ("evaluate", "--model", model, *store, "--source", contest.pair[0], "--target", contest.pair[1])
-    evaluate += ("--split", contest.split, "--out", folder / SCORES, "--group", contest.group)
+    evaluate: tuple[object, ...] = ("evaluate", "--model", model, *store, "--split", contest.split)
+    evaluate += ("--source", contest.pair[0], "--target", contest.pair[1], "--group", contest.group)
+    evaluate += ("--out", folder / SCORES)
     return Entry(
         method,
         seed,

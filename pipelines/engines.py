@@ -153,7 +153,7 @@ class DeepSpeedEngine:
             for name, parameter in player.module.named_parameters():
                 # between turns nothing is in use, but DeepSpeed forgets to let go of a layer that a backward pass
                 # went through twice
-                parameter.ds_active_sub_modules.clear()
+                parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
                 with self.whole([parameter]):
                     state[name] = parameter.detach().clone()
         return state

@@ -98,7 +98,7 @@ def needs_text(config: Config, args: argparse.Namespace, device: str) -> str:
     steps, samples = config.sampling.num_inference_steps, config.sampling.num_samples
     speed = measure_throughput(device, config.precision)
     lines = [_flops_text(inference, steps, samples), ""]
-    rows = [("expected", "voxels", "batch", "peak GiB", "recomputing", "TFLOP", "seconds")]
+    rows: list[tuple[str, ...]] = [("expected", "voxels", "batch", "peak GiB", "recomputing", "TFLOP", "seconds")]
     rows.append(_row("translate", inference, None, speed))
     for name, changed in trainings(config):
         try:

@@ -64,7 +64,7 @@ def check(
     min_gain_db: float,
     service: str,
     namespace: str,
-) -> NamedTuple("Checked", [("parameters", dict)]):
+) -> NamedTuple("Checked", [("parameters", dict)]):  # type: ignore[valid-type]  # the form that kfp reads
     """Refuse parameters that cannot work, and show every command of the run."""
     values = {name: value for name, value in locals().items() if name != "plan"}
     import collections
@@ -77,7 +77,7 @@ def check(
 
 
 @component
-def simulate(parameters: dict):
+def simulate(parameters: dict) -> None:
     """Write simulated subjects, where there is no data set (aldm phantom)."""
     from pipelines.kubeflow_run import step
 
@@ -85,7 +85,7 @@ def simulate(parameters: dict):
 
 
 @component
-def prepare(parameters: dict):
+def prepare(parameters: dict) -> None:
     """Check the data set and make a store of it (aldm prepare)."""
     from pipelines.kubeflow_run import step
 
@@ -93,7 +93,7 @@ def prepare(parameters: dict):
 
 
 @component
-def train_vqgan(parameters: dict, metrics: Output[Metrics]):
+def train_vqgan(parameters: dict, metrics: Output[Metrics]) -> None:
     """Stage 1 (aldm train vqgan); nothing to do for the lossless codec."""
     from pipelines.kubeflow_report import training_numbers
     from pipelines.kubeflow_run import step
@@ -103,7 +103,7 @@ def train_vqgan(parameters: dict, metrics: Output[Metrics]):
 
 
 @component
-def encode(parameters: dict):
+def encode(parameters: dict) -> None:
     """Encode the store into latents (aldm encode)."""
     from pipelines.kubeflow_run import step
 
@@ -111,7 +111,7 @@ def encode(parameters: dict):
 
 
 @component
-def train_ms_spade(parameters: dict, metrics: Output[Metrics]):
+def train_ms_spade(parameters: dict, metrics: Output[Metrics]) -> None:
     """Stage 2 (aldm train ms-spade)."""
     from pipelines.kubeflow_report import training_numbers
     from pipelines.kubeflow_run import step
@@ -121,7 +121,7 @@ def train_ms_spade(parameters: dict, metrics: Output[Metrics]):
 
 
 @component
-def train_diffusion(parameters: dict, metrics: Output[Metrics]):
+def train_diffusion(parameters: dict, metrics: Output[Metrics]) -> None:
     """Stage 3 (aldm train diffusion)."""
     from pipelines.kubeflow_report import training_numbers
     from pipelines.kubeflow_run import step
@@ -131,7 +131,7 @@ def train_diffusion(parameters: dict, metrics: Output[Metrics]):
 
 
 @component
-def export(parameters: dict):
+def export(parameters: dict) -> None:
     """Put the trained stages together (aldm export)."""
     from pipelines.kubeflow_run import step
 
@@ -163,7 +163,7 @@ def to_beat(parameters: dict) -> float:
 
 
 @component
-def register(parameters: dict):
+def register(parameters: dict) -> None:
     """Register the new model as the champion (aldm promote)."""
     from pipelines.kubeflow_run import step
 
@@ -171,7 +171,7 @@ def register(parameters: dict):
 
 
 @component
-def roll(parameters: dict):
+def roll(parameters: dict) -> None:
     """Check the champion and bring it into the service (aldm k8s roll)."""
     from pipelines.kubeflow_run import step
 
@@ -233,7 +233,7 @@ def pipeline(
     min_gain_db: float = 0.0,
     service: str = "",
     namespace: str = "aldm",
-):
+) -> None:
     """Wire the steps; `Parameters` of pipelines/kubeflow_steps.py says what each parameter is."""
     first = check(**locals()).set_caching_options(True).set_display_name("check the parameters")
     _in_pod(first, memory="4G", retries=0)

@@ -103,11 +103,12 @@ class Parameters:
         Raises:
             UserError: an unknown name.
         """
-        kinds: dict[str, Any] = {item.name: item.type for item in fields(cls)}
+        kinds = {item.name: item.type for item in fields(cls)}
         unknown = set(values) - set(kinds)
         if unknown:
             raise UserError(f"the pipeline has no parameter {', '.join(sorted(unknown))}")
-        return cls(**{name: int(value) if kinds[name] is int else value for name, value in values.items()})
+        whole: dict[str, Any] = {name: int(value) if kinds[name] is int else value for name, value in values.items()}
+        return cls(**whole)
 
 
 def commands(p: Parameters) -> dict[str, tuple[str, ...] | None]:

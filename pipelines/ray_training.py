@@ -294,7 +294,10 @@ def train_on_ray(
 
 
 def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run the trainer; Ctrl-C is Ctrl-C again, and what a worker said is said once."""
+    """Run the trainer; Ctrl-C is Ctrl-C again, and what a worker said is said once.
+
+    Ray's names are typed as in version 1 of its trainer, and are those of version 2 when it runs.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -303,10 +306,10 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
     assert cluster.use_gpu is not None, "open_cluster decides it"
     elastic = cluster.min_workers != cluster.max_workers
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # only version 2 of the trainer takes what a worker returns
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,
+            num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,  # type: ignore[arg-type]
             use_gpu=cluster.use_gpu,
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
@@ -319,12 +322,12 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
                 checkpoint_score_attribute="score",
                 checkpoint_score_order="max",
             ),
-            worker_runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+            worker_runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},  # type: ignore[call-arg]
         ),
     )
     before = signal.getsignal(signal.SIGINT)
     try:
-        outcome: dict[str, Any] = trainer.fit().return_value
+        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
         return outcome
     except (KeyboardInterrupt, SystemExit) as error:
         _mark(settings, "KILLED")

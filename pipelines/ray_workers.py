@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aldm.errors import UserError
-from aldm.progress import Progress, progress
+from aldm.progress import progress
 from aldm.words import counted
 from pipelines.arguments import JobParser
 from pipelines.ray_session import check_workers, ray_session
@@ -141,7 +141,7 @@ class RayWorkers:
         # pickled here, so that what unpickling raises in a worker comes back as it is
         packed = ray.put(cloudpickle.dumps(function))
         self._num_maps += 1
-        bar: Progress[T] = progress(total=len(items), description=description, unit=unit)
+        bar = progress(total=len(items), description=description, unit=unit)
         at_once = min(at_once or self.num_workers, self.num_workers, len(items))
         with bar:
             for result in self._run(self._num_maps, packed, items, at_once, description):

@@ -202,8 +202,8 @@ def _runs(steps: Sequence[Mapping[str, Any]], command: str) -> list[Table | Code
         return [title, span(budget_s / 60), span(seconds / 60), f"{peak_gb:.2f}"]
 
     body = [row(step["title"], step["budget_s"], step["seconds"], step["peak_gb"]) for step in steps]
-    total = [sum(step[name] for step in steps) for name in ("budget_s", "seconds")]
-    body.append(row("all", *total, max(step["peak_gb"] for step in steps)))
+    budget_s, seconds = (sum(step[name] for step in steps) for name in ("budget_s", "seconds"))
+    body.append(row("all", budget_s, seconds, max(step["peak_gb"] for step in steps)))
     columns = ["step", "planned, at the least", "used in its last start", "peak memory (GB)"]
     return [Code(command), Table(columns, body), Code("\n".join(step["command"] for step in steps))]
 

@@ -238,7 +238,7 @@ def _config(stage: str, args: argparse.Namespace) -> Config:
     source, target = getattr(args, "source", None), getattr(args, "target", None)
     if (source is None) != (target is None):
         raise UserError("--source and --target go together: give both for one pair, or none for every pair")
-    if source is not None:
+    if source is not None and target is not None:
         if word is not None and config.pair not in (None, (source, target)):
             raise UserError(f"--init-from {word} translates {' to '.join(config.pair or ())}: give that pair, or none")
         config = replace(config, pair=(source, target))

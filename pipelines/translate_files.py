@@ -20,10 +20,10 @@ from aldm.likeness import Likeness
 if TYPE_CHECKING:
     import numpy as np
 
-    from aldm.data.dicom import DicomSource
+    from aldm.data.dicom_header import DicomSource
     from aldm.data.nifti_header import NiftiSource
     from aldm.data.volume import Volume
-    from aldm.translate import Translation
+    from aldm.translation import Translation
 
 RESULTS_FILE = "results.csv"
 NIFTI, DICOM = "nifti", "dicom"
@@ -391,7 +391,8 @@ class Writer:
         source: "NiftiSource | DicomSource",
         others: Sequence["NiftiSource | DicomSource"],
     ) -> None:
-        from aldm.data.dicom import DicomSource, write_series
+        from aldm.data.dicom import write_series
+        from aldm.data.dicom_header import DicomSource
 
         assert isinstance(source, DicomSource)
         made = result.provenance

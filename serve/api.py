@@ -37,7 +37,6 @@ from serve.work_folder import INCOMING
 ALIVE_S = 10.0
 """How long an event stream may be silent."""
 MAX_TARGETS = 16
-FORM_LIMITS = {"max_files": len(OF_FIELD), "max_fields": MAX_TARGETS + 8, "max_part_size": 1024}
 """Of an upload's form: the volumes, targets, and each other field once."""
 
 DESCRIPTION = f"""Translate a 3D MR volume into other modalities. Results are on exactly the grid of the upload, and
@@ -80,7 +79,7 @@ def build_api(settings: Settings, model: Model, tokens: Mapping[str, str], store
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        form_limits=FORM_LIMITS,
+        form_limits={"max_files": len(OF_FIELD), "max_fields": MAX_TARGETS + 8, "max_part_size": 1024},
     )
     _add_errors(app)
     _add_translations(app, service)

@@ -59,7 +59,7 @@ def build_app(args: Settings) -> "Application":
         store.call("configure", settings, {"name": model.name, "hash": model.hash})
         return build_api(args, model, {} if token_file is None else TokenFile(token_file), store)
 
-    worker = serve.deployment(Worker).options(
+    worker = serve.deployment()(Worker).options(
         name="model",
         **copies(args),
         max_surge_percent=SURGE_PERCENT,
@@ -68,7 +68,7 @@ def build_app(args: Settings) -> "Application":
         health_check_period_s=2,
         logging_config={"enable_access_log": False},
     )
-    api = serve.deployment(serve.ingress(build)()).options(
+    api = serve.deployment()(serve.ingress(build)()).options(
         name="api",
         max_ongoing_requests=MAX_REQUESTS,
         max_queued_requests=MAX_REQUESTS,

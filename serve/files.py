@@ -17,10 +17,10 @@ import numpy as np
 from aldm.files import atomic_path
 
 if TYPE_CHECKING:
-    from aldm.data.dicom import DicomSource
+    from aldm.data.dicom_header import DicomSource
     from aldm.data.nifti_header import NiftiSource
     from aldm.data.volume import Volume
-    from aldm.translate import Translation
+    from aldm.translation import Translation
 
 NIFTI, DICOM = "nii.gz", "dicom"
 _VOLUME, _SERIES, _NOTES = "volume.nii.gz", "series.json", "notes.json"
@@ -83,9 +83,9 @@ def keep_series(folder: Path, volume: "Volume", source: "DicomSource") -> None:
 
     path = folder / _VOLUME
     save_nifti(path, volume.data, source_of(volume.affine, volume.data.shape, path))
-    nobody = {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
-    kept = asdict(replace(source, folder=Path(), affine=None, **nobody))
+    kept = asdict(source)
     del kept["images"]  # who has the original series could tell from these whose it is
+    kept |= {"patient": (), "study_uid": "", "frame_of_reference_uid": "", "description": ""}
     kept |= {"folder": "", "affine": source.affine.tolist(), "volume_affine": volume.affine.tolist()}
     (folder / _SERIES).write_text(json.dumps(kept))
 
@@ -97,7 +97,7 @@ def is_series(folder: Path) -> bool:
 
 def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
     """Return the accepted upload as `load_nifti` or `read_series` returned it."""
-    from aldm.data.dicom import DicomSource
+    from aldm.data.dicom_header import DicomSource
     from aldm.data.volume import Volume, load_nifti
 
     volume, source = load_nifti(folder / _VOLUME)

@@ -44,7 +44,7 @@ class News:
         while self._waited:
             await asyncio.sleep(LOOK_S)
             waited, self._waited = self._waited, {}
-            (found,) = await asyncio.gather(self._store.acall("views", list(waited)), return_exceptions=True)
+            found = (await asyncio.gather(self._store.acall("views", list(waited)), return_exceptions=True))[0]
             answers: list[_Answer] = [(None, found)] * len(waited) if isinstance(found, BaseException) else found
             for future, answer in zip(waited.values(), answers, strict=True):
                 future.set_result(answer)

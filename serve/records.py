@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from aldm.data.naming import SaidBy
+
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 FINISHED = (DONE, FAILED, CANCELLED)
 JOB_FILE = "job.json"
@@ -28,8 +30,7 @@ class Job:
     """Name and part of the hash of the token that made it."""
     source: str
     """Of the volume whose grid the result has."""
-    source_from: str
-    """request, file name or header."""
+    source_from: SaidBy
     targets: list[str]
     sampler: str | None
     num_inference_steps: int
@@ -61,7 +62,7 @@ class Job:
     """Who has it, or had it last."""
     claim: str = ""
     """Which of the worker's requests it was lent at."""
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, SaidBy] = field(default_factory=dict)
     """Modality of every volume, in the form's order -> who said so; `source` is the first."""
     created: float = field(default_factory=time.time)
     started: float | None = None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from aldm.data.naming import SaidBy
 from aldm.translate import NOTICE
 from serve.problems import MEDIA_TYPE
 from serve.records import Job
@@ -71,9 +72,6 @@ class LikenessView(BaseModel):
     source: str = Field(description="the modality whose training volumes it is compared with")
     differs_in: str = Field(description="in what: shape, brightness (where it is bright), contrast or texture")
     looks_like: str = Field(description="the modality whose training volumes it is nearest to")
-
-
-SaidBy = Literal["request", "file name", "header"]
 
 
 class JobView(BaseModel):

@@ -11,7 +11,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from aldm.config import SamplingConfig
-from aldm.data.naming import choose_source
+from aldm.data.naming import SaidBy, choose_source
 from aldm.errors import UserError
 from aldm.pairs import check_sources
 from aldm.sampling_choice import choose_sampling
@@ -137,11 +137,12 @@ class Service:
         except UserError as error:
             raise Problem(422, str(error)) from error
 
-    def _sources(self, uploads: Sequence[Upload], words: Sequence[str]) -> dict[str, str]:
+    def _sources(self, uploads: Sequence[Upload], words: Sequence[str]) -> dict[str, SaidBy]:
         """Return the modality of every volume, and who said so; raises Problem 422 where two are of one."""
-        found: dict[str, str] = {}
+        found: dict[str, SaidBy] = {}
         for upload, header in zip(uploads, words, strict=True):
-            source, said_by = upload.source, "request"
+            source = upload.source
+            said_by: SaidBy = "request"
             if source == AUTO:
                 try:
                     source, said_by = choose_source(upload.name, header, self.model.config.modalities)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, File, Form, Request, UploadFile
 from pydantic import WithJsonSchema
+from starlette.datastructures import UploadFile as FormFile
 
 from aldm.data.modalities import MODALITIES
 from serve.files import volume_folders
@@ -27,11 +28,11 @@ _BYTES: dict[str, Any] = {"type": "string", "format": "binary"}
 _FILE, _FILES = WithJsonSchema(_BYTES), WithJsonSchema({"type": "array", "items": _BYTES})
 
 
-def _described(words: str) -> File:
+def _described(words: str) -> Any:
     return File(description=f"{words}: NIfTI (.nii, .nii.gz) or a zip of one DICOM series")
 
 
-def _of(modality: str) -> File:
+def _of(modality: str) -> Any:
     return _described(f"a {modality} volume of the same head, beside or instead of `volume`")
 
 
@@ -43,7 +44,7 @@ class Upload:
     """Of the form; with its place among all volumes where the form has it several times."""
     source: str
     """Its modality; auto where its name or header is to say it."""
-    file: UploadFile
+    file: FormFile
 
     @property
     def name(self) -> str:
@@ -106,7 +107,8 @@ def accept_all(
     Raises:
         Problem: as `accept`; it names the field.
     """
-    words, voxels = [], []
+    words = list[str]()
+    voxels = list[int]()
     for upload, place in zip(uploads, volume_folders(folder, len(uploads)), strict=True):
         place.mkdir(mode=0o700, exist_ok=True)
         left = settings.max_voxels - sum(voxels)

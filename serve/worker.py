@@ -238,8 +238,8 @@ def translate(
                 continue
             with _noted(work.job, folder, problems):
                 made = translator.finished(work.results, request, work.recorded, work.encoded.record, sampling)
-                first, sources = work.volumes[work.job.source], list(work.job.sources)
-                write_results(folder / work.job.id, made, first, work.source, work.job.format, sources)
+                volume, sources = work.volumes[work.job.source], list(work.job.sources)
+                write_results(folder / work.job.id, made, volume, work.source, work.job.format, sources)
             work.results.clear()
 
 

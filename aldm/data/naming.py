@@ -7,10 +7,13 @@ a modality at all: a label map, a parameter map, another sequence, a result of t
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from aldm.data.modalities import MODALITIES, sort_modalities
 from aldm.errors import UserError
 
+SaidBy = Literal["request", "file name", "header"]
+"""Who said what modality a volume is."""
 ALIASES: dict[str, frozenset[str]] = {
     "t1": frozenset({"t1", "t1w", "t1n", "mprage", "bravo", "fspgr", "t1mprage", "t1mpr", "t1spgr"}),
     "t1ce": frozenset(
@@ -132,7 +135,7 @@ def check_source(name: str, source: str) -> None:
         )
 
 
-def choose_source(name: str, header: str, known: Sequence[str] = MODALITIES) -> tuple[str, str]:
+def choose_source(name: str, header: str, known: Sequence[str] = MODALITIES) -> tuple[str, SaidBy]:
     """Return the modality that a volume's name says, or else its header, and which of the two: file name or header.
 
     The message is about the volume and does not name it.
@@ -148,7 +151,8 @@ def choose_source(name: str, header: str, known: Sequence[str] = MODALITIES) -> 
     """
     choices = ", ".join(known)
     guesses: tuple[str, ...] = ()
-    for place, text in (("file name", name), ("header", header)):
+    texts: dict[SaidBy, str] = {"file name": name, "header": header}
+    for place, text in texts.items():
         reading = read_name(text)
         if reading.refused:
             raise NotAVolume(f"by its {place} it is {reading.refused}, wanted a volume of {choices}")

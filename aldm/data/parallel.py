@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from aldm.errors import UserError
-from aldm.progress import Progress, progress
+from aldm.progress import progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +90,7 @@ class ProcessWorkers:
     ) -> Iterator[R]:
         """Do what Workers.map says."""
         at_once = min(at_once or self.num_processes, self.num_processes, len(items))
-        bar: Progress[T] = progress(total=len(items), description=description, unit=unit)
+        bar = progress(total=len(items), description=description, unit=unit)
         with bar:
             results = map(function, items) if at_once <= 1 else self._map_in_pool(function, items, at_once, description)
             for result in results:
