@@ -27,7 +27,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "promote": ("pipelines.promote", "register a model and make it the champion if it beat that"),
     "benchmark": ("pipelines.benchmark", "train methods under one budget, score them, and put them into one table"),
     "reproduce": ("pipelines.reproduce", "from a downloaded IXI folder to Table D of the paper, in one command"),
-    "tune": ("tune.noise_schedules", "sweep noise schedules, objectives and samplers with Ray Tune"),
+    "tune": ("tune.main", "sweep noise schedules, objectives and samplers with Ray Tune"),
     "serve": ("serve.main", "translate over HTTP: a page, an interface for programs"),
     "k8s": ("pipelines.kubernetes", "manifests for Kubernetes: filled in, checked, planned"),
     "info": ("pipelines.info", "layers, parameters, FLOPs and expected memory of a preset"),

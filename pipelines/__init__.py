@@ -1,1 +1,1 @@
-"""One job a file, each with main(argv); the aldm command resolves them by name."""
+"""The jobs of the platform, and what they need of Ray, MLflow and Kubernetes; `aldm/cli.py` names the file of each."""

@@ -12,7 +12,7 @@ from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.benchmark_codecs import CODECS, CodecTerms, check_codecs, plan_codec
 from pipelines.benchmark_plan import BENCHMARKED, Contest, Terms, check_methods, plan_entry
 from pipelines.benchmark_run import Planned, check_folder, finished, flags_of, open_folder, run_all
-from pipelines.ray_workers import add_worker_arguments
+from pipelines.ray_pool import add_worker_arguments
 
 if TYPE_CHECKING:
     from aldm.config import Config

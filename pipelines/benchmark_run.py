@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol, TypeVar
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.benchmark_plan import LOG, RECORD, Terms
-from pipelines.ray_workers import open_workers
+from pipelines.ray_pool import open_workers
 
 SETTINGS = "benchmark.json"
 KILOBYTE = 1024

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from aldm.errors import UserError
 from aldm.words import counted
-from pipelines.registered import HASH_TAG, Registered, fetched, find_alias
+from pipelines.registry_download import HASH_TAG, Registered, fetched, find_alias
 from pipelines.tracking_server import answering, connect, impatient, tracking_uri
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from aldm.config import Shape
 from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.ray_workers import add_worker_arguments, open_workers
+from pipelines.ray_pool import add_worker_arguments, open_workers
 
 if TYPE_CHECKING:
     from aldm.models.codecs import Codec

@@ -30,15 +30,15 @@ from pipelines.evaluation_files import (
     write_results,
 )
 from pipelines.evaluation_segmenter import measured_segmenter, print_usefulness
-from pipelines.ray_workers import add_worker_arguments, open_workers
+from pipelines.ray_pool import add_worker_arguments, open_workers
 from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
 
 if TYPE_CHECKING:
     from aldm.data.store import SubjectRecord, VolumeStore
     from aldm.evaluation import Candidate
     from aldm.translate import Translator
-    from pipelines.ray_workers import RayWorkers
-    from pipelines.registered import Registered
+    from pipelines.ray_pool import RayWorkers
+    from pipelines.registry_download import Registered
 
 logger = logging.getLogger(__name__)
 

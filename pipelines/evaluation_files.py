@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
     from aldm.evaluation import Candidate, Evaluation, Example
     from aldm.score_rows import MethodKey
-    from pipelines.registered import Registered
+    from pipelines.registry_download import Registered
 
 SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
 SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (

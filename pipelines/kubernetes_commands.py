@@ -19,7 +19,7 @@ from aldm.config import Config
 from aldm.errors import UserError
 from pipelines.arguments import resolve_config
 from pipelines.kubernetes_schemas import Manifest
-from pipelines.registered import REGISTRY, is_version
+from pipelines.registry_download import REGISTRY, is_version
 
 TOKENS_SECRET = "aldm-service-tokens"
 GPU = "nvidia.com/gpu"

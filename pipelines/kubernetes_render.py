@@ -21,7 +21,7 @@ from pipelines.kubernetes_commands import GPU
 from pipelines.kubernetes_fill import Setup, filled
 from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_workers, fits_of, told
 from pipelines.kubernetes_schemas import Manifest, name_of
-from pipelines.registered import is_version
+from pipelines.registry_download import is_version
 
 DESCRIPTION = """Fill in the manifests of an overlay (image, preset, workers, batches, GPU), check every object, every
 command and what goes together, and print them. The memory planner says whether the preset fits a worker; a setup that

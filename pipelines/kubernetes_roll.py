@@ -38,7 +38,7 @@ from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
 from pipelines.kubernetes_service import BUILT_IN, RayService
-from pipelines.registered import Registered, fetch, resolve
+from pipelines.registry_download import Registered, fetch, resolve
 from pipelines.serve_config import APPLICATION, model_of, read_manifest, with_model
 from pipelines.tracking_server import tracking_uri
 

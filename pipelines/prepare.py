@@ -16,7 +16,7 @@ from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config
-from pipelines.ray_workers import add_worker_arguments, open_workers
+from pipelines.ray_pool import add_worker_arguments, open_workers
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ def _built_stage(settings: dict[str, Any]) -> "Stage":
 def _engine(settings: dict[str, Any], config: Config, batch_size: int, resume_from: Path | None) -> "Engine":
     import ray.train.torch
 
-    from pipelines.engines import DDPEngine, DeepSpeedEngine
+    from pipelines.distributed_engines import DDPEngine, DeepSpeedEngine
 
     device: torch.device = ray.train.torch.get_device()
     precision = usable_precision(config.precision, device)

@@ -90,7 +90,7 @@ def _description(record: dict[str, Any], config: Config) -> str:
 
 
 def _download(uri: str, work_dir: Path) -> Path:
-    from pipelines.registered import fetch, resolve
+    from pipelines.registry_download import fetch, resolve
     from pipelines.tracking_server import tracking_uri
 
     server = tracking_uri(Path.cwd() / "service")

@@ -193,7 +193,7 @@ def make_stage(stage: str, inputs: dict[str, str], training: dict[str, Any]) -> 
 def make_engine(name: str, batch_size: int, resume_from: Path | None, precision: str) -> Any:
     """Return plain, ddp or zero-N."""
     from aldm.engine import PlainEngine
-    from pipelines.engines import DDPEngine, DeepSpeedEngine
+    from pipelines.distributed_engines import DDPEngine, DeepSpeedEngine
 
     if name == "plain":
         return PlainEngine(precision=precision)

@@ -27,7 +27,7 @@ from pipelines.champion import (
     swap_back,
 )
 from pipelines.evaluation_files import RECORD, SCORES
-from pipelines.registered import HASH_TAG, Registered, find_alias
+from pipelines.registry_download import HASH_TAG, Registered, find_alias
 from pipelines.tracking_server import connect
 
 CHAMPION = Registered("translator", 3, "c" * 64)

@@ -269,7 +269,7 @@ def test_deepspeed_trains_there_without_a_compiler(pod: Callable[[str], str]) ->
     """As aldm's engine starts it: torch's optimizer, sharded states, no op of DeepSpeed's own."""
     code = """
 import shutil, torch, torch.distributed as dist
-from pipelines.engines import _start_deepspeed
+from pipelines.distributed_engines import _start_deepspeed
 assert not any(map(shutil.which, ("cc", "gcc", "g++", "nvcc")))
 dist.init_process_group("gloo", init_method="file:///tmp/rendezvous", rank=0, world_size=1)
 _start_deepspeed()

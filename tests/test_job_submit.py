@@ -130,7 +130,7 @@ def test_a_submitted_training_is_stopped_and_resumed(
 def test_a_submitted_encoding_writes_the_same_bytes(
     head: RayHead, code: Path, brats_store: VolumeStore, haar_latents: Path, tmp_path: Path
 ) -> None:
-    """Preparing and evaluating on workers, which is done the same way, is in test_ray_workers.py."""
+    """Preparing and evaluating on workers, which is done the same way, is in test_ray_pool.py."""
     out = tmp_path / "haar"
     words = ("aldm", "encode", "--store", brats_store.path, "--codec", "haar", "--out", out, *TINY)
     submission = head.submit("encode", code, *words, "--num-workers", 2)

@@ -8,7 +8,7 @@ from kubernetes_objects import one
 from aldm.checkpoint import read_checkpoint_record
 from aldm.cli import main
 from pipelines.kubernetes_commands import words_of
-from pipelines.registered import find_alias
+from pipelines.registry_download import find_alias
 from pipelines.tracking_server import connect
 
 CHAIN = ("prepare", "train-vqgan", "encode", "train-ms-spade", "train-diffusion", "export", "evaluate", "promote")

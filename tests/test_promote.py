@@ -11,7 +11,7 @@ from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkp
 from aldm.cli import main
 from aldm.data.store import VolumeStore
 from pipelines.evaluate import RECORD
-from pipelines.registered import find_alias
+from pipelines.registry_download import find_alias
 from pipelines.tracking_server import connect
 
 

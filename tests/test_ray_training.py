@@ -69,7 +69,7 @@ def test_the_job_trains_resumes_and_leaves_a_plain_run_folder(
     """Two workers; stopped after 8 steps and resumed by one worker it is the curve of one process.
 
     The score so far is made one that is never reached again: the best checkpoint has to stay. DeepSpeed's resuming is
-    in test_engines.py and, through the command line, below.
+    in test_distributed_engines.py and, through the command line, below.
     """
     words = (*train(haar_latents, tmp_path / "run"), "--engine", "ddp")
     assert run(*words, *LONG, "--max-steps", 8, "--num-workers", 2, "--keep-checkpoints", 1) == 0

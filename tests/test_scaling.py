@@ -123,7 +123,7 @@ def test_what_goes_in_bf16_is_what_deepspeed_marks(scaling: ModuleType, stage: s
 def test_the_settings_that_the_page_names_are_those_of_the_engine(scaling: ModuleType, rows: Rows) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from pipelines.engines import DeepSpeedEngine
+    from pipelines.distributed_engines import DeepSpeedEngine
 
     engine = object.__new__(DeepSpeedEngine)  # without a process group
     engine._batch_size, engine.world_size, engine._precision, engine._zero_stage = 8, 8, "bf16", 3

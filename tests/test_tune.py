@@ -33,7 +33,7 @@ from aldm.sampling import allowed_samplers, check_sampling
 from aldm.stage_inputs import StageInputs
 from aldm.training import fit
 from aldm.training_build import build_stage
-from tune.noise_schedules import main
+from tune.main import main
 from tune.picture import save_pareto_picture
 from tune.results import Measurement, Trial, pareto_front
 from tune.search_space import (
@@ -425,7 +425,7 @@ def test_a_killed_sweep_goes_on(inputs: Inputs, place: Path, ray_cluster: None) 
     out = place / "killed"
     words = [*inputs, *TINY, "--out", out, "--num-trials", 3, "--objectives", "x0", "--steps", 1]
     words = [*words, "--max-steps", 40, "--max-concurrent", 1, "--scheduler", "none"]
-    program = [sys.executable, "-c", "import sys; from tune.noise_schedules import main; sys.exit(main(sys.argv[1:]))"]
+    program = [sys.executable, "-c", "import sys; from tune.main import main; sys.exit(main(sys.argv[1:]))"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [*program, *map(str, words)]
     driver = subprocess.Popen(command, env=environment)

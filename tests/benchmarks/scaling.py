@@ -132,7 +132,7 @@ def _train(settings: dict[str, Any], engine: str, steps: int, wire: Wire | None 
 def _engine(name: str, batch: int) -> "Engine":
     """Return plain (every worker by itself, nothing is sent), ddp or zero-N."""
     from aldm.engine import PlainEngine
-    from pipelines.engines import DDPEngine, DeepSpeedEngine
+    from pipelines.distributed_engines import DDPEngine, DeepSpeedEngine
 
     if name == "plain":
         return PlainEngine()

@@ -37,7 +37,7 @@ def with_shares(rows: list[Row]) -> list[Row]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """Return the figures as Markdown, to be put into docs/benchmarks.md."""
+    """Return the figures as Markdown, to be put into docs/performance.md."""
     rows = record["rows"]
     device = next((row for row in rows if row["what"] == "device"), {})
     name = device.get("name", device.get("device", "?"))

@@ -23,7 +23,7 @@ from aldm.errors import UserError
 from aldm.latents import encode_store
 from aldm.models.codecs import build_codec
 from aldm.presets import tiny
-from pipelines.ray_workers import RayWorkers
+from pipelines.ray_pool import RayWorkers
 
 TINY = ("--preset", "tiny", "--device", "cpu", "--log-level", "warning")
 TWO = ("--num-workers", 2)
@@ -235,7 +235,7 @@ def test_a_task_whose_process_is_killed_is_done_again(
 def test_a_task_that_always_kills_its_process_ends_with_one_message(
     brats_store: VolumeStore, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.ray_workers.RETRIES", 1)
+    monkeypatch.setattr("pipelines.ray_pool.RETRIES", 1)
     killer = Killer(tmp_path, times=1000)
     with pytest.raises(UserError, match=r"encode: a worker's process was killed 2 times .* smaller --num-workers"):
         encode_store(brats_store, build_codec(HAAR), HAAR, tmp_path / "out", encode=killer, workers=workers)

@@ -146,7 +146,7 @@ def test_every_zero_stage_computes_what_ddp_computes(trained: Trained, stage: st
     assert_same(losses(run), losses(ddp), 1e-5)
     assert run["weights"].keys() == ddp["weights"].keys()
     for name, wanted in ddp["weights"].items():
-        # DeepSpeed's weights lie in another order in memory (pipelines/engines.py), so sums round otherwise
+        # DeepSpeed's weights lie in another order in memory (pipelines/distributed_engines.py), so sums round otherwise
         np.testing.assert_allclose(run["weights"][name], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
