@@ -7,8 +7,8 @@ from pathlib import Path
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
 from pipelines.champion import ALIAS, FORMER, Contest, find_hash, read_contest, set_champion, swap_back
-from pipelines.registry_download import Registered, find_alias
 from pipelines.registry import check_names, register
+from pipelines.registry_download import Registered, find_alias
 from pipelines.tracking_server import check_server, tracking_uri
 
 DESCRIPTION = f"""Register a translator and let the champion's alias point to it, if it beat the champion in an
