@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         f"table with columns {', '.join(TABLE_COLUMNS)} (the last two may be missing; paths are relative to the table)",
     )
     parser.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="prepare as this model's data were: a translator folder, default (the built-in one) or a run folder; to "
+        "score or fine-tune it (default: as the preset and the flags below say)",
+    )
+    parser.add_argument(
         "--spacing-mm",
         nargs="+",
         type=float,
@@ -140,6 +146,8 @@ def _preprocess(args: argparse.Namespace, config: Config) -> PreprocessConfig:
         )
     if args.max_voxels < 1:
         raise UserError(f"--max-voxels is {args.max_voxels}, wanted at least 1")
+    if args.like is not None:
+        return _like(args)
     preprocess = config.preprocess
     if args.spacing_mm is not None:
         preprocess = replace(preprocess, spacing_mm=_spacing(args.spacing_mm))
@@ -148,6 +156,34 @@ def _preprocess(args: argparse.Namespace, config: Config) -> PreprocessConfig:
     if args.register is not None:
         preprocess = replace(preprocess, register=args.register)
     return preprocess
+
+
+def _like(args: argparse.Namespace) -> PreprocessConfig:
+    """Return the preprocessing of the model that --like names.
+
+    Raises:
+        UserError: no such model, or a flag that says something else of the preprocessing.
+    """
+    from aldm.checkpoint import config_of, read_checkpoint_record
+    from aldm.starting_model import model_folder
+
+    beside = [
+        flag
+        for flag, value in (
+            ("--spacing-mm", args.spacing_mm),
+            ("--spatial-shape", args.spatial_shape),
+            ("--preset", args.preset),
+            ("--set", args.set or None),
+        )
+        if value is not None
+    ]
+    if beside:
+        raise UserError(
+            f"--like {args.like} and {', '.join(beside)}: a model wants its own preprocessing; leave one of the two out"
+        )
+    folder = model_folder(args.like)
+    preprocess = config_of(read_checkpoint_record(folder), folder).preprocess
+    return preprocess if args.register is None else replace(preprocess, register=args.register)
 
 
 def _spacing(values: list[float]) -> Spacing:

@@ -14,12 +14,14 @@ import numpy as np
 import psutil
 import pytest
 from jobs import content
+from untrained import save_untrained
 
 from aldm.config import PreprocessConfig
 from aldm.data.prepare_plan import Request
 from aldm.data.preparing import plan_store, prepare_store
 from aldm.data.store import ShardReader, VolumeStore, shard_path
 from aldm.errors import UserError
+from aldm.presets import tiny
 from pipelines.prepare import main
 
 CONFIG = PreprocessConfig(spacing_mm=(8.0, 8.0, 8.0), spatial_shape=(16, 16, 12))
@@ -387,6 +389,17 @@ def test_the_job_prepares_and_says_so(source, tmp_path, capsys):
     assert "3 subjects with t1, t2; masks: brain" in capsys.readouterr().out
     store = VolumeStore.open(tmp_path / "store")
     assert store.preprocess == replace(CONFIG, spacing_mm=(8.0, 8.0, 9.0))
+
+
+def test_a_model_says_how_its_data_are_prepared(source, tmp_path):
+    model = save_untrained(tmp_path / "model")
+    words = [str(source), str(tmp_path / "store"), "--layout", "brats", "--num-processes", "1", "--like", str(model)]
+    main([*words, "--register", "rigid"])
+    wanted = replace(tiny().preprocess, register="rigid")
+    assert VolumeStore.open(tmp_path / "store").preprocess == wanted
+    for more in (["--spacing-mm", "4"], ["--preset", "tiny"], ["--set", "preprocess.intensity=paper"]):
+        with pytest.raises(UserError, match=f"and {more[0]}: a model wants its own"):
+            main([*words, *more])
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(source, tmp_path, capsys):
