@@ -7,7 +7,7 @@
 # make gpu-check   speed, memory and results on a machine with a GPU: tests/gpu/README.md (7 minutes; without a GPU it tests itself)
 # make check-real  real heads through prepare and translate: make check-real DIR=FOLDER (tests/check_real.py says what lies there)
 # make default-model  the built-in model anew from nothing: make default-model DIR=FOLDER (about three hours on two cores)
-# make docs        write the generated pages of docs/ again
+# make docs        write the generated pages of docs/ again, and the site with the API: site/index.html
 # make clean       remove what these targets made, the environment included (results in demo/ stay)
 #
 # Each target first makes the environment .venv when it is missing or pyproject.toml or constraints.txt have changed. None but
@@ -64,9 +64,10 @@ default-model: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache $(REPORTS)
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache $(REPORTS)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/ from the code: commands.md, configuration.md and api.md. Run by `make docs`."""
+"""Writes the generated pages of docs/ from the code: commands.md and configuration.md. Run by `make docs`."""
 
 import argparse
 import ast
@@ -220,86 +220,6 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-# API
-
-
-def api_page() -> str:
-    """Return the page of the library's public functions and classes, module by module."""
-    parts = [f"{NOTE}# API\n\nPublic functions and classes of the package `aldm`, from their docstrings.\n"]
-    modules = []
-    for path in sorted((ROOT / "aldm").rglob("*.py"), key=_module_name):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        entries = [entry for node in tree.body for entry in _entries(node, "")]
-        if entries:
-            name = _module_name(path)
-            summary = (ast.get_docstring(tree) or "").split("\n\n")[0]
-            modules.append((f"[`{name}`](#{name.replace('.', '')})", _escape(" ".join(summary.split()))))
-            text = _docstring(ast.get_docstring(tree) or "")
-            parts.append(f"## `{name}`\n\n{text}\n\n" + "\n".join(entries))
-    parts.insert(1, _table(("module", "what it holds"), modules))
-    return "\n".join(parts)
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-def _entries(node: ast.stmt, owner: str) -> Iterator[str]:
-    """Yield the Markdown of a public function or class, and of a class's documented public methods."""
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-        return
-    text = ast.get_docstring(node)
-    if owner and not text:
-        return
-    name = f"{owner}.{node.name}" if owner else node.name
-    heading = "####" if owner else "###"
-    signature = _class_signature(node) if isinstance(node, ast.ClassDef) else _signature(node)
-    yield f"{heading} `{name}`\n\n```python\n{signature}\n```\n\n{_docstring(text or '')}\n"
-    if isinstance(node, ast.ClassDef):
-        for child in node.body:
-            yield from _entries(child, name)
-
-
-def _signature(node: ast.FunctionDef) -> str:
-    decorators = "".join(
-        f"@{ast.unparse(item)}\n" for item in node.decorator_list if ast.unparse(item) in ("property", "classmethod")
-    )
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    line = f"def {node.name}({ast.unparse(node.args)}){returns}"
-    return decorators + line
-
-
-def _class_signature(node: ast.ClassDef) -> str:
-    bases = ", ".join(map(ast.unparse, node.bases))
-    head = f"class {node.name}({bases})" if bases else f"class {node.name}"
-    if any("dataclass" in ast.unparse(item) for item in node.decorator_list):
-        fields = [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
-        return "\n".join([f"@dataclass\n{head}:", *(f"    {field}" for field in fields)])
-    constructor = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-    return "\n".join([head, *(f"    {_signature(item)}" for item in constructor)])
-
-
-def _docstring(text: str) -> str:
-    """Return a docstring as Markdown: its sections as lists, the rest as it is."""
-    lines = []
-    inside = False
-    for line in text.splitlines():
-        title = re.fullmatch(r"(Args|Raises|Returns|Yields|Attributes):", line)
-        if title:
-            inside = True
-            lines += [f"*{title[1]}*", ""]
-        elif inside and re.match(r"    \S", line):
-            name, colon, rest = line.strip().partition(": ")
-            lines.append(f"- `{name}`: {_escape(rest)}" if colon else f"- {_escape(line.strip())}")
-        elif inside and line.startswith("     "):
-            lines.append(f"  {_escape(line.strip())}")
-        else:
-            inside = inside and not line.strip()
-            lines.append(line if line.startswith("    ") else _escape(line))
-    return "\n".join(lines).strip()
-
-
 # Markdown
 
 
@@ -314,11 +234,7 @@ def _escape(text: str) -> str:
     return "".join(part if part.startswith("`") else re.sub(r"([*<>\[\]\\])", r"\\\1", part) for part in parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {
-    "commands.md": commands_page,
-    "configuration.md": configuration_page,
-    "api.md": api_page,
-}
+PAGES: dict[str, Callable[[], str]] = {"commands.md": commands_page, "configuration.md": configuration_page}
 
 if __name__ == "__main__":
     sys.exit(main())
