@@ -5,7 +5,8 @@
 FOLDER is that of tests/check_real.py. Its table goes through `aldm prepare` and `aldm evaluate` as a user's own would;
 printed is a table per subject, a row per pair of modalities. --training-store, the store of the simulated heads that
 the model was trained on, adds the rows training mean and intensity map; --baseline adds a plain network. --write puts
-the tables and a picture per subject into docs/. Only sets whose licence allows it are pictured (CC-BY, source named).
+the tables and a picture per subject into docs/, and the mean of each subject into the model's card. Only sets whose
+licence allows it are pictured (CC-BY, source named).
 """
 
 import argparse
@@ -29,7 +30,11 @@ from aldm.translate import Translator
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "real_heads.md"
-BEGIN, END = "<!-- scores: begin -->\n", "<!-- scores: end -->"
+CARD = default_model() / "README.md"
+MARKS = {
+    PAGE: ("<!-- scores: begin -->\n", "<!-- scores: end -->"),
+    CARD: ("<!-- real heads: begin -->\n", "<!-- real heads: end -->"),
+}
 METHODS = ("identity", "training-mean", "intensity-map")
 SOURCES = {"t1": "t2", "t1ce": "t2", "t2": "t1", "flair": "t1", "pd": "t1"}
 """Target -> the source that pictures show."""
@@ -63,12 +68,42 @@ def run(*words: object) -> None:
         sys.exit(f"aldm {words[0]} ended with {code}")
 
 
-def table(rows: Iterable[ScoreRow], record: SubjectRecord) -> Iterator[str]:
-    """Yield the lines of a subject's table: per pair PSNR / PSNR after the gain of every method, SSIM and coverage."""
+def by_pair(rows: Iterable[ScoreRow], record: SubjectRecord) -> dict[tuple[str, str], dict[str, ScoreRow]]:
+    """Return the rows of a subject's brain, or foreground: pair -> method -> row."""
     found: dict[tuple[str, str], dict[str, ScoreRow]] = defaultdict(dict)
     for row in translations(rows):
         if row.subject_id == record.subject_id and row.region == record.region:
             found[row.source, row.target][row.method] = row
+    return found
+
+
+def card_lines(rows: list[ScoreRow], store: VolumeStore) -> Iterator[str]:
+    """Yield what the model's card says: a row per subject, means over its pairs."""
+    yield from ("## Real heads", "")
+    yield "PSNR in dB, mean over the pairs of each subject (docs/real_heads.md has all of them):"
+    yield from (
+        "",
+        "| | a copy of the source | this model | SSIM | voxels within the uncertainty |",
+        "|---|---|---|---|---|",
+    )
+    for record in store.subjects():
+        found = by_pair(rows, record).values()
+        copy, own, ssim, held = (
+            float(np.mean([getattr(one[method], score) for one in found]))
+            for method, score in (
+                ("identity", "psnr_db"),
+                ("aldm", "psnr_db"),
+                ("aldm", "ssim"),
+                ("aldm", "coverage"),
+            )
+        )
+        name = f"{record.subject_id}, {WORDS.get(record.subject_id, '')}"
+        yield f"| {name} | {copy:.1f} | {own:.1f} | {ssim:.2f} | {held:.0%} |"
+
+
+def table(rows: Iterable[ScoreRow], record: SubjectRecord) -> Iterator[str]:
+    """Yield the lines of a subject's table: per pair PSNR / PSNR after the gain of every method, SSIM and coverage."""
+    found = by_pair(rows, record)
     methods = [name for name in METHODS if any(name in one for one in found.values())]
     methods += sorted({name for one in found.values() for name in one} - {*METHODS, "aldm", "histogram-matching"})
     methods.append("aldm")
@@ -176,10 +211,12 @@ def main() -> int:
             for record in store.subjects():
                 if record.subject_id in WORDS:
                     draw(store, record, translator, pictures / f"real_{record.subject_id}.png")
-    if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        PAGE.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+        card = [*card_lines(rows, store), ""]
+    for page, block in ((PAGE, lines), (CARD, card)) if args.write else ():
+        text = page.read_text(encoding="utf-8")
+        begin, end = MARKS[page]
+        before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+        page.write_text(before + "\n".join(block) + after, encoding="utf-8")
     return 0
 
 
