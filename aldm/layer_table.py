@@ -1,6 +1,6 @@
 """The layers of a configuration's networks: shapes, parameters and operations, without computing a voxel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aldm.config import Config
-from aldm.denoising import build_ms_spade, build_unet
+from aldm.denoising import build_denoiser, build_ms_spade
 from aldm.models.codecs import build_codec
 from aldm.models.quantizer import Codebook
 from aldm.trace import Trace
@@ -59,7 +59,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
             codebook=codec.quantizer.codebook.numel() if isinstance(codec.quantizer, Codebook) else 0,
             ms_spade=count(build_ms_spade(config, channels)),
             ms_spade_one_target=count(build_ms_spade(one, channels)),
-            unet=count(build_unet(config, channels)),
+            unet=count(build_denoiser(config, channels)),
         )
 
 
@@ -77,13 +77,13 @@ def layer_table(config: Config) -> list[Layer]:
     with FakeTensorMode(), torch.no_grad():
         codec = build_codec(config.codec).eval()
         channels = codec.latent_channels
-        ms_spade, unet = build_ms_spade(config, channels).eval(), build_unet(config, channels).eval()
+        ms_spade, unet = build_ms_spade(config, channels).eval(), build_denoiser(config, channels).eval()
         ids = torch.zeros(1, dtype=torch.long)
         x = torch.zeros(1, 1, *config.preprocess.spatial_shape)
         # block by block: the codec itself may cut the largest tensors into slabs
         rows, z = _run_blocks("encoder", codec.encoder, x)
-        rows += _hooked("ms-spade", ms_spade, z, ids, ids)
-        rows += _hooked("unet", unet, torch.cat([z, z, z], dim=1), torch.zeros(1), ids, ids)
+        rows += _hooked("ms-spade", ms_spade, lambda: ms_spade(z, ids, ids))
+        rows += _hooked("unet", unet, lambda: unet(**unet.example_inputs(z.shape[2:])))
         rows += _run_blocks("decoder", codec.decoder, z)[0]
     return rows
 
@@ -97,7 +97,7 @@ def _run_blocks(part: str, blocks: nn.Sequential, x: Tensor) -> tuple[list[Layer
     return rows, x
 
 
-def _hooked(part: str, network: nn.Module, *inputs: Tensor) -> list[Layer]:
+def _hooked(part: str, network: nn.Module, run: Callable[[], Tensor]) -> list[Layer]:
     """Run a network and take note of each of its blocks as it is done."""
     rows: list[Layer] = []
     begun: list[int] = []
@@ -112,7 +112,7 @@ def _hooked(part: str, network: nn.Module, *inputs: Tensor) -> list[Layer]:
             handles.append(
                 block.register_forward_hook(lambda _m, _i, out, name=name, block=block: after(name, block, out))
             )
-        network(*inputs)
+        run()
     for handle in handles:
         handle.remove()
     return rows

@@ -22,7 +22,7 @@ from aldm.config import Config, TrainingConfig, training_of
 from aldm.config_baselines import METHODS
 from aldm.data.labels import LESION, TISSUES
 from aldm.data.modalities import MODALITIES
-from aldm.denoising import build_ms_spade, build_unet, denoise, refine_all, refine_missing
+from aldm.denoising import build_denoiser, build_ms_spade
 from aldm.engine import PlainEngine
 from aldm.models.codecs import Codec, build_codec
 from aldm.players import Batch, Player, Stage, StepInfo, only_trainable
@@ -302,7 +302,7 @@ def _untrained(config: Config) -> LatentDiffusion:
     """Return the configuration's model."""
     codec = build_codec(config.codec)
     channels = codec.latent_channels
-    networks = build_ms_spade(config, channels), build_unet(config, channels)
+    networks = build_ms_spade(config, channels), build_denoiser(config, channels)
     return LatentDiffusion(config, codec, *networks, torch.zeros(channels), torch.ones(channels)).eval()
 
 
@@ -320,12 +320,12 @@ def _evaluate_once(predictor: LatentDiffusion, x: Tensor, done: Callable[[str], 
     z, *_held = (torch.empty_like(code) for _ in range(3))  # a sampler of second order: z, x0 and the last x0
     with predictor.autocast():
         if config.diffusion.any_sources:
-            refine_missing(predictor.unet, z_target_like, torch.ones(1, number))
+            predictor.unet.refine_missing(z_target_like=z_target_like, given=torch.ones(1, number))
         elif together:
-            refine_all(predictor.unet, code, z_target_like, ids)
+            predictor.unet.refine_all(z_source=code, z_target_like=z_target_like, source=ids)
         else:
-            t, given = torch.zeros(1), (config.diffusion, predictor.schedule)
-            denoise(predictor.unet, *given, z, t, code, z_target_like, ids, ids)
+            given = {"z_source": code, "z_target_like": z_target_like, "target": ids, "source": ids}
+            predictor.unet.denoise(z_t=z, t=torch.zeros(1), **given)
     done("unet")
     del _held
     result = predictor.decode(z)

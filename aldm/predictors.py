@@ -18,25 +18,22 @@ from aldm.baselines.pairs import on_volume, slice_shape, spatial_dims_of
 from aldm.config import Config, SamplingConfig
 from aldm.config_baselines import METHODS
 from aldm.denoising import (
+    build_denoiser,
     build_error_unet,
     build_ms_spade,
     build_regression_unet,
-    build_unet,
-    denoise,
     of_target,
-    refine_all,
-    refine_missing,
     target_like_of_sources,
 )
-from aldm.diffusion import NoiseWindow, make_schedule
+from aldm.diffusion import NoiseWindow
 from aldm.errors import UserError
 from aldm.latents import check_statistics, standardise, unstandardise
 from aldm.memory import gigabytes, peak_bytes, release_freed_memory, resident_bytes
 from aldm.models.codecs import Codec, build_codec
+from aldm.models.denoiser import Denoiser
 from aldm.models.haar_unet import HaarUNet
 from aldm.models.ms_spade import MSSpade
 from aldm.models.slabs import decode_bounded, encode_bounded, floor_bytes
-from aldm.models.unet import UNet
 from aldm.precision import arithmetic
 from aldm.sampling import OnStep, sample
 
@@ -175,7 +172,9 @@ class Predictor(nn.Module):
 class LatentDiffusion(Predictor):
     """The paper's pipeline: codec, MS-SPADE to a target-like latent, denoiser, codec."""
 
-    def __init__(self, config: Config, codec: Codec, ms_spade: MSSpade, unet: UNet, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self, config: Config, codec: Codec, ms_spade: MSSpade, unet: Denoiser, mean: Tensor, std: Tensor
+    ) -> None:
         """Take the trained parts.
 
         Args:
@@ -191,7 +190,6 @@ class LatentDiffusion(Predictor):
         self.register_buffer("std", std.float(), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self.schedule = make_schedule(config.diffusion)
 
     @property
     def stride(self) -> int:
@@ -201,7 +199,7 @@ class LatentDiffusion(Predictor):
     @property
     def period(self) -> int:
         """Voxels of the volume to a step on the coarsest grid of the denoiser."""
-        return self.stride * 2 ** (len(self.unet.channels) - 1)
+        return self.stride * self.unet.stride
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the standardised source latent (1, C, x, y, z)."""
@@ -251,7 +249,7 @@ class LatentDiffusion(Predictor):
         targets = [torch.full_like(source, modality) for modality in range(len(self.config.modalities))]
         with self.autocast():
             z_target_like = torch.cat([self.ms_spade(code, target, source).float() for target in targets], dim=1)
-            return refine_all(self.unet, code, z_target_like, source).float()
+            return self.unet.refine_all(z_source=code, z_target_like=z_target_like, source=source).float()
 
     def join(self, codes: Mapping[int, Tensor]) -> Tensor:
         """Return the code of one sample: with any sources (1, M C, x, y, z), 0 where a modality is not given."""
@@ -267,8 +265,8 @@ class LatentDiffusion(Predictor):
             for one, ids in zip(code.unflatten(1, (number, -1)), sources, strict=True):
                 given = [one[m][None] if m in ids else None for m in range(number)]
                 found.append(target_like_of_sources(given, partial(self._target_like, one), self.ms_spade.precision))
-            marks = [[float(m in ids) for m in range(number)] for ids in sources]
-            return refine_missing(self.unet, torch.cat(found), torch.tensor(marks, device=code.device)).float()
+            marks = torch.tensor([[float(m in ids) for m in range(number)] for ids in sources], device=code.device)
+            return self.unet.refine_missing(z_target_like=torch.cat(found), given=marks).float()
 
     def _target_like(self, z: Tensor, source: int, target: int) -> Tensor:
         """Return what MS-SPADE makes of one modality of (M, C, x, y, z) for another, (1, C, x, y, z)."""
@@ -289,16 +287,16 @@ class LatentDiffusion(Predictor):
         with self.autocast():
             z_target_like = self.ms_spade(code, target_ids, source_ids).float()
 
+        given = {"z_source": code, "z_target_like": z_target_like, "target": target_ids, "source": source_ids}
+
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self.autocast():
-                ids = target_ids, source_ids
-                diffusion = self.config.diffusion
-                return denoise(self.unet, diffusion, self.schedule, z, t, code, z_target_like, *ids).float()
+                return self.unet.denoise(z_t=z, t=t, **given).float()
 
         return sample(
             predict,
             config=self.config.diffusion,
-            schedule=self.schedule,
+            schedule=self.unet.schedule,
             sampler=sampling.sampler,
             num_inference_steps=sampling.num_inference_steps,
             z_start=z_target_like,
@@ -324,9 +322,9 @@ class LatentDiffusion(Predictor):
                 self.predict_all(latents[0], ids)
                 return
             with self.autocast():
-                z = self.ms_spade(latents[0], ids, ids)
-                t, diffusion = torch.zeros(1), self.config.diffusion
-                denoise(self.unet, diffusion, self.schedule, z, t, latents[0], latents[1], ids, ids)
+                z, t = self.ms_spade(latents[0], ids, ids), torch.zeros(1)
+                given = {"z_source": latents[0], "z_target_like": latents[1], "target": ids, "source": ids}
+                self.unet.denoise(z_t=z, t=t, **given)
 
         return max(floor_bytes(self.codec, shape), peak_bytes(one_evaluation))
 
@@ -438,7 +436,7 @@ def _untaught(kind: str, config: Config, meta: Mapping[str, Any]) -> Predictor:
     codec = build_codec(config.codec)
     check_statistics(meta["latents"], codec.latent_channels, "the model's meta", "export it again")
     mean, std = (torch.tensor(meta["latents"][name], dtype=torch.float32) for name in ("mean", "std"))
-    ms_spade, unet = build_ms_spade(config, codec.latent_channels), build_unet(config, codec.latent_channels)
+    ms_spade, unet = build_ms_spade(config, codec.latent_channels), build_denoiser(config, codec.latent_channels)
     return LatentDiffusion(config, codec, ms_spade, unet, mean, std)
 
 

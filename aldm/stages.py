@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from aldm.config import Config
 from aldm.data.dataset import LatentPairs, LatentSubsets, LatentTargets, Samples, VolumeSamples, checked_crop
 from aldm.data.store import VolumeStore
-from aldm.denoising import (
-    build_ms_spade,
-    build_unet,
-    denoise,
-    loss_weights,
-    of_target,
-    refine_all,
-    refine_missing,
-    target_like_of_sources,
-)
-from aldm.diffusion import make_schedule, training_loss_inputs
+from aldm.denoising import build_denoiser, build_ms_spade, of_target, target_like_of_sources
+from aldm.diffusion import training_loss_inputs
 from aldm.errors import UserError
 from aldm.intensity_map_fit import fit_intensity_map
 from aldm.latents import LatentStore, data_record
@@ -368,7 +359,6 @@ class DiffusionStage:
         self._latents, self._training = latents, config.train_diffusion
         self._ms_spade, self._ms_spade_hash = ms_spade.eval().requires_grad_(False), ms_spade_hash
         self.score, self.higher_is_better = latent_score(latents)
-        self._schedule = make_schedule(config.diffusion)
         self._target_like: dict[tuple[str, int, int, int], Tensor] = {}
         self._target_like_bytes = 0
         self._together, self._any_sources = self.config.diffusion.together, self.config.diffusion.any_sources
@@ -377,7 +367,7 @@ class DiffusionStage:
                 "diffusion.any_sources learns from subsets of all modalities: leave `source` and `target` out, or "
                 "diffusion.any_sources"
             )
-        self.unet = build_unet(self.config, latents.latent_channels)
+        self.unet = build_denoiser(self.config, latents.latent_channels)
         self.players = [Player("unet", self.unet, self._training, self._loss)]
 
     def connect(self, engine: Engine) -> None:
@@ -398,16 +388,16 @@ class DiffusionStage:
 
     def _loss(self, model: nn.Module, batch: Batch, info: StepInfo) -> tuple[Tensor, Values]:
         if self._any_sources:
-            z = refine_missing(model, self._of_sources(batch["z"], batch), batch["given"])
+            z = model(z_target_like=self._of_sources(batch["z"], batch), given=batch["given"])
             return weighted_mse(z, batch["z"], self._weights_of(batch["wanted"])), {}
         if self._together:
-            z = refine_all(model, batch["z_source"], self._all_target_like(batch), batch["source"])
+            z = self._refined(model, batch)
             return weighted_mse(z, batch["z_targets"], self._weights_of(batch["wanted"])), {}
         z_target_like = self._z_target_like(batch, batch["target"].tolist())
         drawn = [
             training_loss_inputs(
                 self.config.diffusion,
-                self._schedule,
+                self.unet.schedule,
                 batch["z_target"][i : i + 1],
                 z_target_like[i : i + 1],
                 generator,
@@ -416,7 +406,7 @@ class DiffusionStage:
         ]
         z_t, t, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         prediction = self._predict(model, batch, z_target_like, z_t, t)
-        weights = loss_weights(self.config.diffusion, self._schedule, t, z_t, self._weights)
+        weights = self.unet.loss_weights(t, z_t, self._weights)
         return weighted_mse(prediction, wanted, weights), {}
 
     def _weights_of(self, wanted: Tensor) -> Tensor:
@@ -426,8 +416,16 @@ class DiffusionStage:
         return (wanted / wanted.mean()).repeat_interleave(channels, dim=1) * own.repeat(wanted.shape[1])
 
     def _predict(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        ids = batch["target"], batch["source"]
-        return denoise(unet, self.config.diffusion, self._schedule, z_t, t, batch["z_source"], z_target_like, *ids)
+        """Return what the objective predicts at z_t."""
+        given = {name: batch[name] for name in ("z_source", "target", "source")}
+        prediction: Tensor = unet(z_t=z_t, t=t, z_target_like=z_target_like, **given)
+        return prediction
+
+    def _refined(self, unet: nn.Module, batch: Batch) -> Tensor:
+        """Return all modalities, (B, M C, x, y, z), each from its sample's source."""
+        z_target_like = self._all_target_like(batch)
+        z: Tensor = unet(z_source=batch["z_source"], z_target_like=z_target_like, source=batch["source"])
+        return z
 
     def _all_target_like(self, batch: Batch) -> Tensor:
         """MS-SPADE's outputs for all modalities, (B, M C, x, y, z)."""
@@ -472,8 +470,7 @@ class DiffusionStage:
         if self._any_sources:
             z = of_target(self._from_one_source(modules["unet"], batch), batch["target"], self._latents.latent_channels)
         elif self._together:
-            everything = refine_all(modules["unet"], batch["z_source"], self._all_target_like(batch), batch["source"])
-            z = of_target(everything, batch["target"], self._latents.latent_channels)
+            z = of_target(self._refined(modules["unet"], batch), batch["target"], self._latents.latent_channels)
         else:
             z = self._sampled(modules["unet"], batch, z_target_like, info)
         info.shared["panel"] = panel(source=batch["z_source"], prediction=z, target=batch["z_target"])
@@ -486,14 +483,15 @@ class DiffusionStage:
         given = F.one_hot(batch["source"], len(self.config.modalities)).to(batch["z_source"].dtype)
         z = (given[:, :, None, None, None, None] * batch["z_source"][:, None]).flatten(1, 2)
         sources = [[source] for source in batch["source"].tolist()]
-        return refine_missing(unet, self._of_sources(z, {**batch, "sources": sources}), given)
+        everything: Tensor = unet(z_target_like=self._of_sources(z, {**batch, "sources": sources}), given=given)
+        return everything
 
     def _sampled(self, unet: nn.Module, batch: Batch, z_target_like: Tensor, info: StepInfo) -> Tensor:
         sampling = self.config.sampling
         return sample(
             lambda z_t, t: self._predict(unet, batch, z_target_like, z_t, t),
             config=self.config.diffusion,
-            schedule=self._schedule,
+            schedule=self.unet.schedule,
             sampler=sampling.sampler,
             num_inference_steps=sampling.num_inference_steps,
             z_start=z_target_like,

@@ -17,7 +17,7 @@ import torch
 
 from aldm.baselines.regression_unet import RegressionStage
 from aldm.config import Config, HaarUNetConfig
-from aldm.denoising import build_ms_spade, build_unet
+from aldm.denoising import build_denoiser, build_ms_spade
 from aldm.engine import PlainEngine
 from aldm.memory import release_freed_memory
 from aldm.models.codecs import build_codec
@@ -98,7 +98,7 @@ def translate(config: Config) -> None:
     """One volume through the whole pipeline."""
     codec = build_codec(config.codec)
     channels = codec.latent_channels
-    networks = build_ms_spade(config, channels), build_unet(config, channels)
+    networks = build_ms_spade(config, channels), build_denoiser(config, channels)
     predictor = LatentDiffusion(config, codec, *networks, torch.zeros(channels), torch.ones(channels)).eval()
     code = predictor.encode(torch.randn(1, 1, *config.preprocess.spatial_shape))
     predictor.predict(code, [(0,)], [1], config.sampling, [torch.Generator().manual_seed(0)], None)

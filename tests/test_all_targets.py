@@ -10,7 +10,7 @@ from untrained import save_untrained
 
 from aldm.config import Config, DiffusionConfig
 from aldm.data.dataset import LatentTargets, collate
-from aldm.denoising import build_unet, of_target, refine_all
+from aldm.denoising import build_denoiser, of_target
 from aldm.latents import LatentStore
 from aldm.presets import small, tiny
 from aldm.randomness import derived_generator
@@ -80,12 +80,12 @@ def test_the_loss_is_the_mean_of_the_pairs_that_there_are(latents: LatentStore, 
             one = slice(b, b + 1)
             source = batch["source"][one]
             like = [stage._ms_spade(batch["z_source"][one], torch.tensor([m]), source).half().float() for m in range(4)]
-            x = torch.cat([batch["z_source"][one], *like], dim=1)
-            change = stage.unet(x, torch.zeros(1), source, source)
+            everything = stage.unet.refine_all(
+                z_source=batch["z_source"][one], z_target_like=torch.cat(like, dim=1), source=source
+            )
             for m in range(4):
                 if batch["wanted"][b, m]:
-                    z = like[m] + change[:, 8 * m : 8 * m + 8]
-                    error = (z - batch["z_targets"][one, 8 * m : 8 * m + 8]).square()
+                    error = (everything[:, 8 * m : 8 * m + 8] - batch["z_targets"][one, 8 * m : 8 * m + 8]).square()
                     squares.append((error * weights.view(1, -1, 1, 1, 1)).mean())
     assert len(squares) == 5
     torch.testing.assert_close(loss, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
@@ -93,10 +93,10 @@ def test_the_loss_is_the_mean_of_the_pairs_that_there_are(latents: LatentStore, 
 
 def test_the_source_comes_back_as_it_is_and_each_target_is_its_own_part() -> None:
     config = replace(TOGETHER, modalities=("t1", "t2", "pd"))
-    unet = build_unet(config, 2)
+    unet = build_denoiser(config, 2)
     torch.nn.init.normal_(unet.out.conv.weight)
     z_source, like, source = torch.randn(2, 2, 4, 4, 4), torch.randn(2, 6, 4, 4, 4), torch.tensor([2, 0])
-    z = refine_all(unet, z_source, like, source)
+    z = unet.refine_all(z_source=z_source, z_target_like=like, source=source)
     assert torch.equal(of_target(z, source, 2), of_target(like, source, 2))
     for target in ([0, 1], [1, 2]):
         part = of_target(z, torch.tensor(target), 2)
@@ -123,5 +123,5 @@ def test_other_objectives_predict_one_target() -> None:
     assert TOGETHER.diffusion.together
     assert not replace(TOGETHER.diffusion, objective="epsilon").together
     config = replace(TOGETHER, modalities=("t1", "t2", "pd"), diffusion=replace(TOGETHER.diffusion, objective="v"))
-    assert build_unet(config, 2).out.conv.out_channels == 2
-    assert build_unet(replace(config, diffusion=TOGETHER.diffusion), 2).out.conv.out_channels == 6
+    assert build_denoiser(config, 2).out.conv.out_channels == 2
+    assert build_denoiser(replace(config, diffusion=TOGETHER.diffusion), 2).out.conv.out_channels == 6

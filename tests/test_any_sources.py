@@ -15,7 +15,7 @@ from aldm.data.dataset import LatentSubsets, collate
 from aldm.data.overlap import check_one_place
 from aldm.data.preprocess import prepare_subject, prepare_volumes
 from aldm.data.volume import Volume
-from aldm.denoising import build_unet, refine_missing, target_like_of_sources
+from aldm.denoising import build_denoiser, target_like_of_sources
 from aldm.errors import UserError
 from aldm.intensity_map_fit import fit_intensity_map
 from aldm.latents import LatentStore
@@ -112,12 +112,12 @@ def test_the_squared_error_of_an_intensity_map_is_that_of_its_table(latents: Lat
 
 def test_what_is_given_comes_back_as_it_is_and_the_rest_depends_on_what_is_given() -> None:
     config = replace(ANY, modalities=("t1", "t2", "pd"))
-    unet = build_unet(config, 2)
+    unet = build_denoiser(config, 2)
     for weights in unet.parameters():  # the blocks start without a word of the embedding
         torch.nn.init.normal_(weights, std=0.2)
     like = torch.randn(1, 6, 4, 4, 4)
     one, two = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1, 0]])
-    of_one, of_two = refine_missing(unet, like, one), refine_missing(unet, like, two)
+    of_one, of_two = (unet.refine_missing(z_target_like=like, given=given) for given in (one, two))
     assert torch.equal(of_one[:, :2], like[:, :2])
     assert torch.equal(of_two[:, :4], like[:, :4])
     assert not torch.equal(of_one[:, 2:4], like[:, 2:4])
@@ -145,8 +145,9 @@ def test_the_loss_is_the_mean_of_what_is_missing(latents: LatentStore) -> None:
                 / sum(float(stage._ms_spade.precision[s, t]) for s in sources)
                 for t in range(4)
             ]
-            change = stage.unet(torch.cat(like, dim=1), torch.zeros(1), batch["given"][b : b + 1]).chunk(4, dim=1)
-            squares += [(like[t] + change[t] - z[t]).square().mean() for t in range(4) if t not in sources]
+            given = batch["given"][b : b + 1]
+            found = stage.unet.refine_missing(z_target_like=torch.cat(like, dim=1), given=given).chunk(4, dim=1)
+            squares += [(found[t] - z[t]).square().mean() for t in range(4) if t not in sources]
     torch.testing.assert_close(loss, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
 
 

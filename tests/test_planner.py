@@ -91,6 +91,15 @@ def test_layers_add_up_to_the_networks(translation):
     assert shapes["decoder"] == (1, 192, 192, 144)
 
 
+@pytest.mark.parametrize("any_sources", [False, True])
+def test_layers_add_up_where_all_modalities_are_predicted_together(any_sources):
+    base = small()
+    diffusion = replace(base.diffusion, any_sources=any_sources)
+    config = replace(base, modalities=("t1", "t2", "pd"), diffusion=diffusion)
+    flops = sum(layer.flops for layer in layer_table(config) if layer.part == "unet")
+    assert flops == pytest.approx(plan(config, "inference").flops_of["unet"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "stage", [stage if stage == "diffusion" else pytest.param(stage, marks=pytest.mark.slow) for stage in TRAININGS]
 )

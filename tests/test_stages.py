@@ -1,8 +1,6 @@
 """What the stages optimise and measure, against the volumes and networks behind them."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,12 @@ from torch import Tensor
 
 from aldm.baselines.regression_unet import RegressionStage
 from aldm.checkpoint import load_weights
-from aldm.config import OBJECTIVES, Config, DiffusionConfig, SamplingConfig, TrainingConfig
+from aldm.config import Config, DiffusionConfig, SamplingConfig, TrainingConfig
 from aldm.data.dataset import collate
 from aldm.data.store import SPLITS, VolumeStore
-from aldm.denoising import build_ms_spade, build_regression_unet, build_unet, denoise, loss_weights
-from aldm.diffusion import make_schedule, noised, to_x0, training_target
+from aldm.denoising import build_denoiser, build_ms_spade, build_regression_unet
 from aldm.errors import UserError
 from aldm.latents import LatentStore, encode_store, unstandardise
-from aldm.losses import image_space_weights, weighted_mse
 from aldm.models.codecs import build_codec
 from aldm.players import Batch, StepInfo
 from aldm.presets import brats, small, tiny
@@ -268,104 +264,6 @@ def test_the_memory_of_target_like_latents_is_bounded(latents: LatentStore, monk
     assert torch.equal(stage._z_target_like(batch, batch["target"].tolist()), first)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_network_that_outputs_nothing_predicts_the_target_like_latent(objective: str, latents: LatentStore) -> None:
-    config = replace(tiny(), modalities=latents.modalities)
-    unet = build_unet(config, latents.latent_channels)  # its last layer starts at zero
-    z = [torch.randn(1, latents.latent_channels, 8, 12, 8) for _ in range(3)]
-    ids = torch.tensor([1])
-    diffusion = DiffusionConfig(objective=objective)
-    output = denoise(unet, diffusion, make_schedule(diffusion), z[0], torch.tensor([3.0]), z[1], z[2], ids, ids)
-    wanted = torch.zeros_like(output) if objective in ("epsilon", "v") else z[2]
-    assert torch.equal(output, wanted)
-
-
-@pytest.mark.parametrize("objective", ["epsilon", "v"])
-@pytest.mark.parametrize("t", [0.0, 12.5, 999.0])
-def test_a_network_that_outputs_nothing_predicts_the_posterior_mean_about_the_target_like_latent(
-    objective: str, t: float
-) -> None:
-    """Of a target that is normal about it; by the rule of two normals, channel by channel."""
-    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64).view(1, 3, 1, 1, 1)
-    diffusion = DiffusionConfig(objective=objective, residual_std=(0.1, 0.5, 2.0))
-    schedule = make_schedule(diffusion)
-    z_t, z_source, z_target_like = torch.randn(3, 2, 3, 2, 2, 2, dtype=torch.float64)
-    times, ids = torch.full((2,), t), torch.tensor([1, 1])
-
-    def silent(x: Tensor, *_: Tensor) -> Tensor:
-        return torch.zeros_like(x[:, :3])
-
-    prediction = denoise(silent, diffusion, schedule, z_t, times, z_source, z_target_like, ids, ids)
-    level = schedule.level(t)
-    precision = level.alpha**2 / level.sigma**2 + 1 / std**2
-    mean = (level.alpha * z_t / level.sigma**2 + z_target_like / std**2) / precision
-    found = to_x0(objective, prediction, z_t, level.alpha, level.sigma)
-    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("objective", ["epsilon", "v"])
-def test_what_the_network_has_to_output_has_unit_variance(objective: str) -> None:
-    """For the target that it should predict; its input too, at every noise level."""
-    std = torch.tensor([0.1, 1.0]).view(1, 2, 1, 1, 1)
-    diffusion = DiffusionConfig(objective=objective, residual_std=(0.1, 1.0))
-    schedule = make_schedule(diffusion)
-    z_target_like = torch.randn(1, 2, 40, 40, 40)
-    z_target = z_target_like + std * torch.randn_like(z_target_like)
-    noise, ids = torch.randn_like(z_target), torch.tensor([0])
-    for t in (0.0, 30.0, 400.0, 999.0):
-        times = torch.tensor([t])
-        z_t = noised(schedule, z_target, times, noise)
-        seen = []
-
-        def echo(x: Tensor, *_: Tensor, value: float, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(x[:, :2])
-            return torch.full_like(x[:, :2], value)
-
-        given = (diffusion, schedule, z_t, times, torch.zeros_like(z_t), z_target_like, ids, ids)
-        zero, one = (denoise(partial(echo, value=value), *given) for value in (0.0, 1.0))
-        wanted = (training_target(objective, schedule, z_target, times, noise) - zero) / (one - zero)
-        for each in (seen[0], wanted):
-            torch.testing.assert_close(each.std(dim=(0, 2, 3, 4)), torch.ones(2), rtol=0.03, atol=0.03)
-        # an error of the output counts the same at every noise level and in every channel
-        weights = loss_weights(diffusion, schedule, times, z_t)
-        assert weights is not None
-        assert float(weighted_mse(one, zero, weights)) == pytest.approx(1, rel=1e-3)
-        for channel in range(2):
-            torch.testing.assert_close(
-                (one - zero)[0, channel].square().mean() * weights[0, channel], torch.tensor(1.0)
-            )
-
-
-@pytest.mark.parametrize("objective", ["epsilon", "v"])
-@pytest.mark.parametrize("t", [0.0, 400.0, 999.0])
-def test_the_image_space_loss_of_noise_predictions_is_the_images(objective: str, t: float) -> None:
-    """A linear network's gradient is that of the decoded volume's squared error, up to one factor; 1 in F costs 1."""
-    torch.manual_seed(0)
-    codec, channels = build_codec(HAAR), 8
-    mean, std, residual = torch.randn(channels), torch.rand(channels) + 0.1, torch.rand(channels) + 0.1
-    diffusion = DiffusionConfig(objective=objective, residual_std=tuple(residual.tolist()))
-    schedule = make_schedule(diffusion)
-    z_target, z_source, z_target_like, noise = torch.randn(4, 2, channels, 2, 3, 2)
-    times, ids = torch.full((2,), t), torch.tensor([0, 1])
-    z_t = noised(schedule, z_target, times, noise)
-    wanted = training_target(objective, schedule, z_target, times, noise)
-    mix = (0.1 * torch.randn(channels, 3 * channels)).requires_grad_()
-
-    def ask(network: Callable[..., Tensor]) -> Tensor:
-        return denoise(network, diffusion, schedule, z_t, times, z_source, z_target_like, ids, ids)
-
-    prediction = ask(lambda x, *_: torch.einsum("dc,bcxyz->bdxyz", mix, x))
-    weights = loss_weights(diffusion, schedule, times, z_t, image_space_weights(std))
-    (got,) = torch.autograd.grad(weighted_mse(prediction, wanted, weights), mix, retain_graph=True)
-    level = schedule.level(t)
-    found = to_x0(objective, prediction, z_t, level.alpha, level.sigma)
-    volumes = [codec.decode(unstandardise(z, mean, std)) for z in (found, z_target)]
-    (image,) = torch.autograd.grad(F.mse_loss(*volumes), mix)
-    torch.testing.assert_close(got / got.norm(), image / image.norm(), rtol=1e-3, atol=1e-4)
-    zero, one = (ask(lambda x, *_, value=value: torch.full_like(x[:, :channels], value)) for value in (0.0, 1.0))
-    assert float(weighted_mse(one, zero, weights)) == pytest.approx(1, rel=1e-3)
-
-
 def test_how_far_stage_2_is_from_the_target_is_measured(latents: LatentStore) -> None:
     config = replace(tiny(), modalities=latents.modalities, pair=latents.modalities[:2])
     squares = []
@@ -475,7 +373,7 @@ def test_what_is_exported_loads_strictly_into_a_fresh_network(
     fresh = {
         "codec": lambda: build_codec(config.codec),
         "ms-spade": lambda: build_ms_spade(config, latents.latent_channels),
-        "diffusion": lambda: build_unet(config, latents.latent_channels),
+        "diffusion": lambda: build_denoiser(config, latents.latent_channels),
         "unet": lambda: build_regression_unet(config),
     }[name]()
     assert export.kind == name

@@ -518,7 +518,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aldm.predictors.denoise", interrupted)
+    monkeypatch.setattr("aldm.models.denoiser.Denoiser.denoise", interrupted)
     assert run(tmp_path / "in.nii", tmp_path / "out.nii", model=model) == 130
     assert run(tmp_path / "in.nii", tmp_path / "out", model=model, target="all") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["in.nii"]

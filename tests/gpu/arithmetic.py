@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aldm.config import Config, training_of
 from aldm.default_model import default_model
-from aldm.denoising import build_unet
+from aldm.denoising import build_denoiser
 from aldm.engine import PlainEngine
 from aldm.models.codecs import build_codec
 from aldm.planner import TRAININGS, with_modalities
@@ -36,7 +36,7 @@ def arithmetic(setting: Setting, part: str) -> Iterator[Row]:
     torch.manual_seed(0)
     module, inputs = _denoiser(config) if part == "denoiser" else _encoder(config)
     fill_zeros(module)
-    module, inputs = module.to(setting.device), [x.to(setting.device) for x in inputs]
+    module, inputs = module.to(setting.device), {name: x.to(setting.device) for name, x in inputs.items()}
     plain: Tensor | None = None
     for name in ARITHMETICS if setting.compiled else ARITHMETICS[:-1]:
         peak = Peak(setting.device)
@@ -51,18 +51,18 @@ def arithmetic(setting: Setting, part: str) -> Iterator[Row]:
         }
 
 
-def _passes(setting: Setting, name: str, module: nn.Module, inputs: list[Tensor]) -> tuple[float, float, Tensor]:
+def _passes(setting: Setting, name: str, module: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float, Tensor]:
     """Return the seconds of the first and of a typical pass, and the output on the CPU."""
     layout = torch.channels_last_3d if "channels_last_3d" in name else torch.contiguous_format
     module.to(memory_format=layout)
-    inputs = [x.to(memory_format=layout) if x.dim() == 5 else x for x in inputs]
+    inputs = {name: x.to(memory_format=layout) if x.dim() == 5 else x for name, x in inputs.items()}
     run: Callable[..., Any] = torch.compile(module) if "compile" in name else module
     output = torch.empty(0)
 
     def both() -> None:
         nonlocal output
         with torch.autocast(setting.device, torch.bfloat16, enabled="bf16" in name):
-            y = run(*inputs)
+            y = run(**inputs)
         y.float().square().mean().backward()
         module.zero_grad(set_to_none=True)
         output = y.detach()
@@ -74,17 +74,17 @@ def _passes(setting: Setting, name: str, module: nn.Module, inputs: list[Tensor]
     return first, seconds, output.float().cpu()
 
 
-def _denoiser(config: Config) -> tuple[nn.Module, list[Tensor]]:
+def _denoiser(config: Config) -> tuple[nn.Module, dict[str, Tensor]]:
     codec = build_codec(config.codec)
     sides = [side // codec.downsampling for side in config.preprocess.spatial_shape]
-    target, source = torch.tensor([1]), torch.tensor([0])
-    x = torch.randn(1, 3 * codec.latent_channels, *sides)
-    return build_unet(config, codec.latent_channels), [x, torch.full((1,), 20.0), target, source]
+    module = build_denoiser(config, codec.latent_channels)
+    inputs = module.example_inputs(sides)
+    return module, {name: torch.randn_like(x) if x.dim() == 5 else x for name, x in inputs.items()}
 
 
-def _encoder(config: Config) -> tuple[nn.Module, list[Tensor]]:
+def _encoder(config: Config) -> tuple[nn.Module, dict[str, Tensor]]:
     shape = config.train_vqgan.crop or config.preprocess.spatial_shape
-    return build_codec(config.codec).encoder, [torch.randn(1, 1, *shape)]
+    return build_codec(config.codec).encoder, {"input": torch.randn(1, 1, *shape)}
 
 
 # ---------------------------------------------------------------------------------------------------------- agreement

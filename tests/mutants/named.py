@@ -27,7 +27,7 @@ NAMED: list[tuple[str, str, str, str]] = [
     ("weighted L1", "aldm/losses.py", "(errors * channel_weights.view(1, -1, 1, 1, 1)).mean()", "errors.mean()"),
     (
         "image's share of a noise prediction",
-        "aldm/denoising.py",
+        "aldm/models/denoiser.py",
         "image_weights / (image_weights * squares).mean(dim=1, keepdim=True)",
         "image_weights / squares",
     ),

@@ -18,7 +18,7 @@ TARGETS = {
 """Changed all over: a file and its tests (tests/test_NAME.py)."""
 
 NAMED_ONLY = {
-    "aldm/denoising.py": ["stages"],
+    "aldm/models/denoiser.py": ["denoiser"],
     "aldm/engine.py": ["training"],
     "aldm/training.py": ["training"],
     "aldm/data/dataset.py": ["dataset", "latents"],
