@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aldm.checkpoint import load_weights, read_weights, write_checkpoint
 from aldm.config import TrainingConfig
@@ -31,7 +31,7 @@ from aldm.randomness import derived_generator, derived_seed
 from aldm.records import Kinds, read_record
 from aldm.run_folder import LOOP_STATE
 
-__all__ = ["FitResult", "PlainEngine", "Snapshot", "fit"]
+__all__ = ["FitResult", "PlainEngine", "Snapshot", "fit", "validate"]
 
 _LOOP_STATE: Kinds = {
     "step": int,
@@ -87,6 +87,45 @@ def fit(
     with torch.random.fork_rng(devices=[]), DeferredInterrupts() as interrupts:
         loop.run(interrupts)
     return FitResult(loop.step, loop.validated, loop.best)
+
+
+@torch.no_grad()
+def validate(
+    stage: Stage,
+    modules: Mapping[str, nn.Module],
+    samples: Samples,
+    engine: Engine,
+    *,
+    num_samples: int,
+    seed: int,
+    step: int = 0,
+) -> tuple[dict[str, float], Panel | None]:
+    """Return the means of what a stage measures over samples spread over a split, and the first sample's panel.
+
+    Samples and noise depend on the seed alone: equal weights have equal scores, whenever they are measured. The modules
+    are left in evaluation mode, torch's random state is not kept.
+
+    Args:
+        stage: measures.
+        modules: of the stage's players, by name.
+        samples: of the split, at least one.
+        engine: whose ranks share the samples.
+        num_samples: validate on so many of them; more than there are take some several times.
+        seed: of every random choice.
+        step: of the training, for the stage.
+    """
+    for module in modules.values():
+        module.eval()
+    window, panel = _Window(), None
+    for index, number, weight in _spread(len(samples), num_samples, engine):
+        generator = derived_generator(seed, "validation", number)
+        batch = _on_device(collate([samples.sample(index, generator)]), engine.device)
+        torch.manual_seed(derived_seed(seed, "validation layers", number))
+        info = StepInfo(step, [generator], frozenset(modules))
+        with engine.autocast():
+            window.add("validation", stage.validate(modules, batch, info), weight)
+        panel = panel or info.shared.get("panel")
+    return {name.removeprefix("validation/"): value for name, value in window.means(engine).items()}, panel
 
 
 class _Loop:
@@ -233,7 +272,6 @@ class _Loop:
         early = self.step == MEASURED_STEPS and self.pace.wants_validation_time
         return early or self.step % self.config.validate_every == 0
 
-    @torch.no_grad()
     def _validate(self) -> bool:
         """Validate, log, and return whether this is the best score so far."""
         begin = time.monotonic()
@@ -244,25 +282,15 @@ class _Loop:
             player.name: self.averages[player.name].module if player.name in self.averages else player.module
             for player in self.stage.players
         }
-        window = _Window()
-        for module in modules.values():
-            module.eval()
-        panel: Panel | None = None
-        for index, number, weight in _spread(len(self.validation), self.config.num_validation_samples, self.engine):
-            generator = derived_generator(self.seed, "validation", number)
-            batch = _on_device(collate([self.validation.sample(index, generator)]), self.engine.device)
-            torch.manual_seed(derived_seed(self.seed, "validation layers", number))
-            info = StepInfo(self.step, [generator], frozenset(modules))
-            with self.engine.autocast():
-                window.add("validation", self.stage.validate(modules, batch, info), weight)
-            panel = panel or info.shared.get("panel")
+        number = self.config.num_validation_samples
+        self.validated, panel = validate(
+            self.stage, modules, self.validation, self.engine, num_samples=number, seed=self.seed, step=self.step
+        )
         for player in self.stage.players:
             player.module.train()
-        values = window.means(self.engine)
-        self.validated = {name.removeprefix("validation/"): value for name, value in values.items()}
         self.pace.validation_done(self.step, self._seconds_since(begin))
         if self.engine.rank == 0:
-            self.on_log({"step": self.step, **values})
+            self.on_log({"step": self.step, **{f"validation/{name}": value for name, value in self.validated.items()}})
             if self.on_panel is not None and panel is not None:
                 self.on_panel(self.step, panel)
         score = self.validated[self.stage.score]

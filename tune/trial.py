@@ -107,8 +107,7 @@ def _train_and_measure(sweep: Sweep, point: Point, folder: Path, device: str) ->
 def measure(stage: Any, engine: "PlainEngine", checkpoint: Path, ways: list[Way]) -> list[Measured]:
     """Return the score of a checkpoint for every way to sample it, over the pairs that a training validates on.
 
-    Pairs and noise are those of aldm.training's validation, so the way that the training was scored by gives its score
-    again.
+    The way that the training was scored by gives its score again: this is the training's own validation.
 
     Args:
         stage: a DiffusionStage; its U-Net takes the checkpoint's weights, its configuration the ways' samplers.
@@ -119,40 +118,19 @@ def measure(stage: Any, engine: "PlainEngine", checkpoint: Path, ways: list[Way]
     import torch
 
     from aldm.checkpoint import load_checkpoint, load_weights
+    from aldm.training import validate
 
     load_weights(stage.unet, load_checkpoint(checkpoint, STAGE).weights, checkpoint)
-    stage.unet.eval()
-    config = stage.config
+    config, samples = stage.config, stage.samples("validation")
+    number = config.train_diffusion.num_validation_samples
     measured = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         for way in ways:
             stage.config = with_way(config, way)
-            values = [
-                _validate(stage, engine, number) for number in range(config.train_diffusion.num_validation_samples)
-            ]
-            measured.append(Measured(way=way, value=_finite(sum(values) / len(values))))
+            values, _ = validate(stage, {"unet": stage.unet}, samples, engine, num_samples=number, seed=config.seed)
+            measured.append(Measured(way=way, value=_finite(values[stage.score])))
     stage.config = config
     return measured
-
-
-def _validate(stage: Any, engine: "PlainEngine", number: int) -> float:
-    """Return the score of one validation pair, drawn as aldm.training draws it."""
-    import torch
-
-    from aldm.data.dataset import collate
-    from aldm.players import StepInfo
-    from aldm.randomness import derived_generator, derived_seed
-
-    samples, config = stage.samples("validation"), stage.config
-    length, count = len(samples), config.train_diffusion.num_validation_samples
-    index = number * length // count if count <= length else number % length
-    generator = derived_generator(config.seed, "validation", number)
-    batch = collate([samples.sample(index, generator)])
-    batch = {key: value.to(engine.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    torch.manual_seed(derived_seed(config.seed, "validation layers", number))
-    info = StepInfo(0, [generator], frozenset(["unet"]))
-    with engine.autocast():
-        return float(stage.validate({"unet": stage.unet}, batch, info)[stage.score])
 
 
 class _Progress:
