@@ -54,6 +54,11 @@ class Candidate:
     samplings: tuple[SamplingConfig, ...]
     """At least one; the first one is the one that pictures show."""
 
+    @classmethod
+    def of(cls, translator: Translator, method: str | None = None) -> "Candidate":
+        """Return a model with its own way of sampling; its name is its kind if none is given."""
+        return cls(method or translator.kind, translator, (translator.sampling(),))
+
     def key(self, sampling: SamplingConfig) -> MethodKey:
         """Return what the scores are filed under."""
         if self.translator.kind != "aldm":

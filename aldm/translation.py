@@ -6,6 +6,7 @@ Arrays are X Y Z of RAS+ volumes, intensities in the models in [-1, 1].
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +19,14 @@ from aldm.data.boxes import blend, region_of
 from aldm.data.foreground import constant_background
 from aldm.data.intensity import unscale
 from aldm.data.modalities import sort_modalities
+from aldm.data.nifti_header import NiftiSource
 from aldm.data.preprocess import PreprocessRecord, model_grid, restore
-from aldm.data.volume import Volume
+from aldm.data.volume import Volume, save_nifti, to_source_orientation
 from aldm.diffusion import NoiseWindow
 from aldm.errors import UserError
 from aldm.memory import gigabytes
 from aldm.predictors import MemoryLimit
+from aldm.provenance import describe
 
 SEVERAL = "+"
 """Between the names of several sources, where they stand in one word."""
@@ -66,6 +69,20 @@ class Translation:
     is not calibrated: it says how far apart the samples are, not how far from the truth."""
     provenance: dict[str, Any]
     """How it was made: JSON-able."""
+
+    def save(self, path: str | Path, grid: NiftiSource, *, overwrite: bool = False) -> None:
+        """Write the volume to a NIfTI file.
+
+        Args:
+            path: ends with .nii or .nii.gz.
+            grid: that and the orientation of the volume it was made from, from `load_nifti`.
+            overwrite: replace a file that is there.
+
+        Raises:
+            UserError: the file is there, or cannot be written.
+        """
+        data = to_source_orientation(self.volume.data, grid)
+        save_nifti(path, data, grid, description=describe(self.provenance), overwrite=overwrite)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from aldm.cli import with_flags
@@ -83,6 +83,20 @@ def job_parser(job: str, description: str, *, default_preset: str = "small") -> 
         help="say what would be done, check the inputs, print the memory plan, and stop",
     )
     return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigChanges:
+    """What --preset, --set and --precision say."""
+
+    preset: str | None = None
+    set: Sequence[str] = ()
+    precision: str | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ConfigChanges":
+        """Return what the flags of any job say."""
+        return cls(preset=args.preset, set=args.set, precision=args.precision)
 
 
 def resolve_config(args: argparse.Namespace, default_preset: str = "small") -> Config:

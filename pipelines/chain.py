@@ -22,6 +22,10 @@ from pipelines.tracking_server import STORE_FILE, default_server
 
 UNITS = (("years", 60 * 24 * 365.25), ("days", 60.0 * 24), ("h", 60.0), ("min", 1.0))
 """Names of times, and minutes in them."""
+REPORT, SPLITS_FILE = "report.html", "splits.csv"
+"""What a chain leaves for people in its folder, and whom it trains and tests on."""
+SLOWEST = 3.0
+"""A step takes 1 to 3 times what the throughput of a convolution promises (aldm.planner.measure_throughput)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ and all ordered pairs of two different modalities that both models translate, in
 foreground where no brain is marked off), is higher. Each is sampled as its own configuration says.
 """
 
-import argparse
 import contextlib
 import json
 import logging
@@ -82,14 +81,23 @@ def split_name(text: str) -> tuple[str, str]:
     return name, alias or ALIAS
 
 
-@contextlib.contextmanager
-def measured_champion(args: argparse.Namespace) -> Iterator[Registered | None]:
-    """Let --baseline of an evaluation name the champion that its --champion asks for; yield its version.
+@dataclass(frozen=True)
+class Champion:
+    """A registered model that an evaluation measures, and the folder it was downloaded to."""
 
-    The champion is downloaded to a folder beside --out, so that workers elsewhere see it, which goes with the block.
+    model: Registered
+    folder: Path
+
+
+@contextlib.contextmanager
+def measured_champion(name: str | None, out: Path) -> Iterator[Champion | None]:
+    """Download the champion that an evaluation measures beside its model.
+
+    It lies in a folder beside that of the evaluation, so that workers elsewhere see it, which goes with the block.
 
     Args:
-        args: of `aldm evaluate`; `baseline` is changed.
+        name: NAME or NAME@ALIAS of the registered model; None asks for no champion.
+        out: folder of the evaluation.
 
     Yields:
         None where no champion is asked for, or where there is none yet.
@@ -97,24 +105,18 @@ def measured_champion(args: argparse.Namespace) -> Iterator[Registered | None]:
     Raises:
         UserError: the registry does not answer, or what it holds is not what was registered.
     """
-    if args.champion is None:
+    if name is None:
         yield None
         return
-    server = tracking_uri(args.out)
-    model = find_alias(*split_name(args.champion), server)
+    server = tracking_uri(out)
+    model = find_alias(*split_name(name), server)
     if model is None:
-        logger.info("%s: there is no champion yet", args.champion)
+        logger.info("%s: there is no champion yet", name)
         yield None
         return
     logger.info("the champion is %s", model.address)
-    with fetched(model, args.out, server) as folder:
-        args.baseline = [*args.baseline, f"{METHOD}={folder}"]
-        yield model
-
-
-def record_of(model: Registered | None) -> dict[str, Any] | None:
-    """Return what an evaluation's record keeps of the champion."""
-    return None if model is None else {"name": model.name, "version": model.version, "hash": model.hash}
+    with fetched(model, out, server) as folder:
+        yield Champion(model, folder)
 
 
 def read_contest(scores: Path) -> Contest:
@@ -123,8 +125,8 @@ def read_contest(scores: Path) -> Contest:
     Raises:
         UserError: no such folder, or a model that gave no numbers.
     """
+    from aldm.evaluation_files import RECORD, SCORES
     from aldm.score_rows import read_csv, translations
-    from pipelines.evaluation_files import RECORD, SCORES
 
     if not (scores / RECORD).is_file() or not (scores / SCORES).is_file():
         raise UserError(f"{scores} is no evaluation: make one with aldm evaluate --out {scores}")

@@ -7,9 +7,9 @@ from typing import Any
 
 from aldm.config import Config, training_name, training_of
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.chain import Chain, Step
+from pipelines.chain import REPORT, SPLITS_FILE, Chain, Step
 
-REPORT, RECORD, SPLITS = "report.html", "demo.json", "splits.csv"
+RECORD = "demo.json"
 LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
 NUM_VALIDATION, NUM_TEST = 2, 8
 STEPS = {"vqgan": 200, "ms-spade": 100, "diffusion": 750, "unet": 750}
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
     record = chain.open(args.overwrite, ("runs", "translated"))
-    if not (out / SPLITS).is_file():
-        _write_splits(out / SPLITS, args.num_subjects)
+    if not (out / SPLITS_FILE).is_file():
+        _write_splits(out / SPLITS_FILE, args.num_subjects)
     print(f"{len(steps)} steps, about {sum(step.budget_minutes for step in steps):.0f} minutes on two CPU cores")
     chain.run(steps, record)
     from pipelines.demo_report import write_demo_report
@@ -102,7 +102,7 @@ def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> li
         Step("simulate subjects", job(*phantom, "--spacing-mm", config.preprocess.spacing_mm[0]), data, 0.5),
         Step(
             "check and prepare the data",
-            job("prepare", data, store, "--layout", LAYOUT, "--splits", out / SPLITS, "--num-processes", 2),
+            job("prepare", data, store, "--layout", LAYOUT, "--splits", out / SPLITS_FILE, "--num-processes", 2),
             store / "store.json",
             0.3,
             None,

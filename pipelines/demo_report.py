@@ -11,7 +11,7 @@ import numpy as np
 
 from aldm.report import Code, Figures, Picture, Section, Table, Text, write_report
 from aldm.score_rows import REFERENCES, MethodKey, ScoreRow, mean_scores, read_csv
-from pipelines.demo import REPORT
+from pipelines.chain import REPORT
 
 ROWS = {
     "aldm": "ALDM, all pairs in one model",

@@ -3,42 +3,43 @@
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aldm.config import SAMPLERS, Config, SamplingConfig
 from aldm.errors import UserError
-from aldm.files import atomic_folder, check_folder
-from aldm.progress import progress
-from aldm.words import counted
-from pipelines.arguments import JobParser, job_parser
-from pipelines.evaluation_files import (
+from aldm.evaluation_files import (
     CARD,
     PARQUET,
     PICTURES,
-    RECORD,
     SCORES,
     SUBSETS,
     SUBSETS_PICTURE,
     TABLES,
     TIMES,
-    draw_panel,
-    write_record,
-    write_results,
 )
-from pipelines.evaluation_segmenter import measured_segmenter, print_usefulness
+from aldm.evaluation_settings import EvaluationSettings
+from aldm.files import check_folder
+from aldm.words import counted
+from pipelines.arguments import ConfigChanges, JobParser, job_parser
 from pipelines.ray_pool import add_worker_arguments, open_workers
-from pipelines.translator_arguments import add_translator_arguments, check_seed, load_translator, model_config
+from pipelines.translator_arguments import (
+    TranslatorOptions,
+    add_translator_arguments,
+    check_seed,
+    load_translator,
+    model_config,
+)
 
 if TYPE_CHECKING:
-    from aldm.data.store import SubjectRecord, VolumeStore
     from aldm.evaluation import Candidate
+    from aldm.evaluation_plan import EvaluationPlan
+    from aldm.score_rows import ScoreRow
     from aldm.translate import Translator
+    from pipelines.champion import Champion
     from pipelines.ray_pool import RayWorkers
-    from pipelines.registry_download import Registered
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model is None and not args.self_test:
         parser.error("the following arguments are required: --model")
     check_seed(args.seed)
-    if args.pictures < 0:
-        raise UserError(f"--pictures is {args.pictures}, wanted at least 0")
-    if args.max_subjects is not None and args.max_subjects < 1:
-        raise UserError(f"--max-subjects is {args.max_subjects}, wanted at least 1")
+    settings = _settings(args)
     check_folder(args.out, args.overwrite, marker=SCORES)
     if args.self_test:
         from pipelines.evaluation_self_test import run_self_test
@@ -82,63 +80,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_server(tracking_uri(args.out))
     from pipelines.champion import measured_champion
 
-    with measured_champion(args) as champion:
-        return _run(args, champion)
+    with measured_champion(args.champion, args.out) as champion:
+        return _run(args, settings, champion)
 
 
-def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
+def _run(args: argparse.Namespace, settings: EvaluationSettings, champion: "Champion | None") -> int:
     """Measure what the flags name, the champion among it."""
-    from aldm.data.parallel import remove_leftovers
-    from aldm.data.store import VolumeStore
-    from aldm.evaluation import check_candidates, count_translations, evaluate
+    if (args.source is None) != (args.target is None):
+        raise UserError("--source and --target go together: give both for one pair, or none for all")
+    from aldm.evaluation_plan import EvaluationPlan
     from aldm.score_rows import of_images
     from aldm.score_table import overview
 
-    store = VolumeStore.open(args.store.absolute())  # workers elsewhere have another working folder
-    subjects = store.subjects(args.split)[: args.max_subjects]
-    models = _models(args)
-    candidates = [model.candidate for model in models]
-    modalities = check_candidates(store, candidates)
-    if not subjects:
-        own = " and ".join(dict.fromkeys(record.split for record in store.subjects()))
-        raise UserError(
-            f"the store {args.store} has no subject in the split {args.split}, only in {own}: give another --split"
-        )
-    left_out = [name for name in store.modalities if name not in modalities]
-    if left_out:
-        logger.warning("not every model knows %s: left out", ", ".join(left_out))
-    pair = _pair(args, candidates)
-    segmenter, segmenter_hash = measured_segmenter(args, store, subjects)
-    total = count_translations(store, subjects, candidates, pair)
-    if not total:
-        raise UserError("no subject of the split has a pair of modalities that a model was trained for")
+    models = _models(args, champion)
+    if champion is not None:
+        settings = replace(settings, champion=asdict(champion.model))
+    plan = EvaluationPlan.check(settings, [model.candidate for model in models])
     with open_workers(args, use_gpus=True) as workers:
         load = None if workers is None else _loader(models, workers.device, args)
         if args.dry_run:
-            return _dry_run(candidates, subjects, modalities, total, workers)
-        with atomic_folder(args.out, args.overwrite, marker=SCORES) as folder:
-            pictured = {record.subject_id for record in subjects[: args.pictures]}
-            with _volumes(total, workers) as bar:
-                result = evaluate(
-                    store,
-                    subjects,
-                    candidates,
-                    seed=args.seed,
-                    on_example=partial(draw_panel, pictured=pictured, store=store, folder=folder.absolute()),
-                    on_volume=None if bar is None else bar.update,
-                    pair=pair,
-                    workers=workers,
-                    load=load,
-                    segmenter=segmenter,
-                    training_store=None if args.training_store is None else _training_store(args),
-                )
-            remove_leftovers(folder)
-            write_results(folder, result, store, args)
-            write_record(folder / RECORD, candidates, store, args, champion, segmenter_hash)
+            return _dry_run(plan, workers)
+        result = plan.run(args.out, overwrite=args.overwrite, workers=workers, load=load)
     rows = of_images(result.rows)
     print("\n\n".join(overview(rows, region) for region in dict.fromkeys(row.region for row in rows)))
-    if segmenter is not None:
-        print_usefulness(result.rows)
+    if plan.segmenter is not None:
+        _print_usefulness(result.rows)
     print(f"\nall tables: {args.out / TABLES}")
     if args.group is not None:
         from pipelines.evaluation_tracking import log_evaluation
@@ -147,30 +113,32 @@ def _run(args: argparse.Namespace, champion: "Registered | None") -> int:
     return 0
 
 
-def _training_store(args: argparse.Namespace) -> "VolumeStore":
-    from aldm.data.store import VolumeStore
-
-    return VolumeStore.open(args.training_store.absolute())
-
-
-def _pair(args: argparse.Namespace, candidates: Sequence["Candidate"]) -> tuple[str, str] | None:
-    """Return the pair of --source and --target, if they are given.
+def _settings(args: argparse.Namespace) -> EvaluationSettings:
+    """Return what the flags say that is measured.
 
     Raises:
-        UserError: one without the other, or a pair that a model was not trained for.
+        UserError: a number out of range.
     """
-    if args.source is None and args.target is None:
-        return None
-    if args.source is None or args.target is None:
-        raise UserError("--source and --target go together: give both for one pair, or none for all")
-    for candidate in candidates:
-        candidate.translator.check_pair(args.source, args.target)
-    return args.source, args.target
+    return EvaluationSettings(
+        store=args.store,
+        split=args.split,
+        max_subjects=args.max_subjects,
+        pair=None if args.source is None or args.target is None else (args.source, args.target),
+        seed=args.seed,
+        pictures=args.pictures,
+        training_store=args.training_store,
+        segmenter=args.segmenter,
+    )
 
 
-def _volumes(total: int, workers: "RayWorkers | None") -> Any:
-    """Return the progress bar of the volumes; workers show one of their own."""
-    return progress(total=total, description="evaluate", unit="volume") if workers is None else nullcontext()
+def _print_usefulness(rows: Sequence["ScoreRow"]) -> None:
+    """Print what the segmenter found, its Dice on real volumes first; warn where that is poor."""
+    from aldm import usefulness
+
+    poor = [name for name, dice in usefulness.real_dice(rows).items() if not dice >= usefulness.LEAST_DICE]
+    if poor:
+        logger.warning("the segmenter is too poor to judge anything by it: %s", ", ".join(poor))
+    print(f"\n{usefulness.verdict(rows)}\n\n{usefulness.table(rows)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,24 +149,26 @@ class _Model:
     candidate: "Candidate"
 
 
-def _models(args: argparse.Namespace) -> list[_Model]:
-    """Load --model and every --baseline; where workers measure, on the CPU, to know what there is."""
+def _models(args: argparse.Namespace, champion: "Champion | None") -> list[_Model]:
+    """Load --model, every --baseline and the champion; where workers measure, on the CPU, to know what there is."""
     from aldm.default_model import default_model
     from aldm.evaluation import Candidate
     from aldm.starting_model import DEFAULT
+    from pipelines.champion import METHOD
 
+    options = TranslatorOptions.of(args)
     if args.num_workers is not None:
-        args = argparse.Namespace(**{**vars(args), "device": "cpu"})
-    config = model_config(args.model, args)
-    model = load_translator(args.model, config, args)
+        options = replace(options, device="cpu")
+    model = load_translator(args.model, model_config(args.model, ConfigChanges.of(args)), options)
     models = [_Model(args.model, Candidate(model.kind, model, _samplings(model, args)))]
-    for text in args.baseline:
+    beside = [*args.baseline, *([] if champion is None else [f"{METHOD}={champion.folder}"])]
+    for text in beside:
         name, separator, folder = text.partition("=")
         word = folder if separator else text
         path = default_model() if word == DEFAULT else Path(word)
-        own = argparse.Namespace(**{**vars(args), "preset": None, "set": []})  # those are for --model
-        other = load_translator(path, model_config(path, own), args)
-        models.append(_Model(path, Candidate(name if separator else other.kind, other, (other.sampling(),))))
+        only_precision = ConfigChanges(precision=args.precision)  # --preset and --set are for --model
+        other = load_translator(path, model_config(path, only_precision), options)
+        models.append(_Model(path, Candidate.of(other, name if separator else None)))
     return models
 
 
@@ -211,7 +181,7 @@ def _loader(models: Sequence[_Model], device: str, args: argparse.Namespace) -> 
     if device == "cuda" and args.max_memory_gb is not None:
         raise UserError("--max-memory-gb bounds the memory of a CPU: leave it out, or give --device cpu")
     scratch = None if args.scratch_dir is None else args.scratch_dir.absolute()
-    options = argparse.Namespace(device=device, max_memory_gb=args.max_memory_gb, scratch_dir=scratch)
+    options = replace(TranslatorOptions.of(args), device=device, scratch_dir=scratch)
     known = [
         (model.candidate.method, model.folder.absolute(), model.candidate.translator.config, model.candidate.samplings)
         for model in models
@@ -220,7 +190,7 @@ def _loader(models: Sequence[_Model], device: str, args: argparse.Namespace) -> 
 
 
 def _load(
-    known: Sequence[tuple[str, Path, Config, tuple[SamplingConfig, ...]]], options: argparse.Namespace
+    known: Sequence[tuple[str, Path, Config, tuple[SamplingConfig, ...]]], options: TranslatorOptions
 ) -> list["Candidate"]:
     """Load candidates from their folders."""
     from aldm.evaluation import Candidate
@@ -258,18 +228,13 @@ def _samplings(model: "Translator", args: argparse.Namespace) -> tuple[SamplingC
     return tuple(dict.fromkeys(wanted))
 
 
-def _dry_run(
-    candidates: Sequence["Candidate"],
-    subjects: Sequence["SubjectRecord"],
-    modalities: Sequence[str],
-    total: int,
-    workers: "RayWorkers | None",
-) -> int:
+def _dry_run(plan: "EvaluationPlan", workers: "RayWorkers | None") -> int:
     """Say what would be measured and how much memory that takes."""
     from aldm.memory import gigabytes, resident_bytes
 
-    print(f"{counted(len(subjects), 'subject')}, modalities {', '.join(modalities)}: {counted(total, 'translation')}")
-    for candidate in candidates:
+    subjects, translations = counted(len(plan.subjects), "subject"), counted(plan.total, "translation")
+    print(f"{subjects}, modalities {', '.join(plan.modalities)}: {translations}")
+    for candidate in plan.candidates:
         ways = ", ".join(candidate.key(sampling).label() for sampling in candidate.samplings)
         needed = resident_bytes() + candidate.translator.predictor.needed_bytes()
         print(f"{candidate.method}: {ways}; at least {gigabytes(needed)} GB of memory")

@@ -3,9 +3,9 @@
 import argparse
 
 from aldm.errors import UserError
+from aldm.evaluation_files import PARQUET, SCORES, TABLES
 from aldm.files import atomic_folder
 from aldm.words import counted
-from pipelines.evaluation_files import PARQUET, SCORES, TABLES
 
 NOTE = """The store's own volumes with a known fault, scored against the unchanged ones: means over subjects and
 modalities. In brackets: how far a score lies from that of the unchanged volumes, as a share of the largest such

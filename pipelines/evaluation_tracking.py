@@ -52,8 +52,8 @@ def log_evaluation(
     """
     from mlflow.entities import Metric
 
+    from aldm.evaluation_files import RECORD, SCORES, TIMES
     from aldm.score_rows import read_csv
-    from pipelines.evaluation_files import RECORD, SCORES, TIMES
 
     uri = uri or tracking_uri(out)
     record = json.loads((out / RECORD).read_text())

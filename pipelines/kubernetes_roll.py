@@ -89,7 +89,7 @@ def try_out(model: Registered, server: str, args: argparse.Namespace) -> None:
         UserError: it is not what was registered, or does not work.
     """
     from aldm.device import select_device
-    from pipelines.smoke_test import smoke_test
+    from aldm.smoke_test import smoke_test
 
     device = "cpu" if args.device == "auto" else str(select_device(args.device))
     with tempfile.TemporaryDirectory(prefix="aldm-roll-") as folder:

@@ -77,7 +77,7 @@ def _try_out(model: Path, args: argparse.Namespace) -> None:
         UserError: it does not work.
     """
     from aldm.device import select_device
-    from pipelines.smoke_test import smoke_test
+    from aldm.smoke_test import smoke_test
 
     device = "cpu" if args.device == "auto" else str(select_device(args.device))
     try:

@@ -44,8 +44,7 @@ class VolumeFunction:
         return pandas.DataFrame({"volume": [self._translate(bytes(volume), *names) for volume, *names in rows]})
 
     def _translate(self, content: bytes, source: str, target: str) -> bytes:
-        from aldm.data.volume import load_nifti, save_nifti, to_source_orientation
-        from pipelines.translate_files import describe
+        from aldm.data.volume import load_nifti
 
         suffix = ".nii.gz" if content.startswith(b"\x1f\x8b") else ".nii"
         with tempfile.TemporaryDirectory(prefix="aldm-") as folder:
@@ -53,8 +52,7 @@ class VolumeFunction:
             given.write_bytes(content)
             volume, grid = load_nifti(given)
             result = self.translator.translate(volume, source, target)
-            data = to_source_orientation(result.volume.data, grid)
-            save_nifti(made, data, grid, description=describe(result.provenance))
+            result.save(made, grid)
             return made.read_bytes()
 
 

@@ -15,7 +15,7 @@ from aldm.errors import UserError
 from aldm.files import atomic_path
 from aldm.run_folder import without_secrets
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.chain import Chain, Step, is_done, span
+from pipelines.chain import REPORT, SLOWEST, SPLITS_FILE, Chain, Step, is_done, span
 from pipelines.ray_training import add_cluster_arguments, cluster_of
 from pipelines.reproduce_data import LAYOUT, SOURCE, find_subjects, paper_splits, splits_csv, splits_text
 
@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
 STAGES = {"ixi": "Table D of the paper's supplement: all pairs of T1, T2 and PD of IXI"}
 PRESET = "ixi"
-RECORD, SPLITS, REPORT = "reproduction.json", "splits.csv", "report.html"
+RECORD = "reproduction.json"
 TRAININGS = ("vqgan", "ms-spade", "diffusion")
 SHORT_MINUTES = 0.1
 """Of a step that is not planned."""
-SLOWEST = 3.0
-"""A step takes 1 to 3 times what the throughput of a convolution promises (aldm.planner.measure_throughput)."""
 DESCRIPTION = f"""From a downloaded IXI folder to Table D of the paper's supplement. Check the folder, give the subjects
 the paper's splits (459 for training, 115 for the test) by a hash of their names, say what memory and time the trainings
 and the translations need and what this machine has, then prepare, train the three stages, encode, export and score on
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return 0
     record = chain.open(args.overwrite, ("runs",))
-    with atomic_path(args.out / SPLITS, overwrite=True) as temporary:
+    with atomic_path(args.out / SPLITS_FILE, overwrite=True) as temporary:
         temporary.write_text(splits_csv(splits))
     try:
         chain.run(list(steps.values()), record)
@@ -127,7 +125,7 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Step]:
         where = (*place, *_engine_words(args), "--group", out.name)
         return Step(title, words, run / "config.yaml", SHORT_MINUTES, "--resume", where)
 
-    source = ("--layout", LAYOUT, "--splits", out / SPLITS)
+    source = ("--layout", LAYOUT, "--splits", out / SPLITS_FILE)
     stages = ("--ms-spade", runs / "ms-spade", "--diffusion", runs / "diffusion")
     scores = ("--store", store, "--split", "test", "--out", out / "scores", "--group", out.name)
     prepared = store / "store.json"

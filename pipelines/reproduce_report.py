@@ -15,8 +15,7 @@ from aldm.report import Code, Figures, Section, Table, Text, write_report
 from aldm.run_folder import git_state
 from aldm.score_rows import ScoreRow, read_csv
 from aldm.score_table import TABLE_D, Summary, summarize
-from pipelines.chain import span
-from pipelines.reproduce import REPORT, SPLITS
+from pipelines.chain import REPORT, SPLITS_FILE, span
 from pipelines.reproduce_data import MODALITIES
 
 SUMMARY = """The Adaptive Latent Diffusion Model trained and scored on IXI, held against Table D of the paper's
@@ -183,7 +182,7 @@ def provenance(out: Path) -> list[tuple[str, str]]:
         *commit,
         ("Python", platform.python_version()),
         *((name, version(name)) for name in PACKAGES),
-        ("splits.csv, SHA-256", hashlib.sha256((out / SPLITS).read_bytes()).hexdigest()),
+        ("splits.csv, SHA-256", hashlib.sha256((out / SPLITS_FILE).read_bytes()).hexdigest()),
         ("store, fingerprint", record["store_fingerprint"]),
         ("model, hash", model["hash"]),
         ("scores.csv, SHA-256", hashlib.sha256((out / "scores" / "scores.csv").read_bytes()).hexdigest()),

@@ -13,9 +13,8 @@ from aldm.files import existing_parent, free_gib
 from aldm.pace import planned_steps
 from aldm.planner import GIB, MemoryPlan, measure_throughput, plan
 from aldm.precision import usable_precision
-from pipelines.chain import span
+from pipelines.chain import SLOWEST, span
 from pipelines.info import table
-from pipelines.reproduce import SLOWEST
 from pipelines.reproduce_data import MODALITIES
 
 NAMES = ("vqgan", "encode", "ms-spade", "diffusion", "evaluate")

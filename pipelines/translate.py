@@ -13,11 +13,11 @@ from aldm.data.modalities import MODALITIES, check_modality
 from aldm.data.nifti_header import MAX_VOXELS
 from aldm.errors import UserError
 from aldm.likeness import Likeness
+from aldm.provenance import MAPS
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser
 from pipelines.translate_files import (
     DICOM,
-    MAPS,
     NIFTI,
     RESULTS_FILE,
     Input,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aldm.data.nifti_header import is_input_name
 from aldm.errors import UserError
 from aldm.files import atomic_folder, atomic_path, check_folder
-from aldm.likeness import Likeness
+from aldm.provenance import describe, describe_map
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +29,6 @@ RESULTS_FILE = "results.csv"
 NIFTI, DICOM = "nifti", "dicom"
 _SUFFIXES = (".nii.gz", ".nii")
 
-
-MAPS = ("uncertainty", "spread")
-"""What a translation may have beside it, as the fields of Translation are named; flags and files as well."""
 NO_SPREAD = (
     "--spread is the standard deviation of several samples: give --num-samples of at least 2 as well; a model of "
     "objective regression has one answer, and none"
@@ -350,7 +347,7 @@ class Writer:
         for kind, path in output.maps.items():
             data = getattr(result, kind)
             assert data is not None, "the model gives what was asked for"
-            self._write_nifti(path, data, result.volume, source, map_in_words(kind, made))
+            self._write_nifti(path, data, result.volume, source, describe_map(kind, made))
             record[kind] = path.name
         self._temporary[output.sidecar].write_text(json.dumps(record, indent=2) + "\n")
 
@@ -431,29 +428,6 @@ def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
     ):
         for entry in archive.infolist():
             (temporary / Path(entry.filename).name).write_bytes(archive.read(entry))
-
-
-def map_in_words(kind: str, made: Mapping[str, Any]) -> str:
-    """Return what a map of MAPS is and what it lies beside, whose provenance is `made`.
-
-    It is short, so that the model's hash is still among the 79 characters of a NIfTI header's `descrip`.
-    """
-    what = "standard deviation of samples"
-    if kind == "uncertainty":
-        what = f"uncertainty ({made['uncertainty_level']:.0%} within +-)"
-    return f"{what}: {describe(made)}"
-
-
-def likeness_of(made: Mapping[str, Any]) -> Likeness | None:
-    """Return the likeness in a provenance; None where it was not measured."""
-    found = made.get("likeness")
-    return Likeness(**found) if isinstance(found, dict) else None
-
-
-def describe(made: Mapping[str, Any]) -> str:
-    """Return the provenance in the 79 characters of a NIfTI header's `descrip`."""
-    how = f" {made['sampler']} {made['num_inference_steps']} seed {made['seed']}" if "sampler" in made else ""
-    return f"synthetic {made['target']} from {made['source']}, {made['model_kind']} {made['model_hash'][:8]}{how}"
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:

@@ -13,17 +13,18 @@ from aldm.errors import UserError
 from aldm.likeness import Likeness
 from aldm.pairs import check_pair, check_sources, pair_is_known
 from aldm.progress import progress
+from aldm.provenance import likeness_of
 from aldm.words import counted
+from pipelines.arguments import ConfigChanges
 from pipelines.translate_files import (
     NO_SPREAD,
     NO_UNCERTAINTY,
     Task,
-    likeness_of,
     read_input,
     read_others,
     writing,
 )
-from pipelines.translator_arguments import load_translator, model_config
+from pipelines.translator_arguments import TranslatorOptions, load_translator, model_config
 
 if TYPE_CHECKING:
     from aldm.data.volume import Volume
@@ -47,7 +48,7 @@ class LocalModel:
         if args.model is None:
             logger.info("no --model: %s", DEFAULT_MODEL)
         self._folder = default_model() if args.model is None else args.model
-        self._config = model_config(self._folder, args)
+        self._config = model_config(self._folder, ConfigChanges.of(args))
         from aldm.checkpoint import read_checkpoint_record
 
         self._kind = read_checkpoint_record(self._folder)["kind"]
@@ -77,7 +78,7 @@ class LocalModel:
             UserError: a damaged folder, a sampler that does not go with it, or too little memory.
         """
         args = self._args
-        translator = load_translator(self._folder, self._config, args)
+        translator = load_translator(self._folder, self._config, TranslatorOptions.of(args))
         sampling = translator.sampling(args.sampler, args.num_inference_steps, args.num_samples, args.eta)
         if args.spread is not None and sampling.num_samples < 2:
             raise UserError(NO_SPREAD)

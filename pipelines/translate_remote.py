@@ -24,6 +24,7 @@ from aldm.errors import UserError
 from aldm.likeness import Likeness
 from aldm.pairs import check_several
 from aldm.progress import progress
+from aldm.provenance import likeness_of
 from pipelines.translate_files import (
     DICOM,
     NO_SPREAD,
@@ -31,7 +32,6 @@ from pipelines.translate_files import (
     Files,
     Output,
     Task,
-    likeness_of,
     writing,
 )
 

@@ -2,14 +2,14 @@
 
 import argparse
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aldm.config import Config, override
 from aldm.errors import UserError
 from aldm.presets import load_preset
-from pipelines.arguments import JobParser
+from pipelines.arguments import ConfigChanges, JobParser
 
 if TYPE_CHECKING:
     from aldm.translate import Translator
@@ -57,7 +57,27 @@ def add_translator_arguments(
     )
 
 
-def model_config(folder: Path, args: argparse.Namespace) -> Config:
+@dataclass(frozen=True, kw_only=True)
+class TranslatorOptions:
+    """Where a translator runs and what it may use.
+
+    Attributes:
+        device: cpu, cuda or auto.
+        max_memory_gb: the most memory this process may hold, GB (10^9 bytes), on a CPU; None for no limit.
+        scratch_dir: folder on a disk for what does not fit; None takes the system's.
+    """
+
+    device: str = "auto"
+    max_memory_gb: float | None = None
+    scratch_dir: Path | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "TranslatorOptions":
+        """Return what the flags of `add_translator_arguments` say."""
+        return cls(device=args.device, max_memory_gb=args.max_memory_gb, scratch_dir=args.scratch_dir)
+
+
+def model_config(folder: Path, changes: ConfigChanges) -> Config:
     """Return a translator folder's configuration with what --preset, --set and --precision change for its use.
 
     Raises:
@@ -75,36 +95,36 @@ def model_config(folder: Path, args: argparse.Namespace) -> Config:
         )
     own = config_of(record, folder)
     used = own
-    if args.preset is not None:
-        preset = load_preset(args.preset)
+    if changes.preset is not None:
+        preset = load_preset(changes.preset)
         same = replace(preset, modalities=own.modalities, pair=own.pair, baselines=own.baselines)
-        _check_same(own, same, f"--preset {args.preset}", folder)
+        _check_same(own, same, f"--preset {changes.preset}", folder)
         used = replace(own, sampling=preset.sampling, precision=preset.precision)
-    used = override(used, args.set)
-    _check_same(own, used, f"--set {' '.join(args.set)}", folder)
-    return used if args.precision is None else replace(used, precision=args.precision)
+    used = override(used, changes.set)
+    _check_same(own, used, f"--set {' '.join(changes.set)}", folder)
+    return used if changes.precision is None else replace(used, precision=changes.precision)
 
 
-def load_translator(folder: Path, config: Config, args: argparse.Namespace) -> "Translator":
-    """Load a translator folder with the sampling and precision of `config`, on the device that the flags ask for.
+def load_translator(folder: Path, config: Config, options: TranslatorOptions) -> "Translator":
+    """Load a translator folder with the sampling and precision of `config`, on the device that the options name.
 
     Raises:
-        UserError: as Translator.load, or a flag that makes no sense.
+        UserError: as Translator.load, or an option that makes no sense.
     """
     from aldm.device import select_device
     from aldm.translate import Translator
 
-    if args.max_memory_gb is not None and not 0 < args.max_memory_gb < math.inf:
-        raise UserError(f"--max-memory-gb is {args.max_memory_gb:g}, wanted a number above 0")
-    if args.scratch_dir is not None and not args.scratch_dir.is_dir():
-        raise UserError(f"--scratch-dir {args.scratch_dir} is not a folder: make it first, or leave it out")
+    if options.max_memory_gb is not None and not 0 < options.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory-gb is {options.max_memory_gb:g}, wanted a number above 0")
+    if options.scratch_dir is not None and not options.scratch_dir.is_dir():
+        raise UserError(f"--scratch-dir {options.scratch_dir} is not a folder: make it first, or leave it out")
     return Translator.load(
         folder,
-        select_device(args.device),
+        select_device(options.device),
         sampling=config.sampling,
         precision=config.precision,
-        max_memory_gb=args.max_memory_gb,
-        scratch_dir=args.scratch_dir,
+        max_memory_gb=options.max_memory_gb,
+        scratch_dir=options.scratch_dir,
     )
 
 

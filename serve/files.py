@@ -134,7 +134,7 @@ def write_results(
     """
     from aldm.data.nifti_header import NiftiSource, source_of
     from aldm.data.volume import save_nifti, to_source_orientation
-    from pipelines.translate_files import MAPS, describe, map_in_words
+    from aldm.provenance import MAPS, describe, describe_map
 
     made, result = translation.provenance, translation.volume
     if source.notes:
@@ -153,7 +153,7 @@ def write_results(
         data = getattr(translation, kind)
         if data is not None:
             data = to_source_orientation(data, grid)
-            about = map_in_words(kind, made)
+            about = describe_map(kind, made)
             save_nifti(map_file(folder, kind, target), data, grid, description=about, overwrite=True)
     _write_preview(preview_file(folder, target), translation, volume, sources)
     with atomic_path(provenance_file(folder, target), overwrite=True) as temporary:

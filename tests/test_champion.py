@@ -1,32 +1,31 @@
 """Who is better: the rule by hand, and as it is read from the scores of an evaluation."""
 
-import argparse
 import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aldm.errors import UserError
+from aldm.evaluation_files import RECORD, SCORES
 from aldm.score_rows import ScoreRow, write_csv
 from pipelines.champion import (
     METHOD,
     NO_CHAMPION_DB,
+    Champion,
     Contest,
     find_hash,
     is_current,
     measured_champion,
     read_contest,
-    record_of,
     set_champion,
     split_name,
     swap_back,
 )
-from pipelines.evaluation_files import RECORD, SCORES
 from pipelines.registry_download import HASH_TAG, Registered, find_alias
 from pipelines.tracking_server import connect
 
@@ -163,8 +162,7 @@ def test_a_name_that_mlflow_does_not_take_is_refused() -> None:
 
 
 def test_the_record_names_the_champion() -> None:
-    assert record_of(CHAMPION) == {"name": "translator", "version": 3, "hash": "c" * 64}
-    assert record_of(None) is None
+    assert asdict(CHAMPION) == {"name": "translator", "version": 3, "hash": "c" * 64}
 
 
 def test_an_evaluation_measures_the_champion_beside_its_baselines(
@@ -183,15 +181,9 @@ def test_an_evaluation_measures_the_champion_beside_its_baselines(
 
     monkeypatch.setattr("pipelines.champion.find_alias", lambda name, alias, _: held.get((name, alias)))
     monkeypatch.setattr("pipelines.champion.fetched", fetched)
-    for asked, found, more in (
-        (None, None, []),
-        ("translator@best", None, []),
-        ("translator", CHAMPION, [f"{METHOD}={folder}"]),
-    ):
-        args = argparse.Namespace(champion=asked, out=tmp_path / "scores", baseline=["mean=mean"])
-        with measured_champion(args) as champion:
+    for asked, found in ((None, None), ("translator@best", None), ("translator", Champion(CHAMPION, folder))):
+        with measured_champion(asked, tmp_path / "scores") as champion:
             assert champion == found
-            assert args.baseline == ["mean=mean", *more]
             assert folder.is_dir() is (found is not None)
         assert not folder.exists()
 

@@ -17,13 +17,13 @@ from aldm import metrics, score_table
 from aldm.config import Config, DiffusionConfig, SamplingConfig
 from aldm.errors import UserError
 from aldm.evaluation import Candidate, check_candidates, count_translations, evaluate, pair_seed
+from aldm.model_card import read_scores
 from aldm.predictors import Predictor
 from aldm.presets import tiny
 from aldm.references import fit_references
 from aldm.score_rows import REFERENCES, MethodKey, ScoreRow, frame, mean_scores, read_csv, write_csv
 from aldm.translate import Translator
 from pipelines.evaluate import main
-from pipelines.model_card import read_scores
 
 COLUMNS = (
     "subject_id,method,source,target,sampler,num_inference_steps,region,psnr_db,nmse,ssim,mae,ms_ssim,nmi,sharpness,"
@@ -418,8 +418,8 @@ def test_a_baseline_may_be_named_and_dry_run_writes_nothing(models, ixi_store, t
         ({"--store": "nowhere"}, "not a store"),
         ({"--samplers": "ddim:many"}, "SAMPLER:STEPS"),
         ({"--samplers": "one-step"}, "dpm-solver"),
-        ({"--max-subjects": "0"}, "max-subjects"),
-        ({"--pictures": "-1"}, "--pictures is -1, wanted at least 0"),
+        ({"--max-subjects": "0"}, "max_subjects"),
+        ({"--pictures": "-1"}, "`pictures` is -1, wanted at least 0"),
         ({"--seed": str(2**63)}, "--seed is 9223372036854775808, wanted 0 to"),
         ({"--out": "taken"}, "exists"),
         ({"--set": "unet.channels=[4]"}, "unet.*carries"),

@@ -12,12 +12,12 @@ from aldm.checkpoint import load_weights, save_checkpoint
 from aldm.config import CodecConfig, Config
 from aldm.denoising import build_regression_unet
 from aldm.errors import UserError
+from aldm.export import baseline_model
 from aldm.models.blocks import ResBlock
 from aldm.models.codecs import build_codec
 from aldm.models.haar_unet import HaarUNet
 from aldm.presets import brats, ixi, small, tiny
 from aldm.translate import Translator
-from pipelines.export import baseline_model
 
 TINY = replace(tiny(), modalities=MODALITIES)
 SIDES = (8, 12, 8)

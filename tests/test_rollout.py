@@ -14,12 +14,12 @@ from untrained import save_untrained
 
 from aldm.checkpoint import load_checkpoint, save_checkpoint
 from aldm.errors import UserError
+from aldm.smoke_test import smoke_test
 from pipelines import kubernetes_roll
 from pipelines.kubernetes_service import RayService
 from pipelines.registry import register
 from pipelines.registry_download import fetch, find_alias, is_version, resolve
 from pipelines.serve_config import DEPLOY, model_of, with_model
-from pipelines.smoke_test import smoke_test
 from pipelines.tracking_server import connect
 from serve.models import find_model
 

@@ -23,6 +23,7 @@ from aldm.errors import UserError
 from aldm.metrics import Truth
 from aldm.models.error_unet import ErrorUNet
 from aldm.presets import tiny
+from aldm.provenance import describe_map
 from aldm.sampling_choice import choose_sampling
 from aldm.subsets import subsets_of
 from aldm.translate import Translator
@@ -35,7 +36,6 @@ from aldm.uncertainty import (
     translations_of,
     voxel_weights,
 )
-from pipelines.translate_files import map_in_words
 
 BRATS = ("t1", "t1ce", "t2", "flair")
 ANY = replace(
@@ -205,7 +205,7 @@ def test_the_map_is_in_the_results_units_and_says_its_level(calibrated: Path, br
 def test_the_header_of_a_map_still_says_which_model_made_it() -> None:
     made = {"source": "t1+t1ce+t2+flair", "target": "pd", "model_kind": "aldm", "model_hash": "0123456789"}
     made |= {"uncertainty_level": LEVEL, "sampler": "one-step", "num_inference_steps": 1, "seed": 0}
-    words = map_in_words("uncertainty", made)[:79]  # all that a NIfTI header holds
+    words = describe_map("uncertainty", made)[:79]  # all that a NIfTI header holds
     assert words.startswith("uncertainty (90% within +-): synthetic pd from t1+t1ce+t2+flair")
     assert "aldm 01234567" in words
 

@@ -1,19 +1,21 @@
-"""The folder that `aldm evaluate` writes: scores, tables, times, card, panels, and the record of what was measured."""
+"""The folder that `aldm evaluate` writes: scores, tables, times, card, panels, and the record of what was settings."""
 
-import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from aldm import subsets
 from aldm.config import to_dict
-
-if TYPE_CHECKING:
-    from aldm.data.store import VolumeStore
-    from aldm.evaluation import Candidate, Evaluation, Example
-    from aldm.score_rows import MethodKey
-    from pipelines.registry_download import Registered
+from aldm.data.store import VolumeStore
+from aldm.evaluation import Candidate, Evaluation, Example
+from aldm.evaluation_settings import EvaluationSettings
+from aldm.pictures import CardPoint, save_quality_card, save_subsets, save_translation_panel
+from aldm.run_folder import git_state
+from aldm.score_rows import MethodKey, mean_scores, of_images, write_csv, write_parquet
+from aldm.score_table import document
 
 SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
 SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (
@@ -27,10 +29,8 @@ SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (
 )
 
 
-def draw_panel(example: "Example", *, pictured: set[str], store: "VolumeStore", folder: Path) -> None:
+def draw_panel(example: Example, *, pictured: set[str], store: VolumeStore, folder: Path) -> None:
     """Write the panel of a translation, where it is one of those wanted."""
-    from aldm.pictures import save_translation_panel
-
     if example.subject_id not in pictured or example.source_name == example.target_name:
         return
     (folder / PICTURES).mkdir(exist_ok=True)
@@ -48,27 +48,20 @@ def draw_panel(example: "Example", *, pictured: set[str], store: "VolumeStore", 
     )
 
 
-def write_results(folder: Path, result: "Evaluation", store: "VolumeStore", args: argparse.Namespace) -> None:
+def write_results(folder: Path, result: Evaluation, store: VolumeStore, split: str) -> None:
     """Write all files but the panels and the record."""
-    from aldm.score_rows import write_csv, write_parquet
-    from aldm.score_table import document
-
     write_csv(folder / SCORES, result.rows)
     write_parquet(folder / PARQUET, result.rows)
     _write_times(folder / TIMES, result.seconds)
     tables = document(
-        result.rows, title=f"{args.split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
+        result.rows, title=f"{split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
     )
     (folder / TABLES).write_text(tables + _any_sources(folder, result))
     _draw_card(folder / CARD, result)
 
 
-def _any_sources(folder: Path, result: "Evaluation") -> str:
+def _any_sources(folder: Path, result: Evaluation) -> str:
     """Write the scores of translations from several sources and their picture, if there are any; return the tables."""
-    from aldm import subsets
-    from aldm.pictures import save_subsets
-    from aldm.score_rows import of_images, write_csv
-
     if not result.several:
         return ""
     write_csv(folder / SUBSETS, result.several)
@@ -84,25 +77,22 @@ def _any_sources(folder: Path, result: "Evaluation") -> str:
 
 def write_record(
     path: Path,
-    candidates: Sequence["Candidate"],
-    store: "VolumeStore",
-    args: argparse.Namespace,
-    champion: "Registered | None",
+    candidates: Sequence[Candidate],
+    store: VolumeStore,
+    settings: EvaluationSettings,
     segmenter_hash: str | None,
 ) -> None:
     """Write what was measured with what, so that the scores explain themselves."""
-    from aldm.run_folder import git_state
-    from pipelines.champion import record_of
-
+    segmenter = {"folder": str(settings.segmenter), "hash": segmenter_hash}
     record = {
-        "store": str(args.store),
+        "store": str(settings.store),
         "store_fingerprint": store.fingerprint,
         "layout": store.layout,
-        "split": args.split,
-        "max_subjects": args.max_subjects,
-        "seed": args.seed,
-        "champion": record_of(champion),
-        "segmenter": None if segmenter_hash is None else {"folder": str(args.segmenter), "hash": segmenter_hash},
+        "split": settings.split,
+        "max_subjects": settings.max_subjects,
+        "seed": settings.seed,
+        "champion": settings.champion,
+        "segmenter": None if segmenter_hash is None else segmenter,
         **git_state(),
         "models": [
             {
@@ -118,7 +108,7 @@ def write_record(
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _write_times(path: Path, seconds: Mapping["MethodKey", Sequence[float]]) -> None:
+def _write_times(path: Path, seconds: Mapping[MethodKey, Sequence[float]]) -> None:
     """Write times.csv: a line per translated volume."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -127,13 +117,8 @@ def _write_times(path: Path, seconds: Mapping["MethodKey", Sequence[float]]) -> 
             writer.writerows([*key, f"{value:.4f}"] for value in values)
 
 
-def _draw_card(path: Path, result: "Evaluation") -> None:
+def _draw_card(path: Path, result: Evaluation) -> None:
     """Draw mean PSNR of the translations (source and target differ) against the median time of a volume."""
-    import numpy as np
-
-    from aldm.pictures import CardPoint, save_quality_card
-    from aldm.score_rows import mean_scores
-
     regions = {row.region for row in result.rows}
     region = next((name for name in ("brain", "foreground") if name in regions), "volume")
     means_db = mean_scores(result.rows)["psnr_db"]

@@ -4,21 +4,37 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from aldm.config import Config
 from aldm.config_baselines import BOTH_WAYS, METHODS
 from aldm.errors import UserError
+from aldm.evaluation_files import RECORD, SCORES, TIMES
+from aldm.likeness import modality_of
+from aldm.score_rows import SCORES as NAMES
+from aldm.score_rows import mean_scores, of_images, read_csv
 from aldm.words import counted
-
-if TYPE_CHECKING:
-    from pipelines.export import Model
 
 CARD, SCORES_CARD = "README.md", "card.json"
 
 
-def model_card(model: "Model", digest: str, scores: list[dict[str, Any]] | None) -> str:
+@dataclass(frozen=True)
+class ExportedModel:
+    """What the folder of a model holds: kind aldm, unet or a comparison method, and every training's record."""
+
+    kind: str
+    config: Config
+    weights: Mapping[str, Tensor]
+    meta: dict[str, Any]
+
+
+def model_card(model: ExportedModel, digest: str, scores: list[dict[str, Any]] | None) -> str:
     """Return the README.md of a translator folder.
 
     Args:
@@ -101,21 +117,17 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no evaluation, or one of another model.
     """
-    from aldm.score_rows import SCORES as NAMES
-    from aldm.score_rows import mean_scores, of_images, read_csv
-    from pipelines.evaluation_files import RECORD, SCORES, TIMES
-
     try:
         record = json.loads((folder / RECORD).read_text())
         rows = of_images(read_csv(folder / SCORES))
         times = list(csv.DictReader((folder / TIMES).read_text().splitlines()))
     except (OSError, ValueError) as error:
-        raise UserError(f"--scores {folder} is no evaluation ({error}): make one with aldm evaluate --out") from error
+        raise UserError(f"`scores` {folder} is no evaluation ({error}): make one with aldm evaluate `out`") from error
     measured = [model["hash"] for model in record["models"]]
     if digest not in measured:
         raise UserError(
-            f"--scores {folder} measured the models {', '.join(one[:12] for one in measured)}, this one is "
-            f"{digest[:12]}: evaluate it first, then export it again with --overwrite"
+            f"`scores` {folder} measured the models {', '.join(one[:12] for one in measured)}, this one is "
+            f"{digest[:12]}: evaluate it first, then export it again with `overwrite`"
         )
     seconds = defaultdict(list)
     for row in times:
@@ -152,8 +164,6 @@ def _origin(init_from: str) -> list[str]:
 
 def _likeness(data: dict[str, Any]) -> str:
     """Return the line of the README that says whether an input's likeness to the data is measured."""
-    from aldm.likeness import modality_of
-
     names = list(dict.fromkeys(modality_of(kind) for kind in (data.get("likeness") or {}).get("modalities", ())))
     if not names:
         return "How unlike an input is to these volumes is not measured: their statistics were not kept."

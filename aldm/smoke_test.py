@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from aldm.data.phantom import MODALITIES_OF_LAYOUT, simulate_subject
+from aldm.data.volume import to_ras
 from aldm.errors import UserError
+from aldm.translate import Translator
 
 SPACING_MM = 16.0
 """Of the simulated volume: about 11 x 14 x 11 voxels."""
@@ -20,12 +25,6 @@ def smoke_test(folder: Path, *, device: str = "cpu", max_memory_gb: float | None
     Raises:
         UserError: the model does not load, or its result is not finite, is one value, or lies on another grid.
     """
-    import numpy as np
-
-    from aldm.data.phantom import MODALITIES_OF_LAYOUT, simulate_subject
-    from aldm.data.volume import to_ras
-    from aldm.translate import Translator
-
     translator = Translator.load(folder, device, max_memory_gb=max_memory_gb)
     config = translator.config
     names = config.pair or config.modalities
