@@ -67,11 +67,11 @@ def write_model(
     return digest
 
 
-def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> ExportedModel:
+def aldm_model(codec: str | Path, ms_spade: str | Path, diffusion: str | Path) -> ExportedModel:
     """Put codec, MS-SPADE and U-Net together.
 
     Args:
-        codec: run folder of stage 1, a translator folder, or "haar".
+        codec: run folder of stage 1, an exported model, or "haar".
         ms_spade, diffusion: run folders of stages 2 and 3.
 
     Raises:
@@ -82,7 +82,7 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> ExportedModel:
     stage_2.check_meta({**LATENTS, **TRAINING})
     stage_3.check_meta({**LATENTS, **TRAINING, **_data("latents.data"), "modalities": list, "ms_spade_hash": str})
     latents = stage_3.meta["latents"]
-    module, codec_config = load_codec(codec, stage_3.config)
+    module, codec_config = load_codec(str(codec), stage_3.config)
     own_hash = codec_hash(codec_config, module.state_dict())
     for name, run in ((diffusion, stage_3), (ms_spade, stage_2)):
         trained_with = run.meta["latents"]["codec_hash"]
@@ -106,12 +106,12 @@ def aldm_model(codec: str, ms_spade: Path, diffusion: Path) -> ExportedModel:
             "latents": {name: value for name, value in latents.items() if name != "data"},
             "data": latents["data"],
             "median_percentiles": latents["data"]["median_percentiles"],
-            "training": [*_codec_training(codec), stage_2.meta["training"], stage_3.meta["training"]],
+            "training": [*_codec_training(str(codec)), stage_2.meta["training"], stage_3.meta["training"]],
         },
     )
 
 
-def baseline_model(run: Path) -> ExportedModel:
+def baseline_model(run: str | Path) -> ExportedModel:
     """Take the one network of a run: the regression U-Net or a comparison method.
 
     Raises:

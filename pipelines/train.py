@@ -18,12 +18,12 @@ from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
-from pipelines.training_logs import Logs, add_tracking_arguments, open_logs, tracking_of
+from pipelines.training_logs import add_tracking_arguments, open_logs, tracking_of
 
 if TYPE_CHECKING:
     import torch
 
-    from aldm.players import FitResult, Stage
+    from aldm.players import Stage
     from aldm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(stage, rest)
     from aldm.device import select_device
     from aldm.training_build import build_stage
+    from aldm.training_run import train_in
 
     device = select_device(args.device)
     if args.resume_or_start:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.engine == "plain":
             logger.info("training %s in %s on %s", stage, run.path, device)
             logs = stack.enter_context(open_logs(run, stage, config, inputs, tracking))
-            result = _train_here(built, training, run, logs, device, args.resume)
+            result = train_in(run, stage, built, device, resume=args.resume, on_log=logs.on_log, on_panel=logs.on_panel)
         else:
             workers = f"{args.num_workers or 1}{' with a GPU each' if cluster.use_gpu else ''}"
             logger.info("training %s in %s on Ray, workers: %s", stage, run.path, workers)
@@ -130,26 +131,6 @@ def _open_run(
         storage=storage,
         resume=args.resume,
         overwrite=args.overwrite,
-    )
-
-
-def _train_here(
-    built: "Stage", training: TrainingConfig, run: "RunFolder", logs: Logs, device: "torch.device", resume: bool
-) -> "FitResult":
-    """Train in this process."""
-    from aldm.precision import usable_precision
-    from aldm.training import PlainEngine, fit
-
-    config = built.config
-    return fit(
-        built,
-        PlainEngine(device, usable_precision(config.precision, device)),
-        training,
-        seed=config.seed,
-        on_log=logs.on_log,
-        on_checkpoint=lambda snapshot: run.save(snapshot.write, snapshot.is_best),
-        on_panel=logs.on_panel,
-        resume_from=run.resume_from() if resume else None,
     )
 
 
