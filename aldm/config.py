@@ -201,6 +201,8 @@ class HaarUNetConfig:
 PRECISIONS = ("fp32", "tf32", "bf16")
 OBJECTIVES = ("epsilon", "v", "x0", "regression")
 SCHEDULES = ("linear", "scaled-linear", "cosine", "sigmoid")
+ALDM_TRAININGS = ("vqgan", "ms-spade", "diffusion")
+"""Those of the method, in their order."""
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "one-step")
 
 

@@ -18,7 +18,7 @@ from aldm.score_rows import MethodKey, mean_scores, of_images, write_csv, write_
 from aldm.score_table import document
 
 SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
-SCORES, PARQUET, TABLES, TIMES, CARD, RECORD, PICTURES = (
+SCORES_FILE, PARQUET, TABLES, TIMES, QUALITY_PICTURE, EVALUATION_FILE, PICTURES = (
     "scores.csv",
     "scores.parquet",
     "scores.md",
@@ -48,16 +48,16 @@ def draw_panel(example: Example, *, pictured: set[str], store: VolumeStore, fold
     )
 
 
-def write_results(folder: Path, result: Evaluation, store: VolumeStore, split: str) -> None:
+def write_evaluation(folder: Path, result: Evaluation, store: VolumeStore, split: str) -> None:
     """Write all files but the panels and the record."""
-    write_csv(folder / SCORES, result.rows)
+    write_csv(folder / SCORES_FILE, result.rows)
     write_parquet(folder / PARQUET, result.rows)
     _write_times(folder / TIMES, result.seconds)
     tables = document(
         result.rows, title=f"{split} split of {store.path.name}", layout=store.layout, seconds=result.seconds
     )
     (folder / TABLES).write_text(tables + _any_sources(folder, result))
-    _draw_card(folder / CARD, result)
+    _draw_card(folder / QUALITY_PICTURE, result)
 
 
 def _any_sources(folder: Path, result: Evaluation) -> str:

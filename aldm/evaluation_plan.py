@@ -13,7 +13,7 @@ from aldm.data.parallel import Workers, remove_leftovers
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 from aldm.evaluation import Candidate, Evaluation, check_candidates, count_translations, evaluate
-from aldm.evaluation_files import RECORD, SCORES, draw_panel, write_record, write_results
+from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, draw_panel, write_evaluation, write_record
 from aldm.evaluation_settings import EvaluationSettings
 from aldm.files import atomic_folder, check_folder
 from aldm.models.segmenter import Segmenter
@@ -37,7 +37,7 @@ def evaluate_models(
     Raises:
         UserError: as `EvaluationPlan.check`, or the folder is there.
     """
-    check_folder(out, overwrite, marker=SCORES)
+    check_folder(out, overwrite, marker=SCORES_FILE)
     return EvaluationPlan.check(settings, candidates).run(Path(out), overwrite=overwrite)
 
 
@@ -112,7 +112,7 @@ class EvaluationPlan:
             workers: measure a subject each; None measures in this process, with a progress bar.
             load: returns the candidates again, in a worker; see `evaluate`.
         """
-        with atomic_folder(out, overwrite, marker=SCORES) as folder, self._progress(workers) as bar:
+        with atomic_folder(out, overwrite, marker=SCORES_FILE) as folder, self._progress(workers) as bar:
             pictured = {record.subject_id for record in self.subjects[: self.settings.pictures]}
             result = evaluate(
                 self.store,
@@ -128,8 +128,8 @@ class EvaluationPlan:
                 training_store=self.training_store,
             )
             remove_leftovers(folder)
-            write_results(folder, result, self.store, self.settings.split)
-            write_record(folder / RECORD, self.candidates, self.store, self.settings, self.segmenter_hash)
+            write_evaluation(folder, result, self.store, self.settings.split)
+            write_record(folder / EVALUATION_FILE, self.candidates, self.store, self.settings, self.segmenter_hash)
         return result
 
     def _progress(self, workers: Workers | None) -> Any:

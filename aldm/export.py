@@ -25,7 +25,7 @@ from aldm.encoding import load_codec
 from aldm.errors import UserError
 from aldm.files import atomic_folder
 from aldm.latents import codec_hash
-from aldm.model_card import CARD, SCORES_CARD, ExportedModel, model_card, read_scores
+from aldm.model_card import CARD_FILE, README_FILE, ExportedModel, model_card, read_card_scores
 from aldm.predictors import KINDS, UNCERTAINTY
 from aldm.records import check_record
 from aldm.run_folder import checkpoint_folder
@@ -60,10 +60,10 @@ def write_model(
         digest = write_checkpoint(
             temporary, kind=model.kind, config=model.config, weights=model.weights, meta=model.meta
         )
-        found = None if scores is None else read_scores(Path(scores), digest)
-        (temporary / CARD).write_text(model_card(model, digest, found))
+        found = None if scores is None else read_card_scores(Path(scores), digest)
+        (temporary / README_FILE).write_text(model_card(model, digest, found))
         if found is not None:
-            (temporary / SCORES_CARD).write_text(json.dumps(found, indent=1) + "\n")
+            (temporary / CARD_FILE).write_text(json.dumps(found, indent=1) + "\n")
     return digest
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from aldm.config import Config
 from aldm.config_baselines import BOTH_WAYS, METHODS
 from aldm.errors import UserError
-from aldm.evaluation_files import RECORD, SCORES, TIMES
+from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, TIMES
 from aldm.likeness import modality_of
-from aldm.score_rows import SCORES as NAMES
+from aldm.score_rows import SCORE_COLUMNS as NAMES
 from aldm.score_rows import mean_scores, of_images, read_csv
 from aldm.words import counted
 
-CARD, SCORES_CARD = "README.md", "card.json"
+README_FILE, CARD_FILE = "README.md", "card.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def model_card(model: ExportedModel, digest: str, scores: list[dict[str, Any]] |
     Args:
         model: what the folder holds.
         digest: hash of its weights.
-        scores: what `read_scores` returned; None where the model was not evaluated.
+        scores: what `read_card_scores` returned; None where the model was not evaluated.
     """
     data, config = model.meta["data"], model.config
     spacing = " x ".join(f"{side:g}" for side in config.preprocess.spacing_mm)
@@ -107,7 +107,7 @@ def model_card(model: ExportedModel, digest: str, scores: list[dict[str, Any]] |
     )
 
 
-def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
+def read_card_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
     """Return the means of an evaluation over its translations (source and target differ), per method and region.
 
     Args:
@@ -118,8 +118,8 @@ def read_scores(folder: Path, digest: str) -> list[dict[str, Any]]:
         UserError: no evaluation, or one of another model.
     """
     try:
-        record = json.loads((folder / RECORD).read_text())
-        rows = of_images(read_csv(folder / SCORES))
+        record = json.loads((folder / EVALUATION_FILE).read_text())
+        rows = of_images(read_csv(folder / SCORES_FILE))
         times = list(csv.DictReader((folder / TIMES).read_text().splitlines()))
     except (OSError, ValueError) as error:
         raise UserError(f"`scores` {folder} is no evaluation ({error}): make one with aldm evaluate `out`") from error

@@ -18,7 +18,7 @@ from aldm.baselines.methods import method_stage
 from aldm.baselines.networks import ImagePool
 from aldm.baselines.pairs import image_shape
 from aldm.baselines.regression_unet import RegressionStage
-from aldm.config import Config, TrainingConfig, training_of
+from aldm.config import ALDM_TRAININGS, Config, TrainingConfig, training_of
 from aldm.config_baselines import METHODS
 from aldm.data.labels import LESION, TISSUES
 from aldm.data.modalities import MODALITIES
@@ -33,7 +33,7 @@ from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
 from aldm.trace import Trace
 from aldm.uncertainty import UncertaintyStage
 
-TRAININGS = ("vqgan", "ms-spade", "diffusion", "unet")
+PLANNED_TRAININGS = (*ALDM_TRAININGS, "unet")
 GIB = 2**30
 LIBRARY_BYTES = 20 * 2**20
 """What oneDNN and MKL keep for themselves (compiled kernels, packing buffers): 10 to 25 MiB measured with
@@ -100,8 +100,8 @@ class MemoryPlan:
         )
 
 
-def plan(config: Config, stage: str) -> MemoryPlan:
-    """Return the plan of a training (TRAININGS, uncertainty, segmenter, a comparison method) or of "inference".
+def plan_memory(config: Config, stage: str) -> MemoryPlan:
+    """Return the plan of a training (PLANNED_TRAININGS, uncertainty, segmenter, a comparison method) or of "inference".
 
     Args:
         config: where it names no modalities, all of the vocabulary are taken.
@@ -113,7 +113,7 @@ def plan(config: Config, stage: str) -> MemoryPlan:
     config = with_modalities(config)
     if stage == "inference":
         return _plan_inference(config)
-    assert stage in (*TRAININGS, "uncertainty", "segmenter", *METHODS), stage
+    assert stage in (*PLANNED_TRAININGS, "uncertainty", "segmenter", *METHODS), stage
     if stage in METHODS and config.pair is None:
         config = replace(config, pair=(config.modalities[0], config.modalities[1]))
     size = training_of(config, stage).batch_size

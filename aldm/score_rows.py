@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REFERENCES = ("identity", "training-mean", "intensity-map", "histogram-matching")
 """Methods that need no network; every evaluation of a store has the same rows of them."""
-SCORES = tuple(field.name for field in fields(Scores))
+SCORE_COLUMNS = tuple(field.name for field in fields(Scores))
 """Columns of an image's scores, in their order."""
 OVERLAPS = tuple(field.name for field in fields(Overlap))
 """Columns of the scores of a segmentation, in their order."""
@@ -109,7 +109,7 @@ def frame(rows: Iterable[ScoreRow]) -> "pandas.DataFrame":
 
     names = [field.name for field in fields(ScoreRow)]
     table = pandas.DataFrame([astuple(row) for row in rows], columns=names)
-    return table.astype(dict.fromkeys(SCORES + OVERLAPS, float) | {"num_inference_steps": int})
+    return table.astype(dict.fromkeys(SCORE_COLUMNS + OVERLAPS, float) | {"num_inference_steps": int})
 
 
 def write_parquet(path: Path, rows: Iterable[ScoreRow], *, overwrite: bool = False) -> None:
@@ -138,13 +138,13 @@ def mean_scores(rows: Sequence[ScoreRow], *, with_codec: bool = False) -> "panda
 
     Returns:
         a line per (method, sampler, num_inference_steps, region), the index, in the order of their first rows; the
-        columns are SCORES and OVERLAPS, whose means leave NaN out, and `volumes`, their number.
+        columns are SCORE_COLUMNS and OVERLAPS, whose means leave NaN out, and `volumes`, their number.
     """
     counted = translations(rows)
     if with_codec:
         translate = {(row.key, row.region) for row in counted}
         counted = [row for row in rows if row.source != row.target or (row.key, row.region) not in translate]
     groups = frame(counted).groupby(list(GROUP), sort=False)
-    means = groups[[*SCORES, *OVERLAPS]].mean()
+    means = groups[[*SCORE_COLUMNS, *OVERLAPS]].mean()
     means["volumes"] = groups.size()
     return means

@@ -44,7 +44,7 @@ CARD_NOTE = (
     "standard deviation that the interval stands for, 1 is right. After gain: once the smooth gain (second order in "
     "the position) is known that fits the image best to the target; what is left is contrast and anatomy."
 )
-CARD: dict[str, tuple[str, int]] = {
+CARD_COLUMNS: dict[str, tuple[str, int]] = {
     "psnr_db": ("PSNR (dB)", 2),
     "nmse": ("NMSE", 3),
     "ssim": ("SSIM", 3),
@@ -159,7 +159,7 @@ def compare(
     return Comparison(one, other, region, count, mean, mean - half, mean + half, signed_rank_p(differences))
 
 
-def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
+def pairs_table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
     """Return one method's scores over one region in Table D's shape: a row per source, a column per target."""
     cells: dict[tuple[str, str], list[ScoreRow]] = defaultdict(list)
     for row in rows:
@@ -208,7 +208,9 @@ def card(rows: Sequence[ScoreRow], region: str) -> str:
     """Return a table with a line per method: the mean of every score over its translations in a region."""
     means = mean_scores(rows)
     means = means[means.index.get_level_values("region") == region]
-    shown = {name: heading for name, heading in CARD.items() if name not in SOMETIMES or means[name].notna().any()}
+    shown = {
+        name: heading for name, heading in CARD_COLUMNS.items() if name not in SOMETIMES or means[name].notna().any()
+    }
     headings = [heading for heading, _ in shown.values()]
     lines = [f"| {' | '.join(['', *headings, 'volumes'])} |", "|---" * (len(headings) + 2) + "|"]
     for key, line in means.iterrows():
@@ -268,7 +270,7 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
         "`volume` is "
         "the model's whole box. Synthetic images, for research use only.",
     ]
-    segmented = usefulness.table(rows)
+    segmented = usefulness.usefulness_table(rows)
     parts += ["## Usefulness", usefulness.verdict(rows), segmented, usefulness.NOTE] if segmented else []
     rows = of_images(rows)
     for region in dict.fromkeys(row.region for row in rows):
@@ -278,7 +280,7 @@ def document(rows: Sequence[ScoreRow], *, title: str, layout: str, seconds: Mapp
         for key in methods_of(rows):
             if key.method in ONE_VALUE_PER_TARGET:
                 continue
-            parts += [f"### {key.label()}, {region}", table(rows, key, region)]
+            parts += [f"### {key.label()}, {region}", pairs_table(rows, key, region)]
         if layout == "ixi" and region != "lesion":
             parts += ["### The paper", TABLE_D_NOTE, table_d()]
     if seconds:

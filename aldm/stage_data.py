@@ -99,7 +99,7 @@ def check_patches(sides: Sequence[int], training: TrainingConfig, section: str) 
         )
 
 
-def psnr_db(squared_error: Tensor) -> Tensor:
+def psnr_from_squared_error(squared_error: Tensor) -> Tensor:
     """Return the PSNR, dB, from squared errors of volumes in [-1, 1] (data range 2)."""
     return 10 * torch.log10(4 / squared_error.mean().clamp_min(1e-12))
 
@@ -119,7 +119,7 @@ def latent_values(latents: LatentStore, std: Tensor, z: Tensor, z_target: Tensor
     """
     squares = (z.float() - z_target).square()
     if latents.isometric:
-        return {"psnr_db": psnr_db(squares * std.square().view(1, -1, 1, 1, 1))}
+        return {"psnr_db": psnr_from_squared_error(squares * std.square().view(1, -1, 1, 1, 1))}
     return {"latent_rmse": squares.mean().sqrt()}
 
 

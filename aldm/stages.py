@@ -46,7 +46,7 @@ from aldm.stage_data import (
     latent_values,
     latents_record,
     panel,
-    psnr_db,
+    psnr_from_squared_error,
     with_data,
 )
 
@@ -193,7 +193,7 @@ class VQGANStage:
         reconstruction = modules["codec"](batch["volume"]).reconstruction.float()
         info.shared["panel"] = panel(volume=batch["volume"], reconstruction=reconstruction)
         return {
-            "psnr_db": psnr_db((reconstruction - batch["volume"]).square()),
+            "psnr_db": psnr_from_squared_error((reconstruction - batch["volume"]).square()),
             "l1": F.l1_loss(reconstruction, batch["volume"]),
         }
 

@@ -44,7 +44,7 @@ def several(names: Sequence[str]) -> list[tuple[tuple[str, ...], str]]:
     return [(subset, target) for subset in subsets_of(names, 2) for target in names if target not in subset]
 
 
-def table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
+def subsets_table(rows: Sequence[ScoreRow], key: MethodKey, region: str) -> str:
     """Return PSNR by sources (a row each, fewest first) and target: mean and half of its 95 % interval over subjects.
 
     Args:
@@ -127,7 +127,7 @@ def document(rows: Sequence[ScoreRow], key: MethodKey, regions: Sequence[str]) -
         cells = psnr_of(rows, key, region)
         if not cells:
             continue
-        parts += [f"### Any sources, {region}", table(rows, key, region)]
+        parts += [f"### Any sources, {region}", subsets_table(rows, key, region)]
         added, gain = added_source(cells), two_against_one(cells)
         if added and gain is not None:
             (before, name, target), least = min(added.items(), key=lambda item: item[1].mean_db)

@@ -46,7 +46,7 @@ def verdict(rows: Sequence[ScoreRow]) -> str:
     return words
 
 
-def table(rows: Sequence[ScoreRow]) -> str:
+def usefulness_table(rows: Sequence[ScoreRow]) -> str:
     """Return a table with a line per method, real volumes first, and a column per structure; empty where there is none.
 
     Means are those of `mean_scores`.

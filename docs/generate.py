@@ -50,7 +50,7 @@ def parsers_of(job: str) -> list[JobParser]:
         raise _ParserFound(self)
 
     parsers = []
-    for arguments in [[stage] for stage in getattr(module, "STAGES", ())] or [[]]:
+    for arguments in [[stage] for stage in getattr(module, "SUBCOMMANDS", ())] or [[]]:
         with mock.patch.object(JobParser, "parse_args", found):
             try:
                 module.main(arguments)

@@ -69,10 +69,10 @@ def configs() -> dict[str, tuple[Config, str]]:
 
 def need(training: str, recomputing: bool) -> Need:
     """Ask the planner."""
-    from aldm.planner import plan
+    from aldm.planner import plan_memory
 
     config, stage = configs()[training]
-    found = plan(replace(config, activation_checkpointing=recomputing), stage)
+    found = plan_memory(replace(config, activation_checkpointing=recomputing), stage)
     sizes = ("weights", "optimizer", "average", "gradients", "kept", "peak")
     mib = [round(getattr(found, f"{name}_bytes") / MIB) for name in sizes]
     low = round(low_parameters(config, stage) * 4 / MIB)

@@ -10,7 +10,7 @@ from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.benchmark_codecs import CODECS, CodecTerms, check_codecs, plan_codec
-from pipelines.benchmark_plan import BENCHMARKED, Contest, Terms, check_methods, plan_entry
+from pipelines.benchmark_plan import BENCHMARKED, MethodsBenchmark, Terms, check_methods, plan_entry
 from pipelines.benchmark_run import Planned, check_folder, finished, flags_of, open_folder, run_all
 from pipelines.ray_pool import add_worker_arguments
 
@@ -48,7 +48,7 @@ def _methods(args: argparse.Namespace, config: "Config", store: "VolumeStore") -
     methods = args.methods or list(BENCHMARKED)
     check_methods(methods)
     _check_pair(store, args.source, args.target)
-    contest = Contest(
+    benchmark = MethodsBenchmark(
         store=args.store.absolute(),
         fingerprint=store.fingerprint,
         out=args.out.absolute(),
@@ -57,14 +57,14 @@ def _methods(args: argparse.Namespace, config: "Config", store: "VolumeStore") -
         flags=flags_of(args),
         vit_weights=None if args.vit_weights is None else args.vit_weights.absolute(),
     )
-    plan = partial(plan_entry, contest=contest, config=config)
+    plan = partial(plan_entry, benchmark=benchmark, config=config)
     entries = [plan(method, seed) for seed in range(args.seeds) for method in methods]
-    if not _begin(entries, contest, args):
+    if not _begin(entries, benchmark, args):
         return 0
-    run_all(entries, contest, args)
+    run_all(entries, benchmark, args)
     from pipelines.benchmark_table import TABLE, write_benchmark
 
-    print(write_benchmark(contest, finished(contest.out, BENCHMARKED, plan), store))
+    print(write_benchmark(benchmark, finished(benchmark.out, BENCHMARKED, plan), store))
     print(f"\neverything: {args.out / TABLE}")
     return 0
 

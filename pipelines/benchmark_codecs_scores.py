@@ -25,7 +25,7 @@ BEFORE = ", before quantisation"
 """Behind a codec's name: the decoder given the latent as the encoder made it."""
 FIXED = "closed-forms"
 """Folder of the scores of the codecs that need no training."""
-SCORES, FACTS = "scores.csv", "codec.json"
+SCORES_FILE, FACTS = "scores.csv", "codec.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def _write(folder: Path, rows: Sequence["ScoreRow"], facts: Mapping[str, Any]) -
     from aldm.score_rows import write_csv
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / SCORES, rows, overwrite=True)
+    write_csv(folder / SCORES_FILE, rows, overwrite=True)
     with atomic_path(folder / FACTS, overwrite=True) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -202,4 +202,4 @@ def _write(folder: Path, rows: Sequence["ScoreRow"], facts: Mapping[str, Any]) -
 def _rows(folder: Path) -> list["ScoreRow"]:
     from aldm.score_rows import read_csv
 
-    return read_csv(folder / SCORES)
+    return read_csv(folder / SCORES_FILE)

@@ -62,7 +62,7 @@ def write_codecs(
     regions = list(dict.fromkeys(row.region for each in measured for row in each.rows))
     _write_scores(terms, measured)
     _write_csv(terms, lines, regions)
-    text = table(lines, regions)
+    text = codecs_table(lines, regions)
     seeds = len({entry.seed for entry in entries})
     title = f"# Codecs, {terms.minutes:g} minutes of training each"
     train, test = (len(store.subjects(split)) for split in ("train", terms.split))
@@ -110,7 +110,7 @@ def line_of(codec: str, measured: Sequence[Measured], entries: Sequence[CodecEnt
     )
 
 
-def table(lines: Sequence[Line], regions: Sequence[str]) -> str:
+def codecs_table(lines: Sequence[Line], regions: Sequence[str]) -> str:
     """Return the Markdown table."""
     has_seeds = any(not math.isnan(line.spread_db) for line in lines)
     columns = ["codec", "voxels / scalar", "bits / voxel"]

@@ -38,7 +38,7 @@ ALDM_SHARES = {"ms-spade": 0.16, "diffusion": 0.84}
 CODEC_SHARE = 0.4
 ENDLESS = 10**6
 """Steps that no budget reaches."""
-MODEL, SCORES, RECORD, LOG = "model", "scores", "record.json", "log.txt"
+MODEL, SCORES_FOLDER, RECORD_FILE, LOG = "model", "scores", "record.json", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest(Terms):
+class MethodsBenchmark(Terms):
     """A benchmark of methods, on one pair of modalities."""
 
     pair: tuple[str, str]
@@ -120,26 +120,26 @@ def check_methods(names: Sequence[str]) -> None:
         raise UserError("--methods names a method twice")
 
 
-def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entry:
+def plan_entry(method: str, seed: int, benchmark: MethodsBenchmark, config: Config) -> Entry:
     """Return what is run for a method and a seed.
 
     Args:
         method: one of BENCHMARKED.
         seed: of its trainings.
-        contest: what is equal for all.
-        config: what the flags of the contest make; its codec says whether one has to be trained.
+        benchmark: what is equal for all.
+        config: what the flags of the benchmark make; its codec says whether one has to be trained.
     """
-    folder = contest.out / method / f"seed-{seed}"
+    folder = benchmark.out / method / f"seed-{seed}"
     name = method.removesuffix(ALL_PAIRS)
-    pair = () if method.endswith(ALL_PAIRS) else ("--source", contest.pair[0], "--target", contest.pair[1])
+    pair = () if method.endswith(ALL_PAIRS) else ("--source", benchmark.pair[0], "--target", benchmark.pair[1])
 
     def train(stage: str, share: float, *words: object) -> tuple[str, ...]:
-        minutes = f"{contest.minutes * share:.4g}"
-        command = ["train", stage, *contest.flags, *words, "--run-dir", folder / stage, "--max-minutes", minutes]
-        command += ["--seed", seed, "--engine", "plain", "--group", contest.group]
+        minutes = f"{benchmark.minutes * share:.4g}"
+        command = ["train", stage, *benchmark.flags, *words, "--run-dir", folder / stage, "--max-minutes", minutes]
+        command += ["--seed", seed, "--engine", "plain", "--group", benchmark.group]
         return tuple(map(str, command))
 
-    store = ("--store", contest.store)
+    store = ("--store", benchmark.store)
     endless = ("--max-steps", ENDLESS)
     encode: tuple[str, ...] | None = None
     if name in OBJECTIVES:
@@ -147,7 +147,7 @@ def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entr
         trained = config.codec.kind != "haar"
         codec = folder / "vqgan" if trained else "haar"
         latents = folder / "latents"
-        encode = tuple(map(str, ("encode", *contest.flags, *store, "--codec", codec, "--out", latents)))
+        encode = tuple(map(str, ("encode", *benchmark.flags, *store, "--codec", codec, "--out", latents)))
         left = 1 - CODEC_SHARE if trained else 1.0
         trainings = [train("vqgan", CODEC_SHARE, *store)] if trained else []
         own = ("--latents", latents, *pair, *settings)
@@ -157,7 +157,7 @@ def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entr
         parts: Sequence[Any] = ("--codec", codec, *ms_spade, "--diffusion", folder / "diffusion")
     elif name == "resvit":
         first: tuple[object, ...] = ("--pretrained", folder / "resvit-cnn")
-        first += () if contest.vit_weights is None else ("--vit-weights", contest.vit_weights)
+        first += () if benchmark.vit_weights is None else ("--vit-weights", benchmark.vit_weights)
         trainings = [train("resvit-cnn", RESVIT_SHARES["resvit-cnn"], *store, *pair, *endless)]
         trainings.append(train("resvit", RESVIT_SHARES["resvit"], *store, *pair, *endless, *first))
         parts = ("--baseline", folder / "resvit")
@@ -165,9 +165,9 @@ def plan_entry(method: str, seed: int, contest: Contest, config: Config) -> Entr
         trainings = [train(name, 1.0, *store, *pair, *endless)]
         parts = ("--baseline", folder / name)
     model = folder / MODEL
-    evaluate: tuple[object, ...] = ("evaluate", "--model", model, *store, "--split", contest.split)
-    evaluate += ("--source", contest.pair[0], "--target", contest.pair[1], "--group", contest.group)
-    evaluate += ("--out", folder / SCORES)
+    evaluate: tuple[object, ...] = ("evaluate", "--model", model, *store, "--split", benchmark.split)
+    evaluate += ("--source", benchmark.pair[0], "--target", benchmark.pair[1], "--group", benchmark.group)
+    evaluate += ("--out", folder / SCORES_FOLDER)
     return Entry(
         method,
         seed,

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 from aldm.errors import UserError
 from aldm.files import atomic_path
-from pipelines.benchmark_plan import LOG, RECORD, Terms
+from pipelines.benchmark_plan import LOG, RECORD_FILE, Terms
 from pipelines.ray_pool import open_workers
 
 SETTINGS = "benchmark.json"
@@ -84,7 +84,7 @@ def finished(out: Path, names: Sequence[str], plan: Callable[[str, int], P]) -> 
         plan: name and seed -> what is run for it.
     """
     found = []
-    for record in sorted(out.glob(f"*/seed-*/{RECORD}")):
+    for record in sorted(out.glob(f"*/seed-*/{RECORD_FILE}")):
         name, seed = record.parent.parent.name, int(record.parent.name.removeprefix("seed-"))
         if name not in names:  # of another version
             continue
@@ -103,7 +103,7 @@ class Runner:
 
     def __call__(self, entry: Planned) -> None:
         entry.folder.mkdir(parents=True, exist_ok=True)
-        file = entry.folder / RECORD
+        file = entry.folder / RECORD_FILE
         record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"done": {}}
         for command in entry.commands():
             line = " ".join(command)

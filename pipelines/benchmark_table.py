@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from aldm.words import counted
-from pipelines.benchmark_plan import MODEL, RECORD, SCORES, Contest, Entry
+from pipelines.benchmark_plan import MODEL, RECORD_FILE, SCORES_FOLDER, Entry, MethodsBenchmark
 
 if TYPE_CHECKING:
     from aldm.data.store import VolumeStore
@@ -46,10 +46,10 @@ class Cost:
     peak_gb: float
 
 
-def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> str:
-    """Write scores.csv, benchmark.md and methods.png into the contest's folder; return the tables."""
-    rows = read_scores(entries)
-    with (contest.out / ALL_SCORES).open("w", newline="") as stream:
+def write_benchmark(benchmark: MethodsBenchmark, entries: Sequence[Entry], store: "VolumeStore") -> str:
+    """Write scores.csv, benchmark.md and methods.png into the benchmark's folder; return the tables."""
+    rows = read_benchmark_scores(entries)
+    with (benchmark.out / ALL_SCORES).open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["seed", "subject_id", "method", "region", *VALUES])
         writer.writerows(
@@ -58,21 +58,21 @@ def write_benchmark(contest: Contest, entries: Sequence[Entry], store: "VolumeSt
         )
     costs = {method: cost_of([entry for entry in entries if entry.method == method]) for method in _methods(entries)}
     regions = dict.fromkeys(row.region for _, row in rows)
-    tables = "\n\n".join(table(rows, region, costs) for region in regions)
-    source, target = contest.pair
-    title = f"# {source} to {target}, {contest.minutes:g} minutes of training each"
+    tables = "\n\n".join(methods_table(rows, region, costs) for region in regions)
+    source, target = benchmark.pair
+    title = f"# {source} to {target}, {benchmark.minutes:g} minutes of training each"
     seeds = len({entry.seed for entry in entries})
     subjects = counted(len(store.subjects("train")), "training subject")
-    lead = f"{subjects}, {counted(seeds, 'seed')}, configuration {' '.join(contest.flags)}."
+    lead = f"{subjects}, {counted(seeds, 'seed')}, configuration {' '.join(benchmark.flags)}."
     if "resvit" in costs:
-        weights = "from random weights" if contest.vit_weights is None else f"from {contest.vit_weights.name}"
+        weights = "from random weights" if benchmark.vit_weights is None else f"from {benchmark.vit_weights.name}"
         lead += f" The transformer of resvit began {weights}."
-    (contest.out / TABLE).write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
-    _draw(contest, entries, store)
+    (benchmark.out / TABLE).write_text("\n\n".join([title, lead, NOTE, tables]) + "\n")
+    _draw(benchmark, entries, store)
     return tables
 
 
-def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
+def read_benchmark_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     """Return (seed, row) of all entries, their trained codecs among them; rows that all evaluations repeat once."""
     from dataclasses import replace
 
@@ -82,7 +82,7 @@ def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     company: dict[tuple[str, str, str], ScoreRow] = {}
     for entry in entries:
         codec_is_trained = any(training[1] == "vqgan" for training in entry.trainings)
-        for row in read_csv(entry.folder / SCORES / "scores.csv"):
+        for row in read_csv(entry.folder / SCORES_FOLDER / "scores.csv"):
             if row.method in REFERENCES:
                 company.setdefault((row.method, row.subject_id, row.region), row)
             elif row.method != "reconstruction":
@@ -92,7 +92,7 @@ def read_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow"]]:
     return [(0, row) for row in company.values()] + rows
 
 
-def table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:
+def methods_table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:
     """Return the Markdown table of a region, the best PSNR first.
 
     Args:
@@ -165,14 +165,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def cost_of(entries: Sequence[Entry]) -> Cost:
     """Return what a method took: means over its seeds, the largest peak."""
-    records = [json.loads((entry.folder / RECORD).read_text())["done"] for entry in entries]
+    records = [json.loads((entry.folder / RECORD_FILE).read_text())["done"] for entry in entries]
     trainings = [
         [done[" ".join(command)] for command in entry.trainings] for entry, done in zip(entries, records, strict=True)
     ]
     seconds = [
         float(line["seconds"])
         for entry in entries
-        for line in csv.DictReader((entry.folder / SCORES / "times.csv").read_text().splitlines())
+        for line in csv.DictReader((entry.folder / SCORES_FOLDER / "times.csv").read_text().splitlines())
     ]
     return Cost(
         parameters=_parameters(entries[0].folder / MODEL),
@@ -214,15 +214,15 @@ def _run_dir(training: Sequence[str]) -> Path:
     return Path(training[training.index("--run-dir") + 1])
 
 
-def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> None:
+def _draw(benchmark: MethodsBenchmark, entries: Sequence[Entry], store: "VolumeStore") -> None:
     """Draw truth, source and every method's result of the first held-out subject beside each other."""
     from aldm.metrics import psnr_db
     from aldm.pictures import save_gallery
     from aldm.translate import Translator
 
-    source, target = contest.pair
-    record = next(one for one in store.subjects(contest.split) if {source, target} <= set(one.modalities))
-    x, truth = (store.volume(record.subject_id, name) for name in contest.pair)
+    source, target = benchmark.pair
+    record = next(one for one in store.subjects(benchmark.split) if {source, target} <= set(one.modalities))
+    x, truth = (store.volume(record.subject_id, name) for name in benchmark.pair)
     made: dict[str, Any] = {f"source {source}": x}
     for entry in entries:
         if entry.seed == 0:
@@ -230,7 +230,7 @@ def _draw(contest: Contest, entries: Sequence[Entry], store: "VolumeStore") -> N
             made[entry.method] = translator.translate_encoded(translator.encode(x), source, target).mean
     truth, *volumes = ((np.clip(volume, -1, 1) + 1) / 2 for volume in (truth, *made.values()))
     scored = {f"{name}\n{psnr_db(truth, volume):.1f} dB": volume for name, volume in zip(made, volumes, strict=True)}
-    save_gallery(contest.out / PICTURE, truth, scored, f"{record.subject_id}, {source} to {target}")
+    save_gallery(benchmark.out / PICTURE, truth, scored, f"{record.subject_id}, {source} to {target}")
 
 
 def _methods(entries: Sequence[Entry]) -> list[str]:

@@ -18,7 +18,7 @@ from aldm.cli import JOBS
 from aldm.errors import UserError
 from aldm.files import atomic_path, check_folder
 from aldm.run_folder import without_secrets
-from pipelines.tracking_server import STORE_FILE, default_server
+from pipelines.tracking_server import DATABASE_FILE, default_server
 
 UNITS = (("years", 60 * 24 * 365.25), ("days", 60.0 * 24), ("h", 60.0), ("min", 1.0))
 """Names of times, and minutes in them."""
@@ -80,7 +80,7 @@ class Chain:
     @property
     def tracking_uri(self) -> str:
         """MLflow's server for all steps: that of the environment, or a file in the folder."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.out.resolve() / STORE_FILE}"
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.out.resolve() / DATABASE_FILE}"
 
     def earlier_record(self, overwrite: bool) -> dict[str, Any] | None:
         """Return the record of the chain that is to go on in the folder; None where one starts anew.

@@ -36,7 +36,7 @@ NO_CHAMPION_DB = -1000.0
 
 
 @dataclass(frozen=True)
-class Contest:
+class ChampionComparison:
     """What an evaluation says of a model and of the champion."""
 
     psnr_db: float
@@ -119,19 +119,19 @@ def measured_champion(name: str | None, out: Path) -> Iterator[Champion | None]:
         yield Champion(model, folder)
 
 
-def read_contest(scores: Path) -> Contest:
+def read_comparison(scores: Path) -> ChampionComparison:
     """Return what the folder of an `aldm evaluate` says.
 
     Raises:
         UserError: no such folder, or a model that gave no numbers.
     """
-    from aldm.evaluation_files import RECORD, SCORES
+    from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE
     from aldm.score_rows import read_csv, translations
 
-    if not (scores / RECORD).is_file() or not (scores / SCORES).is_file():
+    if not (scores / EVALUATION_FILE).is_file() or not (scores / SCORES_FILE).is_file():
         raise UserError(f"{scores} is no evaluation: make one with aldm evaluate --out {scores}")
-    record = json.loads((scores / RECORD).read_text())
-    rows = translations(read_csv(scores / SCORES))
+    record = json.loads((scores / EVALUATION_FILE).read_text())
+    rows = translations(read_csv(scores / SCORES_FILE))
     region = next((name for name in MASKS if any(row.region == name for row in rows)), "volume")
     rows = [row for row in rows if row.region == region]
     model, *others = record["models"]
@@ -145,7 +145,7 @@ def read_contest(scores: Path) -> Contest:
         own, theirs = {key: own[key] for key in places}, {key: theirs[key] for key in places}
     if not own:
         raise UserError(f"{scores} has no translation between two modalities that both models know: nothing to compare")
-    return Contest(
+    return ChampionComparison(
         psnr_db=_mean(own, scores),
         champion_psnr_db=None if theirs is None else _mean(theirs, scores),
         region=region,
@@ -161,9 +161,9 @@ def is_current(scores: Path, name: str, alias: str) -> bool:
     Raises:
         UserError: the registry does not answer.
     """
-    contest = read_contest(scores)
+    comparison = read_comparison(scores)
     now = find_alias(name, alias, tracking_uri(scores))
-    return now == contest.champion or (now is not None and now.hash == contest.model_hash)
+    return now == comparison.champion or (now is not None and now.hash == comparison.model_hash)
 
 
 def swap_back(name: str, alias: str, server: str) -> tuple[Registered, Registered]:

@@ -9,7 +9,7 @@ from aldm.config import Config, training_name, training_of
 from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.chain import REPORT, SPLITS_FILE, Chain, Step
 
-RECORD = "demo.json"
+DEMO_FILE = "demo.json"
 LAYOUT, SOURCE, TARGET = "ixi", "t1", "t2"
 NUM_VALIDATION, NUM_TEST = 2, 8
 STEPS = {"vqgan": 200, "ms-spade": 100, "diffusion": 750, "unet": 750}
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "max_steps": {stage: _max_steps(config, stage) for stage in STEPS},
     }
     out: Path = args.out
-    steps = plan(out, settings, config, args.device)
-    chain = Chain(out, RECORD, "demo", settings)
+    steps = plan_demo(out, settings, config, args.device)
+    chain = Chain(out, DEMO_FILE, "demo", settings)
     if args.dry_run:
         chain.earlier_record(args.overwrite)
         print("\n".join(f"{step.budget_minutes:4.1f} min  {step.title}\n          $ {step.line}" for step in steps))
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(out: Path, settings: dict[str, Any], config: Config, device: str) -> list[Step]:
+def plan_demo(out: Path, settings: dict[str, Any], config: Config, device: str) -> list[Step]:
     """Return the commands of the demo, in order."""
     from aldm.data.phantom import subject_name, volume_path
     from aldm.data.phantom_anatomy import icbm152_file
@@ -148,11 +148,13 @@ def _adversary(config: Config, stage: str, steps: int) -> list[str]:
 
 def _expected_gib(config: Config) -> float:
     """Return the expected peak memory of the largest training, GiB."""
-    from aldm.planner import GIB, TRAININGS, plan
+    from aldm.planner import GIB, PLANNED_TRAININGS, plan_memory
 
-    kinds = {stage: "haar-vqgan" if stage == "vqgan" else "haar" for stage in TRAININGS}
+    kinds = {stage: "haar-vqgan" if stage == "vqgan" else "haar" for stage in PLANNED_TRAININGS}
     config = replace(config, modalities=("t1", "t2", "pd"))
-    plans = [plan(replace(config, codec=replace(config.codec, kind=kind)), stage) for stage, kind in kinds.items()]
+    plans = [
+        plan_memory(replace(config, codec=replace(config.codec, kind=kind)), stage) for stage, kind in kinds.items()
+    ]
     return max(each.peak_bytes for each in plans) / GIB
 
 

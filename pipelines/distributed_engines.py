@@ -19,7 +19,7 @@ from aldm.engine import PlainEngine, make_optimizer
 from aldm.errors import UserError
 from aldm.players import Player
 from aldm.precision import arithmetic
-from pipelines.sharded_states import STEPS_FILE, base_optimizer, read_moments, read_weights, write_states
+from pipelines.sharded_states import STEPS_FILE, base_optimizer, read_moments, read_sharded_weights, write_states
 
 
 class DDPEngine(PlainEngine):
@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         if self._resume_from is not None:  # before DeepSpeed shards the weights
-            read_weights(self._resume_from, player.name, player.module)
+            read_sharded_weights(self._resume_from, player.name, player.module)
         player.module.to(self.device).train()
         for parameter in player.module.parameters():  # its first broadcast looks at weights as rows of bytes
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

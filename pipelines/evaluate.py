@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from aldm.config import SAMPLERS, Config, SamplingConfig
 from aldm.errors import UserError
 from aldm.evaluation_files import (
-    CARD,
     PARQUET,
     PICTURES,
-    SCORES,
+    QUALITY_PICTURE,
+    SCORES_FILE,
     SUBSETS,
     SUBSETS_PICTURE,
     TABLES,
@@ -49,9 +49,9 @@ segmentation, the lesion. Beside it stand the source itself (identity), the trai
 its intensities mapped (intensity-map, histogram-matching), the codec alone (reconstruction) and other translators
 (--baseline). A store of test subjects alone, such as those of another site, has no rows made of training subjects,
 unless --training-store names another store that has some.
---segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES}, the same table as {PARQUET},
-{TABLES}, {TIMES}, {CARD} and {PICTURES}/. A model that takes any sources is scored over every subset of them too
-({SUBSETS}, {SUBSETS_PICTURE})."""
+--segmenter adds how well a fixed segmenter does on all of these. Writes {SCORES_FILE}, the same table as {PARQUET},
+{TABLES}, {TIMES}, {QUALITY_PICTURE} and {PICTURES}/. A model that takes any sources is scored over every subset of
+them too ({SUBSETS}, {SUBSETS_PICTURE})."""
 ALL = "all"
 STEPS_OF_ALL = {"ddpm": (), "one-step": (1,)}
 """Steps that --samplers all measures; () is the whole training chain, and samplers not named here take (4, 10, 50)."""
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the following arguments are required: --model")
     check_seed(args.seed)
     settings = _settings(args)
-    check_folder(args.out, args.overwrite, marker=SCORES)
+    check_folder(args.out, args.overwrite, marker=SCORES_FILE)
     if args.self_test:
         from pipelines.evaluation_self_test import run_self_test
 
@@ -138,7 +138,7 @@ def _print_usefulness(rows: Sequence["ScoreRow"]) -> None:
     poor = [name for name, dice in usefulness.real_dice(rows).items() if not dice >= usefulness.LEAST_DICE]
     if poor:
         logger.warning("the segmenter is too poor to judge anything by it: %s", ", ".join(poor))
-    print(f"\n{usefulness.verdict(rows)}\n\n{usefulness.table(rows)}")
+    print(f"\n{usefulness.verdict(rows)}\n\n{usefulness.usefulness_table(rows)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import argparse
 
 from aldm.errors import UserError
-from aldm.evaluation_files import PARQUET, SCORES, TABLES
+from aldm.evaluation_files import PARQUET, SCORES_FILE, TABLES
 from aldm.files import atomic_folder
 from aldm.words import counted
 
@@ -37,14 +37,14 @@ def run_self_test(args: argparse.Namespace) -> int:
         volumes = counted(sum(len(record.modalities) for record in subjects), "volume")
         print(f"{volumes}, unchanged and with {len(CORRUPTIONS)} faults each")
         return 0
-    with atomic_folder(args.out, args.overwrite, marker=SCORES) as folder:
+    with atomic_folder(args.out, args.overwrite, marker=SCORES_FILE) as folder:
         rows = reactions(store, subjects, seed=args.seed)
-        write_csv(folder / SCORES, rows)
+        write_csv(folder / SCORES_FILE, rows)
         write_parquet(folder / PARQUET, rows)
         regions = dict.fromkeys(row.region for row in rows)
         tables = [f"## Region: {region}\n\n{reaction_table(rows, region)}" for region in regions]
         text = "\n\n".join([f"# What the scores react to: {args.split} split of {store.path.name}", NOTE, *tables])
         (folder / TABLES).write_text(text + "\n")
     print("\n\n".join(tables))
-    print(f"\nall rows: {args.out / SCORES}")
+    print(f"\nall rows: {args.out / SCORES_FILE}")
     return 0

@@ -52,12 +52,12 @@ def log_evaluation(
     """
     from mlflow.entities import Metric
 
-    from aldm.evaluation_files import RECORD, SCORES, TIMES
+    from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, TIMES
     from aldm.score_rows import read_csv
 
     uri = uri or tracking_uri(out)
-    record = json.loads((out / RECORD).read_text())
-    table = _mean_scores(read_csv(out / SCORES))
+    record = json.loads((out / EVALUATION_FILE).read_text())
+    table = _mean_scores(read_csv(out / SCORES_FILE))
     now = int(time.time() * 1000)
     values = _metric_values(table) | _median_seconds(out / TIMES)
     metrics = [Metric(name, value, now, 0) for name, value in values.items() if math.isfinite(value)]
@@ -81,23 +81,23 @@ def log_evaluation(
 
 def _mean_scores(rows: Sequence["ScoreRow"]) -> list[dict[str, Any]]:
     """Return a row per method and region."""
-    from aldm.score_rows import OVERLAPS, SCORES, MethodKey, mean_scores
+    from aldm.score_rows import OVERLAPS, SCORE_COLUMNS, MethodKey, mean_scores
 
     return [
         {
             "method": _method(MethodKey(line["method"], line["sampler"], line["num_inference_steps"])),
             "region": line["region"],
             "volumes": line["volumes"],
-            **{name: line[name] for name in (*SCORES, *OVERLAPS)},
+            **{name: line[name] for name in (*SCORE_COLUMNS, *OVERLAPS)},
         }
         for line in mean_scores(rows, with_codec=True).reset_index().to_dict("records")
     ]
 
 
 def _metric_values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from aldm.score_rows import OVERLAPS, SCORES
+    from aldm.score_rows import OVERLAPS, SCORE_COLUMNS
 
-    names = (*SCORES, *OVERLAPS)
+    names = (*SCORE_COLUMNS, *OVERLAPS)
     return {f"{score}/{row['region']}/{row['method']}": row[score] for row in table for score in names}
 
 

@@ -57,7 +57,7 @@ def layers_text(config: Config) -> str:
         shape = " x ".join(map(str, layer.shape))
         row = (layer.part, layer.name, layer.kind, shape, f"{layer.parameters:,}", f"{layer.flops / 1e9:,.1f}")
         rows.append(row)
-    return table(rows, right=(4, 5))
+    return text_table(rows, right=(4, 5))
 
 
 def parameters_text(config: Config) -> str:
@@ -79,7 +79,7 @@ def parameters_text(config: Config) -> str:
         ("codebook", _millions(counts.codebook), ""),
         ("U-Net", _millions(counts.unet), "658 (Table C)" if config.unet == paper.unet else ""),
     ]
-    text = table(rows, right=(1,))
+    text = text_table(rows, right=(1,))
     if own and config.unet == paper.unet:
         size = 4 * counts.unet / 1e6
         text += (
@@ -92,9 +92,9 @@ def parameters_text(config: Config) -> str:
 
 def needs_text(config: Config, args: argparse.Namespace, device: str) -> str:
     """Return operations of one volume, and expected memory and time of everything."""
-    from aldm.planner import measure_throughput, plan
+    from aldm.planner import measure_throughput, plan_memory
 
-    inference = plan(config, "inference")
+    inference = plan_memory(config, "inference")
     steps, samples = config.sampling.num_inference_steps, config.sampling.num_samples
     speed = measure_throughput(device, config.precision)
     lines = [_flops_text(inference, steps, samples), ""]
@@ -102,11 +102,12 @@ def needs_text(config: Config, args: argparse.Namespace, device: str) -> str:
     rows.append(_row("translate", inference, None, speed))
     for name, changed in trainings(config):
         try:
-            plain = plan(replace(changed, activation_checkpointing=False), name)
+            plain = plan_memory(replace(changed, activation_checkpointing=False), name)
         except UserError:  # such as the vqgan stage of a codec that has nothing to train
             continue
-        rows.append(_row(f"train {name}", plain, plan(replace(changed, activation_checkpointing=True), name), speed))
-    lines.append(table(rows, right=(2, 3, 4, 5, 6)))
+        recomputing = plan_memory(replace(changed, activation_checkpointing=True), name)
+        rows.append(_row(f"train {name}", plain, recomputing, speed))
+    lines.append(text_table(rows, right=(2, 3, 4, 5, 6)))
     lines.append(
         f"Peak memory beyond Python and torch (about 0.4 GB), {config.precision}; 'recomputing' is with "
         "--activation-checkpointing.\nTFLOP and seconds are those of one volume or one step, at "
@@ -118,9 +119,9 @@ def needs_text(config: Config, args: argparse.Namespace, device: str) -> str:
 
 def trainings(config: Config) -> list[tuple[str, Config]]:
     """Return each training with its configuration; stage 1 a second time on whole volumes where it takes crops."""
-    from aldm.planner import TRAININGS
+    from aldm.planner import PLANNED_TRAININGS
 
-    listed = [(name, config) for name in TRAININGS]
+    listed = [(name, config) for name in PLANNED_TRAININGS]
     if config.train_vqgan.crop not in (None, config.preprocess.spatial_shape):
         listed.insert(1, ("vqgan", replace(config, train_vqgan=replace(config.train_vqgan, crop=None))))
     return listed
@@ -131,7 +132,7 @@ def _flops_text(inference: "MemoryPlan", steps: int, samples: int) -> str:
     rows = [("operations of one volume", "TFLOP"), *((name, f"{value / 1e12:.3g}") for name, value in parts.items())]
     rows[3] = ("unet, one evaluation", rows[3][1])
     what = f"all, {counted(steps, 'evaluation')}" + (f" in each of {samples} samples" if samples > 1 else "")
-    return table([*rows, (what, f"{inference.flops / 1e12:.3g}")], right=(1,))
+    return text_table([*rows, (what, f"{inference.flops / 1e12:.3g}")], right=(1,))
 
 
 def _row(name: str, plain: "MemoryPlan", recomputing: "MemoryPlan | None", speed: float) -> tuple[str, ...]:
@@ -167,7 +168,7 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f}"
 
 
-def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+def text_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     """Return rows as aligned columns, the first row underlined."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 

@@ -141,7 +141,7 @@ def export(parameters: dict) -> None:
 @component
 def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown], report: Output[HTML]) -> float:
     """Measure the new model and the champion (aldm evaluate --champion); return the new one's mean PSNR, dB."""
-    from pipelines.kubeflow_report import contest_of, score_numbers, score_page, score_report, write_text
+    from pipelines.kubeflow_report import comparison_of, score_numbers, score_page, score_report, write_text
     from pipelines.kubeflow_run import step
 
     p = step("evaluate", parameters)
@@ -149,17 +149,17 @@ def evaluate(parameters: dict, metrics: Output[Metrics], scores: Output[Markdown
         metrics.log_metric(name, value)
     write_text(scores.path, score_page(p))
     write_text(report.path, score_report(p))
-    return contest_of(p).psnr_db
+    return comparison_of(p).psnr_db
 
 
 @component
 def to_beat(parameters: dict) -> float:
     """Return what the new model's mean PSNR, dB, has to be above: the champion's in the same evaluation."""
-    from pipelines.kubeflow_report import contest_of
+    from pipelines.kubeflow_report import comparison_of
     from pipelines.kubeflow_steps import Parameters
 
     p = Parameters.of(parameters)
-    return contest_of(p).to_beat_db(p.min_gain_db)
+    return comparison_of(p).to_beat_db(p.min_gain_db)
 
 
 @component

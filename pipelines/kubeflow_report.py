@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from pipelines.champion import MASKS, Contest, read_contest
+from pipelines.champion import MASKS, ChampionComparison, read_comparison
 from pipelines.kubeflow_steps import STEP_NAMES, Parameters, commands, read_step
 
 MOST_PANELS = 6
 FOOTER = "Synthetic images, for research only; not a medical device."
 
 
-def contest_of(p: Parameters) -> Contest:
+def comparison_of(p: Parameters) -> ChampionComparison:
     """Return what the run's evaluation says."""
-    return read_contest(p.folder / "scores")
+    return read_comparison(p.folder / "scores")
 
 
 def training_numbers(stage: str, p: Parameters) -> dict[str, float]:
@@ -28,12 +28,12 @@ def training_numbers(stage: str, p: Parameters) -> dict[str, float]:
 
 
 def score_numbers(p: Parameters) -> dict[str, float]:
-    """Return the numbers of the evaluation: the contest, and each method's mean PSNR where that is taken."""
-    contest = contest_of(p)
-    numbers = {"psnr_db": contest.psnr_db, "volumes": contest.volumes}
-    if contest.champion_psnr_db is not None:
-        numbers |= {"champion_psnr_db": contest.champion_psnr_db}
-    return numbers | {f"psnr_db {row[0]}": row[1] for row in _means(p, contest.region)}
+    """Return the numbers of the evaluation: the comparison, and each method's mean PSNR where that is taken."""
+    comparison = comparison_of(p)
+    numbers = {"psnr_db": comparison.psnr_db, "volumes": comparison.volumes}
+    if comparison.champion_psnr_db is not None:
+        numbers |= {"champion_psnr_db": comparison.champion_psnr_db}
+    return numbers | {f"psnr_db {row[0]}": row[1] for row in _means(p, comparison.region)}
 
 
 def plan_page(p: Parameters) -> str:
@@ -52,17 +52,17 @@ def score_page(p: Parameters) -> str:
 
     rows = of_images(read_csv(p.folder / "scores" / "scores.csv"))
     tables = [overview(rows, region) for region in dict.fromkeys(row.region for row in rows)]
-    return "\n\n".join([f"# {p.run_name}", contest_of(p).verdict(p.min_gain_db), *tables, FOOTER]) + "\n"
+    return "\n\n".join([f"# {p.run_name}", comparison_of(p).verdict(p.min_gain_db), *tables, FOOTER]) + "\n"
 
 
 def score_report(p: Parameters) -> str:
     """Return the report as HTML that needs nothing else."""
     from aldm.report import Code, Figures, Picture, Section, Table, Text, render_report
 
-    contest, scores = contest_of(p), p.folder / "scores"
-    figures = [(f"{contest.psnr_db:.2f} dB", "the new model")]
-    if contest.champion_psnr_db is not None:
-        figures.append((f"{contest.champion_psnr_db:.2f} dB", "the champion"))
+    comparison, scores = comparison_of(p), p.folder / "scores"
+    figures = [(f"{comparison.psnr_db:.2f} dB", "the new model")]
+    if comparison.champion_psnr_db is not None:
+        figures.append((f"{comparison.champion_psnr_db:.2f} dB", "the champion"))
     columns = ["method", "PSNR (dB)", "NMSE", "SSIM"]
     caption = "means over all subjects and all pairs of two different modalities"
     tables = [Table(columns, rows, f"{region}: {caption}") for region in MASKS if (rows := _means(p, region))]
@@ -75,7 +75,7 @@ def score_report(p: Parameters) -> str:
     return render_report(
         f"aldm: {p.run_name}",
         [
-            Section("Against the champion", [Text(contest.verdict(p.min_gain_db)), Figures(figures), *tables]),
+            Section("Against the champion", [Text(comparison.verdict(p.min_gain_db)), Figures(figures), *tables]),
             Section("Pictures", [*card, *pictures]),
             Section("Steps", [Table(["step", "state", "seconds"], times), Code(plan_page(p).replace("*", ""))]),
         ],

@@ -27,7 +27,7 @@ from aldm.errors import UserError
 from aldm.presets import load_preset
 from pipelines.champion import is_current
 from pipelines.registry import check_names
-from pipelines.tracking_server import STORE_FILE, default_server
+from pipelines.tracking_server import DATABASE_FILE, default_server
 
 SETTINGS, STEPS = "pipeline.json", "steps"
 STEP_NAMES = (
@@ -89,7 +89,7 @@ class Parameters:
     @property
     def server(self) -> str:
         """URI of MLflow."""
-        return self.tracking_uri or f"sqlite:///{Path(self.shared).resolve() / STORE_FILE}"
+        return self.tracking_uri or f"sqlite:///{Path(self.shared).resolve() / DATABASE_FILE}"
 
     @property
     def config(self) -> Config:

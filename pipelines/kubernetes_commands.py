@@ -49,7 +49,7 @@ def parsed(words: list[str]) -> tuple[Any, Config]:
     if len(words) < 2 or words[1] not in JOBS:
         raise UserError(f"entrypoint: no job {' '.join(words[1:2])!r}: the jobs are {', '.join(JOBS)}")
     module, rest = importlib.import_module(JOBS[words[1]][0]), words[2:]
-    stages = getattr(module, "STAGES", None)
+    stages = getattr(module, "SUBCOMMANDS", None)
     if stages is not None and (not rest or rest[0] not in stages):
         raise UserError(f"entrypoint: aldm {words[1]} {' '.join(rest[:1])}: wanted one of {', '.join(stages)}")
     if not (hasattr(module, "parse") or hasattr(module, "_parser")):

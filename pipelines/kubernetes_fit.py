@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import training_name, training_of, with_training
+from aldm.config import ALDM_TRAININGS, training_name, training_of, with_training
 from aldm.errors import UserError
 from pipelines.kubernetes_checks import of_kind
 from pipelines.kubernetes_commands import cluster_spec, has_gpu, words_of
@@ -15,7 +15,6 @@ from pipelines.kubernetes_schemas import Manifest
 if TYPE_CHECKING:
     from aldm.planner import MemoryPlan
 
-TRAININGS = ("vqgan", "ms-spade", "diffusion")
 GIB = 2**30
 GPUS_GIB = {
     "l4-24gb": 22.5,
@@ -111,16 +110,16 @@ class _Plans:
 
     def of_translating(self, num_models: int = 1) -> float:
         """Return what the translation of a volume needs, GiB, with the weights of so many models loaded."""
-        from aldm.planner import plan
+        from aldm.planner import plan_memory
 
         if self._inference is None:
-            self._inference = plan(self.setup.config, "inference")
+            self._inference = plan_memory(self.setup.config, "inference")
         return (self._inference.peak_bytes + (num_models - 1) * self._inference.weights_bytes) / GIB
 
     def _training(self, stage: str, batch_size: int, *, shared: bool) -> float:
-        from aldm.planner import plan
+        from aldm.planner import plan_memory
 
-        expected = plan(with_training(self.setup.config, stage, batch_size=batch_size), stage)
+        expected = plan_memory(with_training(self.setup.config, stage, batch_size=batch_size), stage)
         # DDP sends the gradients from buckets of their size
         return (expected.peak_bytes + (expected.gradients_bytes if shared else 0)) / GIB
 
@@ -173,13 +172,13 @@ def told(fits: Sequence[Fit]) -> list[str]:
     return [*lines, f"not planned: {NOT_PLANNED}"]
 
 
-def check_workers(setup: Setup) -> None:
+def check_shared_batches(setup: Setup) -> None:
     """Refuse workers that cannot share a batch that was asked for.
 
     Raises:
         UserError: so.
     """
-    for stage in TRAININGS:
+    for stage in ALDM_TRAININGS:
         size = setup.batch_size(stage)
         if size % setup.num_workers:
             key = f"{training_name(stage)}.batch_size"

@@ -19,7 +19,7 @@ from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.kubernetes_checks import RELEASE, manifest_errors, tag_of
 from pipelines.kubernetes_commands import GPU
 from pipelines.kubernetes_fill import Setup, filled
-from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_workers, fits_of, told
+from pipelines.kubernetes_fit import GPUS_GIB, check_fits, check_shared_batches, fits_of, told
 from pipelines.kubernetes_schemas import Manifest, name_of
 from pipelines.registry_download import is_version
 
@@ -29,7 +29,7 @@ cannot work is refused. Nothing is asked of a cluster."""
 MANIFESTS = Path(__file__).resolve().parent.parent / "k8s"
 PLATFORM = "platform.yaml"
 PRESET = {"dev": "tiny", "gpu": "brats"}
-LAYOUTS = ("brats", "ixi", "bids")
+MANIFEST_LAYOUTS = ("brats", "ixi", "bids")
 _PART = "[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 IMAGE = re.compile(
     rf"(?P<name>(?:[a-zA-Z0-9.-]+(?::[0-9]+)?/)?{_PART}(?:/{_PART})*)"
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = overlay_folder(args.overlay)
     manifests = kustomized(folder)
     setup = _setup(args, manifests)
-    check_workers(setup)
+    check_shared_batches(setup)
     made = filled(manifests, setup)
     found = manifest_errors(made, image=setup.image)
     if found:
@@ -243,7 +243,7 @@ def _parser() -> JobParser:
         "(default: the overlay's, models:/translator/1, the first version)",
     )
     parser.add_argument(
-        "--layout", choices=LAYOUTS, help="of /shared/dataset (default: ixi for that preset, else brats)"
+        "--layout", choices=MANIFEST_LAYOUTS, help="of /shared/dataset (default: ixi for that preset, else brats)"
     )
     parser.add_argument(
         "--only",

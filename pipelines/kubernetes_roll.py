@@ -39,7 +39,7 @@ from aldm.files import atomic_path
 from pipelines.arguments import JobParser, job_parser
 from pipelines.kubernetes_service import BUILT_IN, RayService
 from pipelines.registry_download import Registered, fetch, resolve
-from pipelines.serve_config import APPLICATION, model_of, read_manifest, with_model
+from pipelines.serve_config import APPLICATION, model_of, read_serve_text, with_model
 from pipelines.tracking_server import tracking_uri
 
 SERVICE, NAMESPACE = "aldm-translator", "aldm"
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.model} is {model.address}, hash {model.hash[:12]}", flush=True)
     if args.apply:
         return _apply(args, model, server)
-    manifest = read_manifest(args.manifest)
+    manifest = read_serve_text(args.manifest)
     changed = with_model(manifest, model.address, args.application)
     try_out(model, server, args)
     before = model_of(manifest, args.application)

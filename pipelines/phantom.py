@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aldm.data.phantom import (
-    LAYOUTS,
+    PHANTOM_LAYOUTS,
     check_arguments,
     check_output,
     expected_memory_gib,
@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument(
-        "--layout", choices=LAYOUTS, required=True, help="whose files, modalities and grids to imitate, or heads"
+        "--layout",
+        choices=PHANTOM_LAYOUTS,
+        required=True,
+        help="whose files, modalities and grids to imitate, or heads",
     )
     parser.add_argument("--num-subjects", type=int, default=24, metavar="N", help="how many subjects")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the whole set")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aldm.errors import UserError
 from pipelines.arguments import JobParser, job_parser
-from pipelines.champion import ALIAS, FORMER, Contest, find_hash, read_contest, set_champion, swap_back
+from pipelines.champion import ALIAS, FORMER, ChampionComparison, find_hash, read_comparison, set_champion, swap_back
 from pipelines.registry import check_names, register
 from pipelines.registry_download import Registered, find_alias
 from pipelines.tracking_server import check_server, tracking_uri
@@ -33,41 +33,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _rollback(args)
     if args.model is None or args.scores is None:
         parser.error("give --model and --scores, or --rollback")
-    contest = _checked(args)
+    comparison = _checked(args)
     server = tracking_uri(args.model)
     check_server(server)
     now = find_alias(args.register, args.alias, server)
-    print(contest.verdict(args.min_gain_db))
-    if now is not None and now.hash == contest.model_hash:
+    print(comparison.verdict(args.min_gain_db))
+    if now is not None and now.hash == comparison.model_hash:
         print(f"it is the {args.alias} already: {now.address}")
         return 0
-    if now != contest.champion:
+    if now != comparison.champion:
         raise UserError(
             f"the {args.alias} of {args.register} is {'none' if now is None else now.address}, and not the one that "
             f"{args.scores} compares with: run aldm evaluate --champion {args.register}@{args.alias} again"
         )
-    if not contest.wins(args.min_gain_db):
+    if not comparison.wins(args.min_gain_db):
         print(f"not registered: {args.register}@{args.alias} stays as it is")
         return 0
     _try_out(args.model, args)
     if args.dry_run:
         print(f"would register {args.model} as {args.register} and make it the {args.alias}")
         return 0
-    made = _register(args, contest, server)
+    made = _register(args, comparison, server)
     set_champion(made, args.alias, now, server)
     former = "" if now is None else f"; the one before it, {now.address}, is {args.register}@{FORMER}"
     print(f"registered: {made.address} is {args.register}@{args.alias} at {server}{former}")
     return 0
 
 
-def _checked(args: argparse.Namespace) -> Contest:
+def _checked(args: argparse.Namespace) -> ChampionComparison:
     """Return what the evaluation says, which has to be of this very model."""
     from aldm.checkpoint import read_checkpoint_record
 
-    contest = read_contest(args.scores)
-    if contest.model_hash != read_checkpoint_record(args.model)["hash"]:
+    comparison = read_comparison(args.scores)
+    if comparison.model_hash != read_checkpoint_record(args.model)["hash"]:
         raise UserError(f"{args.scores} is an evaluation of another model than {args.model}: evaluate this one")
-    return contest
+    return comparison
 
 
 def _try_out(model: Path, args: argparse.Namespace) -> None:
@@ -86,12 +86,12 @@ def _try_out(model: Path, args: argparse.Namespace) -> None:
         raise UserError(f"not registered: {error}") from error
 
 
-def _register(args: argparse.Namespace, contest: Contest, server: str) -> Registered:
+def _register(args: argparse.Namespace, comparison: ChampionComparison, server: str) -> Registered:
     """Register the model; a version with these weights, left by a start that was stopped, will do."""
-    found = find_hash(args.register, contest.model_hash, server)
+    found = find_hash(args.register, comparison.model_hash, server)
     if found is not None:
         return found
-    return Registered(args.register, register(args.model, args.register, None, server), contest.model_hash)
+    return Registered(args.register, register(args.model, args.register, None, server), comparison.model_hash)
 
 
 def _rollback(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from aldm.errors import UserError
 from aldm.progress import progress
 from aldm.words import counted
 from pipelines.arguments import JobParser
-from pipelines.ray_session import check_workers, ray_session
+from pipelines.ray_session import check_cluster_has, ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def open_workers(args: argparse.Namespace, *, use_gpus: bool) -> Iterator["RayWo
     if args.num_workers < 1:
         raise UserError(f"--num-workers is {args.num_workers}, wanted at least 1")
     with ray_session():
-        check_workers(args.num_workers, use_gpu=False, autoscaling=args.autoscaling)
+        check_cluster_has(args.num_workers, use_gpu=False, autoscaling=args.autoscaling)
         on_gpus = use_gpus and _on_gpus(args)
         with RayWorkers(args.num_workers, use_gpus=on_gpus, num_threads=_num_threads() if use_gpus else None) as pool:
             yield pool

@@ -135,7 +135,7 @@ def worker_environment() -> dict[str, str]:
     return {"PATH": path, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # see aldm/cli.py
 
 
-def check_workers(num_workers: int, *, use_gpu: bool, autoscaling: bool = False) -> None:
+def check_cluster_has(num_workers: int, *, use_gpu: bool, autoscaling: bool = False) -> None:
     """Refuse more workers than the cluster has CPUs or GPUs for; a cluster that grows by itself is not asked.
 
     Args:

@@ -226,7 +226,7 @@ def open_cluster(
         UserError: storage that cannot be reached, that holds another run or lacks the one to resume, or too few CPUs
             or GPUs.
     """
-    from pipelines.ray_session import available_gpus, check_workers, ray_session
+    from pipelines.ray_session import available_gpus, check_cluster_has, ray_session
 
     storage.check(resume=resume, overwrite=overwrite)
     if resume and (run_dir / LAST).is_dir() and not storage.has_checkpoint():
@@ -236,7 +236,7 @@ def open_cluster(
         )
     with ray_session():
         use_gpu = cluster.takes_gpus(available_gpus())
-        check_workers(cluster.min_workers, use_gpu=use_gpu, autoscaling=cluster.autoscaling)
+        check_cluster_has(cluster.min_workers, use_gpu=use_gpu, autoscaling=cluster.autoscaling)
         yield replace(cluster, use_gpu=use_gpu)
 
 

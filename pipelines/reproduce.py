@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config
+from aldm.config import ALDM_TRAININGS, Config
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from aldm.run_folder import without_secrets
@@ -22,10 +22,9 @@ from pipelines.reproduce_data import LAYOUT, SOURCE, find_subjects, paper_splits
 if TYPE_CHECKING:
     from pipelines.reproduce_data import Data
 
-STAGES = {"ixi": "Table D of the paper's supplement: all pairs of T1, T2 and PD of IXI"}
+SUBCOMMANDS = {"ixi": "Table D of the paper's supplement: all pairs of T1, T2 and PD of IXI"}
 PRESET = "ixi"
-RECORD = "reproduction.json"
-TRAININGS = ("vqgan", "ms-spade", "diffusion")
+REPRODUCTION_FILE = "reproduction.json"
 SHORT_MINUTES = 0.1
 """Of a step that is not planned."""
 DESCRIPTION = f"""From a downloaded IXI folder to Table D of the paper's supplement. Check the folder, give the subjects
@@ -39,19 +38,19 @@ the middle, by Ctrl-C too, the same command goes on. IXI is to be had from {SOUR
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm reproduce TABLE ARGUMENTS`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in STAGES:
+    if not arguments or arguments[0] not in SUBCOMMANDS:
         return _no_table(arguments)
     args = _parser(arguments[0]).parse_args(arguments[1:])
     args.data, args.out = args.data.absolute(), args.out.absolute()
     config = resolve_config(args, PRESET)
-    for stage in TRAININGS:
+    for stage in ALDM_TRAININGS:
         cluster_of(args, config, stage)  # flags that do not go together are refused first
     data = find_subjects(args.data)
     splits = paper_splits(data)
-    chain = Chain(args.out, RECORD, "reproduction", _settings(args, splits), spread=SLOWEST)
+    chain = Chain(args.out, REPRODUCTION_FILE, "reproduction", _settings(args, splits), spread=SLOWEST)
     record = chain.earlier_record(args.overwrite) or {"steps": []}
     print(f"{args.data}: {data.describe()}\nsplits: {splits_text(data, splits)}", flush=True)
-    steps = plan(args, config)
+    steps = plan_reproduction(args, config)
     done = frozenset(name for name, step in steps.items() if is_done(step, record))
     if len(done) < len(steps):
         steps = _judged(steps, done, args, config, data, splits)
@@ -91,7 +90,7 @@ def _judged(
     from pipelines.reproduce_verdict import judge, machine_here, prepare_minutes, ways_out
 
     device = select_device(args.device)
-    num_workers = cluster_of(args, config, TRAININGS[0]).min_workers
+    num_workers = cluster_of(args, config, ALDM_TRAININGS[0]).min_workers
     machine = machine_here(args.out, device, usable_precision(config.precision, device), num_workers)
     verdict = judge(config, machine, data.volumes(), Counter(splits.values()), done)
     print(verdict.describe(), flush=True)
@@ -107,7 +106,7 @@ def _judged(
     return steps
 
 
-def plan(args: argparse.Namespace, config: Config) -> dict[str, Step]:
+def plan_reproduction(args: argparse.Namespace, config: Config) -> dict[str, Step]:
     """Return the commands, in order, by name; their budgets are not known yet."""
     out: Path = args.out
     runs, store, latents, model = out / "runs", out / "store", out / "latents", out / "model"
@@ -195,7 +194,7 @@ def _no_table(arguments: list[str]) -> int:
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
     if arguments and not asked:
         print(f"aldm reproduce: there is no table {arguments[0]!r}", file=sys.stderr)
-    wanted = "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items())
+    wanted = "\n".join(f"  {name:<11} {text}" for name, text in SUBCOMMANDS.items())
     print(
         f"usage: aldm reproduce TABLE [ARGUMENTS]\n\ntables:\n{wanted}\n\naldm reproduce TABLE --help explains the "
         "arguments.",

@@ -11,10 +11,10 @@ import torch
 from aldm.config import Config, training_of, with_training
 from aldm.files import existing_parent, free_gib
 from aldm.pace import planned_steps
-from aldm.planner import GIB, MemoryPlan, measure_throughput, plan
+from aldm.planner import GIB, MemoryPlan, measure_throughput, plan_memory
 from aldm.precision import usable_precision
 from pipelines.chain import SLOWEST, span
-from pipelines.info import table
+from pipelines.info import text_table
 from pipelines.reproduce_data import MODALITIES
 
 NAMES = ("vqgan", "encode", "ms-spade", "diffusion", "evaluate")
@@ -105,7 +105,7 @@ class Verdict:
             [
                 f"this machine: {m.name}, {m.memory_bytes / GIB:.1f} GiB of memory free, "
                 f"{m.flops_per_second / 1e9:,.0f} GFLOP/s in a convolution{workers}",
-                table(rows, right=(1, 2, 4)),
+                text_table(rows, right=(1, 2, 4)),
                 f"disk: {self.disk_bytes / GIB:.2f} GiB needed, {m.disk_bytes / GIB:.1f} free; all together "
                 f"{span(self.minutes, SLOWEST)}",
                 "verdict: " + ("it fits" if not self.reasons() else f"it does NOT fit: {'; '.join(self.reasons())}"),
@@ -138,7 +138,7 @@ def judge(
     config = replace(
         config, modalities=MODALITIES, precision=usable_precision(config.precision, torch.device(machine.name))
     )
-    translation = plan(config, "inference")
+    translation = plan_memory(config, "inference")
     encode, decode = translation.flops_of["encode"], translation.flops_of["decode"]
     needs = []
 
@@ -155,7 +155,7 @@ def judge(
         elif name != "vqgan" or config.codec.kind != "haar":
             training = training_of(config, name)
             share = with_training(config, name, batch_size=training.batch_size // machine.num_workers)
-            one = plan(share, name)
+            one = plan_memory(share, name)
             steps = planned_steps(training, sizes["train"] * (len(MODALITIES) if name == "vqgan" else 1))
             add(name, one, steps, "steps", steps * one.flops)
     return Verdict(machine, tuple(needs), _disk_bytes(config, needs, volumes))
@@ -187,7 +187,7 @@ def ways_out(config: Config, verdict: Verdict) -> str:
 
 def _recomputing_gib(config: Config, name: str) -> float:
     changed = replace(config, modalities=MODALITIES, activation_checkpointing=True)
-    return plan(changed, name).peak_bytes / GIB
+    return plan_memory(changed, name).peak_bytes / GIB
 
 
 def _disk_bytes(config: Config, needs: list[Need], volumes: int) -> float:

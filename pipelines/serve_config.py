@@ -12,7 +12,7 @@ APPLICATION = "aldm"
 """Its name in serve/deploy.yaml and in the manifests."""
 
 
-def read_manifest(file: Path | None) -> str:
+def read_serve_text(file: Path | None) -> str:
     """Return the text of a manifest or configuration; of the package's own without a file.
 
     Raises:

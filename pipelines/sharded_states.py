@@ -44,7 +44,7 @@ def write_states(folder: Path, engines: dict[str, Any]) -> None:
         (folder / STEPS_FILE).write_text(json.dumps(record) + "\n")
 
 
-def read_weights(folder: Path, name: str, module: nn.Module) -> None:
+def read_sharded_weights(folder: Path, name: str, module: nn.Module) -> None:
     """Load a player's weights and buffers into its module, before DeepSpeed takes it.
 
     Raises:

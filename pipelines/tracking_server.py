@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 EXPERIMENT = "aldm"
-STORE_FILE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
+DATABASE_FILE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 GROUP_TAG, PARENT_TAG, COMMIT_TAG = "aldm.group", "mlflow.parentRunId", "mlflow.source.git.commit"
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 500  # MLflow takes at most 100 and 1000
@@ -27,7 +27,7 @@ _SQLITE = "sqlite:///"
 
 def tracking_uri(run_dir: Path) -> str:
     """Return where a run folder's run is kept: MLFLOW_TRACKING_URI, or a SQLite file beside the folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{run_dir.resolve().parent / STORE_FILE}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{run_dir.resolve().parent / DATABASE_FILE}"
 
 
 def check_server(uri: str) -> None:

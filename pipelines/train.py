@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STAGES = {
+SUBCOMMANDS = {
     "vqgan": "stage 1: the codec, on the volumes of a store (not needed for the lossless haar codec)",
     "ms-spade": "stage 2: source latent to target-like latent, on cached latents",
     "diffusion": "stage 3: the denoiser, on cached latents and the result of stage 2",
@@ -42,7 +42,7 @@ STAGES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm train STAGE ARGUMENTS`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in STAGES:
+    if not arguments or arguments[0] not in SUBCOMMANDS:
         return _no_stage(arguments)
     stage, *rest = arguments
     args, config = parse(stage, rest)
@@ -140,7 +140,7 @@ def _inputs(args: argparse.Namespace) -> StageInputs:
 
 
 def _parser(stage: str) -> JobParser:
-    parser = job_parser(f"train {stage}", f"Train {STAGES[stage]}.")
+    parser = job_parser(f"train {stage}", f"Train {SUBCOMMANDS[stage]}.")
     if stage in ("ms-spade", "diffusion"):
         parser.add_argument("--latents", type=Path, required=True, help="store of latents, from aldm encode")
     else:
@@ -267,7 +267,7 @@ def _plan(
 ) -> str:
     """Say what the training would do."""
     from aldm.pace import planned_steps
-    from aldm.planner import plan
+    from aldm.planner import plan_memory
     from aldm.precision import usable_precision
 
     train, validation = built.samples("train"), built.samples("validation")
@@ -283,11 +283,11 @@ def _plan(
     config = built.config
     if args.engine == "plain":
         config = replace(config, precision=usable_precision(config.precision, device))
-    return "\n".join([*lines, plan(config, stage).describe()])
+    return "\n".join([*lines, plan_memory(config, stage).describe()])
 
 
 def _no_stage(arguments: list[str]) -> int:
-    wanted = "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items())
+    wanted = "\n".join(f"  {name:<11} {text}" for name, text in SUBCOMMANDS.items())
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
     if arguments and not asked:
         print(f"aldm train: there is no stage {arguments[0]!r}", file=sys.stderr)

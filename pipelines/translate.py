@@ -29,7 +29,7 @@ from pipelines.translate_files import (
     plan_tasks,
     read_input,
     read_others,
-    write_results,
+    write_results_csv,
 )
 from pipelines.translate_local import LocalModel
 from pipelines.translate_remote import TOKEN_VARIABLE, RemoteService
@@ -159,7 +159,7 @@ def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Make
             logger.warning("%s %s: %s", one.path, one.status, one.message)
             results.append(Result(str(one.path), "", "", args.target, "", one.status, None, 0, one.message))
     not_made = [one.status for one in inputs if one.status]
-    write_results(args.output / RESULTS_FILE, results)
+    write_results_csv(args.output / RESULTS_FILE, results)
     failed = 0
     for task in tasks:
         start, message, likeness = time.perf_counter(), "", None
@@ -178,7 +178,7 @@ def _translate_batch(inputs: Sequence[Input], tasks: Sequence[Task], maker: Make
             taken = (task.sources.replace(" ", ""), task.source_from, output.target)
             distance = None if likeness is None else likeness.distance
             results.append(Result(str(task.path), *taken, path, status, distance, seconds, message))
-        write_results(args.output / RESULTS_FILE, sorted(results, key=lambda result: result.input))
+        write_results_csv(args.output / RESULTS_FILE, sorted(results, key=lambda result: result.input))
     done = len(tasks) - failed
     words = f", {not_made.count('skipped')} skipped" if "skipped" in not_made else ""
     print(f"{done} of {len(inputs)} inputs translated{words}; see {args.output / RESULTS_FILE}")

@@ -430,7 +430,7 @@ def _unpack(content: bytes, folder: Path, overwrite: bool) -> None:
             (temporary / Path(entry.filename).name).write_bytes(archive.read(entry))
 
 
-def write_results(path: Path, results: Sequence[Result]) -> None:
+def write_results_csv(path: Path, results: Sequence[Result]) -> None:
     """Write results.csv, a line per translation asked for; replaces what is there."""
     with atomic_path(path, overwrite=True) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)

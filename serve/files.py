@@ -112,7 +112,7 @@ def load_source(folder: Path) -> "tuple[Volume, NiftiSource | DicomSource]":
     return Volume(volume.data, affine), DicomSource(**kept)
 
 
-def write_results(
+def write_translation(
     folder: Path,
     translation: "Translation",
     volume: "Volume",

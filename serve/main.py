@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace, settings: Settings) -> int:
     """Start everything, wait for a signal, let running jobs finish, and end everything."""
-    from pipelines.ray_session import check_workers, ray_session
+    from pipelines.ray_session import check_cluster_has, ray_session
 
     with ray_session():
         from ray import serve
@@ -66,7 +66,7 @@ def _serve(args: argparse.Namespace, settings: Settings) -> int:
         from serve.app import build_app
         from serve.store import end_store, start_store
 
-        check_workers(settings.num_replicas, use_gpu=settings.use_gpu)
+        check_cluster_has(settings.num_replicas, use_gpu=settings.use_gpu)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": args.host, "port": args.port})
         store = None

@@ -16,7 +16,7 @@ from aldm.errors import UserError
 from aldm.words import counted
 from serve.work_folder import MODELS
 
-CARD = "card.json"
+CARD_FILE = "card.json"
 REGISTRY = "models:/"
 
 
@@ -74,7 +74,7 @@ def read_model(folder: Path, name: str) -> Model:
         kind=record["kind"],
         hash=record["hash"],
         config=config,
-        card=json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else [],
+        card=json.loads((folder / CARD_FILE).read_text()) if (folder / CARD_FILE).is_file() else [],
         uncertainty_level=record["meta"].get(UNCERTAINTY, {}).get("level"),
     )
 

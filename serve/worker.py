@@ -197,7 +197,7 @@ def translate(
         on_step: called as on_step(jobs, share done).
         max_evaluations: most network evaluations of one job; one whose boxes take more fails.
     """
-    from serve.files import load_source, volume_folders, write_results
+    from serve.files import load_source, volume_folders, write_translation
 
     first = jobs[0]
     sampling = translator.sampling(
@@ -239,7 +239,7 @@ def translate(
             with _noted(work.job, folder, problems):
                 made = translator.finished(work.results, request, work.recorded, work.encoded.record, sampling)
                 volume, sources = work.volumes[work.job.source], list(work.job.sources)
-                write_results(folder / work.job.id, made, volume, work.source, work.job.format, sources)
+                write_translation(folder / work.job.id, made, volume, work.source, work.job.format, sources)
             work.results.clear()
 
 

@@ -21,7 +21,7 @@ from aldm.denoising import build_denoiser, build_ms_spade
 from aldm.engine import PlainEngine
 from aldm.memory import release_freed_memory
 from aldm.models.codecs import build_codec
-from aldm.planner import TRAININGS, StandIn, plan, training_of
+from aldm.planner import PLANNED_TRAININGS, StandIn, plan_memory, training_of
 from aldm.predictors import LatentDiffusion
 from aldm.presets import tiny
 from aldm.stages import DiffusionStage, MSSpadeStage, VQGANStage
@@ -123,13 +123,13 @@ def _status(key: str) -> int:
 def main() -> None:
     """Print {stage: [planned, measured]} as JSON."""
     precision, recompute = sys.argv[1], sys.argv[2] == "recompute"
-    run = {stage: partial(train, name=stage) if stage in TRAININGS else translate for stage in sys.argv[3:]}
+    run = {stage: partial(train, name=stage) if stage in PLANNED_TRAININGS else translate for stage in sys.argv[3:]}
     for measured in run.values():  # loads the libraries' code
         measured(small_config(precision, recompute, 16, 16))
     results = {}
     for stage, measured in run.items():
         config = small_config(precision, recompute, *SIDES.get(stage, (64, 48)))
-        results[stage] = plan(config, stage).peak_bytes, measured_peak(partial(measured, config))
+        results[stage] = plan_memory(config, stage).peak_bytes, measured_peak(partial(measured, config))
     print(json.dumps(results))
 
 

@@ -27,7 +27,7 @@ from aldm.config_baselines import BOTH_WAYS, METHODS, VOLUME_METHODS
 from aldm.data.dataset import SlicePairs, VolumePairs
 from aldm.data.store import VolumeStore, write_manifest
 from aldm.errors import UserError
-from aldm.planner import plan
+from aldm.planner import plan_memory
 from aldm.presets import brats, ixi, tiny
 from aldm.training import PlainEngine, fit
 from serve.models import find_model
@@ -256,7 +256,7 @@ def test_the_paper_s_sizes_go_through(method: str, preset: Callable[[], Config])
 def test_a_training_step_at_the_paper_s_sizes(method: str, preset: Callable[[], Config]) -> None:
     """Losses and gradients of every player, on tensors without values; the loader gives what the batch asks for."""
     config = preset()
-    step = plan(config, method)
+    step = plan_memory(config, method)
     whole, training = config.preprocess.spatial_shape, training_of(config, method)
     assert step.shape == (whole if method in VOLUME_METHODS else slice_shape(config))
     assert (step.batch_size, training.crop) == (1 if method in VOLUME_METHODS else 32, None)

@@ -24,9 +24,9 @@ from aldm.cli import main
 from aldm.data.store import VolumeStore
 from aldm.presets import small, tiny
 from aldm.score_rows import REFERENCES, ScoreRow, write_csv
-from pipelines.benchmark_plan import BENCHMARKED, Contest, check_methods, plan_entry
+from pipelines.benchmark_plan import BENCHMARKED, MethodsBenchmark, check_methods, plan_entry
 from pipelines.benchmark_run import finished
-from pipelines.benchmark_table import interval, read_scores, table
+from pipelines.benchmark_table import interval, methods_table, read_benchmark_scores
 
 PAIR = ("--source", "t1", "--target", "t2")
 BUDGET = 0.1
@@ -34,8 +34,8 @@ BUDGET = 0.1
 STEPWISE = ("--set", "train_unet.checkpoint_every=5", "--set", "train_unet.log_every=1")
 
 
-def contest_of(tmp_path: Path) -> Contest:
-    return Contest(
+def benchmark_of(tmp_path: Path) -> MethodsBenchmark:
+    return MethodsBenchmark(
         store=tmp_path / "store",
         fingerprint="",
         out=tmp_path / "out",
@@ -48,7 +48,7 @@ def contest_of(tmp_path: Path) -> Contest:
 @pytest.mark.parametrize("method", BENCHMARKED)
 @pytest.mark.parametrize("config", [small(), tiny()], ids=["haar", "vqgan"])
 def test_every_method_trains_for_the_same_time(method: str, config, tmp_path: Path) -> None:
-    entry = plan_entry(method, 3, contest_of(tmp_path), config)
+    entry = plan_entry(method, 3, benchmark_of(tmp_path), config)
     minutes = [float(command[command.index("--max-minutes") + 1]) for command in entry.trainings]
     assert sum(minutes) == pytest.approx(10, rel=1e-3)
     for command in entry.trainings:
@@ -82,7 +82,7 @@ def test_the_table_tests_the_first_row_and_says_the_spread_over_seeds() -> None:
         for seed, own in enumerate(values)
         for i, value in enumerate(own)
     ]
-    lines = table(rows, "brain", {}).splitlines()[2:]
+    lines = methods_table(rows, "brain", {}).splitlines()[2:]
     assert lines[0].endswith("| p (Holm, 2 comparisons) | SD over seeds (dB) |")
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[-3:-1]] for line in lines[2:]}
     assert list(cells) == ["reconstruction of unet", "unet", "pix2pix", "identity"]
@@ -94,24 +94,24 @@ def test_the_table_tests_the_first_row_and_says_the_spread_over_seeds() -> None:
     assert cells["pix2pix"] == [f"{max(2 * p['identity'], p['pix2pix']):.3f}", spread["pix2pix"]]
     assert cells["identity"] == [f"{2 * p['identity']:.3f}", "-"]
     assert cells["reconstruction of unet"] == ["-", "-"]
-    assert "SD over seeds" not in table([(seed, row) for seed, row in rows if seed == 0], "brain", {})
+    assert "SD over seeds" not in methods_table([(seed, row) for seed, row in rows if seed == 0], "brain", {})
 
 
 def test_rows_that_every_evaluation_repeats_stand_in_the_table_once(tmp_path: Path) -> None:
-    entries = [plan_entry("unet", seed, contest_of(tmp_path), small()) for seed in (0, 1)]
+    entries = [plan_entry("unet", seed, benchmark_of(tmp_path), small()) for seed in (0, 1)]
     for entry in entries:
         (entry.folder / "scores").mkdir(parents=True)
         names = ["own-name", *REFERENCES]
         rows = [ScoreRow("s", name, "t1", "t2", "", 0, "brain", 20.0, 0.1, 0.5) for name in names]
         write_csv(entry.folder / "scores" / "scores.csv", rows)
-    found = read_scores(entries)
+    found = read_benchmark_scores(entries)
     assert sorted(row.method for _, row in found) == sorted([*REFERENCES, "unet", "unet"])
     assert [seed for seed, row in found if row.method == "unet"] == [0, 1]
 
 
 def test_finished_is_what_has_run_all_its_commands(tmp_path: Path) -> None:
     """Rows of another version of the code, which no longer has their method, are passed over."""
-    plan = partial(plan_entry, contest=contest_of(tmp_path), config=small())
+    plan = partial(plan_entry, benchmark=benchmark_of(tmp_path), config=small())
     lines = {name: [" ".join(command) for command in plan(name, 1).commands()] for name in ("unet", "pix2pix")}
     for name, done in {"unet": lines["unet"], "pix2pix": lines["pix2pix"][:-1], "gone": []}.items():
         folder = tmp_path / "out" / name / "seed-1"

@@ -21,7 +21,7 @@ from aldm.pictures import RatePoint, save_rates
 from aldm.presets import brats, small, tiny
 from pipelines.benchmark_codecs import CODECS, CodecEntry, CodecTerms, plan_codec
 from pipelines.benchmark_codecs_scores import BEFORE, score_all
-from pipelines.benchmark_codecs_table import line_of, table
+from pipelines.benchmark_codecs_table import codecs_table, line_of
 from pipelines.train import parse
 
 
@@ -130,7 +130,7 @@ def test_the_row_of_a_codec_is_the_mean_over_subjects_of_their_means(ixi_store: 
     assert line.psnr_db[region][0] == pytest.approx(np.mean([np.mean(v) for v in values.values()]))
     assert line.spread_db == pytest.approx(np.std(seeds, ddof=1))
     assert (line.samples, line.minutes) == (15, 1.0)  # 7 and 8 steps of two samples
-    text = table([line], ["volume", region])
+    text = codecs_table([line], ["volume", region])
     assert f"| haar-vqgan-fsq | 32 | {np.log2(9) / 64:.3f} | {line.psnr_db['volume'][0]:.2f}" in text
     assert text.endswith(f"| {line.spread_db:.2f} |")
 

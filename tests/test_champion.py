@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from aldm.errors import UserError
-from aldm.evaluation_files import RECORD, SCORES
+from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE
 from aldm.score_rows import ScoreRow, write_csv
 from pipelines.champion import (
     METHOD,
     NO_CHAMPION_DB,
     Champion,
-    Contest,
+    ChampionComparison,
     find_hash,
     is_current,
     measured_champion,
-    read_contest,
+    read_comparison,
     set_champion,
     split_name,
     swap_back,
@@ -30,7 +30,7 @@ from pipelines.registry_download import HASH_TAG, Registered, find_alias
 from pipelines.tracking_server import connect
 
 CHAMPION = Registered("translator", 3, "c" * 64)
-CONTEST = Contest(25.0, 24.0, "brain", 6, "m" * 64, CHAMPION)
+COMPARISON = ChampionComparison(25.0, 24.0, "brain", 6, "m" * 64, CHAMPION)
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,20 @@ def test_the_higher_psnr_wins_by_more_than_the_wanted_gain(
     psnr_db: float, champion_db: float | None, min_gain_db: float, wins: bool
 ) -> None:
     named = None if champion_db is None else CHAMPION
-    contest = replace(CONTEST, psnr_db=psnr_db, champion_psnr_db=champion_db, champion=named)
-    assert contest.wins(min_gain_db) is wins
-    assert contest.to_beat_db(min_gain_db) == (NO_CHAMPION_DB if champion_db is None else champion_db + min_gain_db)
-    assert ("NOT better" in contest.verdict(min_gain_db)) is (named is not None and not wins)
+    comparison = replace(COMPARISON, psnr_db=psnr_db, champion_psnr_db=champion_db, champion=named)
+    assert comparison.wins(min_gain_db) is wins
+    assert comparison.to_beat_db(min_gain_db) == (NO_CHAMPION_DB if champion_db is None else champion_db + min_gain_db)
+    assert ("NOT better" in comparison.verdict(min_gain_db)) is (named is not None and not wins)
 
 
 def test_the_verdict_says_what_was_measured_and_against_whom() -> None:
-    assert CONTEST.verdict() == (
+    assert COMPARISON.verdict() == (
         "mean PSNR 25.000 dB inside the brain, 6 translations: better than the champion models:/translator/3 with "
         "24.000 dB"
     )
-    whole = replace(CONTEST, region="volume", champion_psnr_db=None, champion=None)
+    whole = replace(COMPARISON, region="volume", champion_psnr_db=None, champion=None)
     assert whole.verdict() == "mean PSNR 25.000 dB over the whole volume, 6 translations; there is no champion yet"
-    assert "NOT better by more than 2 dB than" in CONTEST.verdict(2.0)
+    assert "NOT better by more than 2 dB than" in COMPARISON.verdict(2.0)
 
 
 Scores = Mapping[tuple[str, str, str], float]
@@ -86,8 +86,8 @@ def row(method: str, place: tuple[str, str, str], psnr_db: float, **changes: Any
 def evaluation(folder: Path, rows: list[ScoreRow], champion: bool = True, kind: str = "aldm") -> Path:
     models = [model("new", kind), model("baseline"), model(METHOD)][: 3 if champion else 1]
     named = {"name": CHAMPION.name, "version": CHAMPION.version, "hash": CHAMPION.hash} if champion else None
-    write_csv(folder / SCORES, rows)
-    (folder / RECORD).write_text(json.dumps({"models": models, "champion": named}))
+    write_csv(folder / SCORES_FILE, rows)
+    (folder / EVALUATION_FILE).write_text(json.dumps({"models": models, "champion": named}))
     return folder
 
 
@@ -98,10 +98,10 @@ def test_both_are_measured_on_the_pairs_that_both_have(tmp_path: Path) -> None:
     """One translates a pair that the other does not know; by its own pairs the new model would win."""
     rows = [row("new", place, 20.0) for place in PLACES] + [row(METHOD, place, 21.0) for place in PLACES]
     rows += [row("new", ("s1", "t1", "pd"), 90.0), row(METHOD, ("s1", "flair", "t1"), 1.0)]
-    contest = read_contest(evaluation(tmp_path, rows))
-    assert (contest.psnr_db, contest.champion_psnr_db, contest.volumes) == (20.0, 21.0, 3)
-    assert (contest.model_hash, contest.champion) == ("n" * 64, CHAMPION)
-    assert not contest.wins()
+    comparison = read_comparison(evaluation(tmp_path, rows))
+    assert (comparison.psnr_db, comparison.champion_psnr_db, comparison.volumes) == (20.0, 21.0, 3)
+    assert (comparison.model_hash, comparison.champion) == ("n" * 64, CHAMPION)
+    assert not comparison.wins()
 
 
 def test_only_translations_between_two_modalities_count_with_the_models_own_sampling(tmp_path: Path) -> None:
@@ -109,15 +109,15 @@ def test_only_translations_between_two_modalities_count_with_the_models_own_samp
     rows = [row("new", place, psnr) for place, psnr in zip(PLACES, psnrs, strict=True)]
     rows += [row("new", PLACES[0], 99.0, num_inference_steps=50), row("new", PLACES[0], 98.0, sampler="dpm-solver++")]
     rows += [row("new", ("s1", "t1", "t1"), 97.0), row("baseline", PLACES[0], 96.0)]
-    contest = read_contest(evaluation(tmp_path, rows, champion=False))
-    assert contest.psnr_db == pytest.approx(22.0)
-    assert (contest.volumes, contest.champion_psnr_db, contest.champion) == (3, None, None)
-    assert contest.wins()
+    comparison = read_comparison(evaluation(tmp_path, rows, champion=False))
+    assert comparison.psnr_db == pytest.approx(22.0)
+    assert (comparison.volumes, comparison.champion_psnr_db, comparison.champion) == (3, None, None)
+    assert comparison.wins()
 
 
 def test_a_model_without_a_sampler_is_filed_without_one(tmp_path: Path) -> None:
     rows = [row("new", PLACES[0], 15.0, sampler="", num_inference_steps=0), row("new", PLACES[0], 99.0)]
-    assert read_contest(evaluation(tmp_path, rows, champion=False, kind="unet")).psnr_db == 15.0
+    assert read_comparison(evaluation(tmp_path, rows, champion=False, kind="unet")).psnr_db == 15.0
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_a_model_without_a_sampler_is_filed_without_one(tmp_path: Path) -> None:
 )
 def test_scores_are_those_inside_the_mask(regions: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
     rows = [row("new", PLACES[0], float(10 + number), region=name) for number, name in enumerate(regions)]
-    contest = read_contest(evaluation(tmp_path, rows, champion=False))
-    assert (contest.region, contest.psnr_db) == (wanted, 10.0 + regions.index(wanted))
+    comparison = read_comparison(evaluation(tmp_path, rows, champion=False))
+    assert (comparison.region, comparison.psnr_db) == (wanted, 10.0 + regions.index(wanted))
 
 
 def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no evaluation: make one with aldm evaluate --out"):
-        read_contest(tmp_path)
+        read_comparison(tmp_path)
     for name, rows, message in (
         ("apart", [row("new", PLACES[0], 20.0), row(METHOD, PLACES[1], 20.0)], "nothing to compare"),
         ("same", [row(who, ("s1", "t1", "t1"), 20.0) for who in ("new", METHOD)], "nothing to compare"),
@@ -145,7 +145,7 @@ def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(UserError, match=message):
-            read_contest(evaluation(tmp_path / name, rows))
+            read_comparison(evaluation(tmp_path / name, rows))
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_the_alias_goes_to_the_winner_and_back(tmp_path: Path, monkeypatch: pyte
     assert holders() == [first, third]
 
     scores = evaluation(tmp_path, [row(who, PLACES[0], 20.0) for who in ("new", METHOD)])
-    record = json.loads((scores / RECORD).read_text())
+    record = json.loads((scores / EVALUATION_FILE).read_text())
     for measured, winner, current in ((first, "n", True), (third, "n", False), (third, "a", True), (last, "c", False)):
         record["champion"] = {"name": measured.name, "version": measured.version, "hash": measured.hash}
         record["models"][0]["hash"] = winner * 64
-        (scores / RECORD).write_text(json.dumps(record))
+        (scores / EVALUATION_FILE).write_text(json.dumps(record))
         assert is_current(scores, "translator", "champion") is current

@@ -11,7 +11,7 @@ from aldm.errors import UserError
 from aldm.models.blocks import ResBlock
 from aldm.models.codecs import MAX_TENSOR_ELEMENTS, Codec, build_codec
 from aldm.models.ms_spade import MSSpade
-from aldm.models.passes import largest_tensor, plan
+from aldm.models.passes import largest_tensor, plan_passes
 from aldm.models.quantizer import Codebook, FiniteScalars
 from aldm.presets import brats, ixi, tiny
 
@@ -55,7 +55,7 @@ def test_the_papers_shapes(preset: Config) -> None:
 def test_the_papers_decoder_is_too_large_for_one_kernel() -> None:
     with torch.device("meta"):
         codec = build_codec(brats().codec)
-    assert largest_tensor(plan(codec.decoder, 3, (48, 48, 36))) > MAX_TENSOR_ELEMENTS
+    assert largest_tensor(plan_passes(codec.decoder, 3, (48, 48, 36))) > MAX_TENSOR_ELEMENTS
 
 
 @pytest.mark.parametrize("quantizer", ["codebook", "fsq"])

@@ -108,7 +108,9 @@ def test_the_trainings_count_steps_and_no_minutes(tmp_path):
     """So two runs on one machine end with the same weights; the adversary joins where it would, in proportion."""
     config = small()
     settings = {"preset": "small", "set": [], "precision": None, "num_subjects": 34, "seed": 0, "max_steps": demo.STEPS}
-    trainings = [step.command for step in demo.plan(tmp_path, settings, config, "cpu") if step.command[0] == "train"]
+    trainings = [
+        step.command for step in demo.plan_demo(tmp_path, settings, config, "cpu") if step.command[0] == "train"
+    ]
     assert [command[1] for command in trainings] == list(demo.STEPS)
     for command in trainings:
         args, found = parse(command[1], command[2:])
@@ -122,7 +124,7 @@ def test_the_trainings_count_steps_and_no_minutes(tmp_path):
 def test_a_demo_made_with_other_settings_is_not_continued(tmp_path):
     out = tmp_path / "demo"
     settings = {"preset": "tiny", "set": [], "precision": None, "num_subjects": 11, "seed": 0}
-    chain.Chain(out, demo.RECORD, "demo", settings).open(overwrite=False)
+    chain.Chain(out, demo.DEMO_FILE, "demo", settings).open(overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
         main(["--out", str(out), "--preset", "tiny", "--num-subjects", "12"])
 

@@ -17,7 +17,7 @@ from aldm import metrics, score_table
 from aldm.config import Config, DiffusionConfig, SamplingConfig
 from aldm.errors import UserError
 from aldm.evaluation import Candidate, check_candidates, count_translations, evaluate, pair_seed
-from aldm.model_card import read_scores
+from aldm.model_card import read_card_scores
 from aldm.predictors import Predictor
 from aldm.presets import tiny
 from aldm.references import fit_references
@@ -331,7 +331,7 @@ def test_table_has_a_row_per_source_and_a_column_per_target_in_the_vocabulary_s_
         row("1", "a", 20.0 + i, source=s, target=t)
         for i, (s, t) in enumerate((("pd", "t1"), ("t1", "t2"), ("t2", "pd")))
     ]
-    lines = score_table.table(rows, key("a"), "brain").splitlines()
+    lines = score_table.pairs_table(rows, key("a"), "brain").splitlines()
     assert lines[0] == "| PSNR (dB) / NMSE / SSIM | -> t1 | -> t2 | -> pd |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["t1 ->", "t2 ->", "pd ->"]
     assert lines[2].split("|")[3].strip() == "21.00 / 0.048 / 0.210"
@@ -352,7 +352,7 @@ def test_a_model_s_card_holds_the_means_of_all_scores_and_null_where_there_is_no
         "method,sampler,num_inference_steps,seconds\naldm,ddim,4,0.25\naldm,ddim,4,0.5\n"
     )
     (tmp_path / "evaluation.json").write_text(json.dumps({"models": [{"hash": "x"}]}))
-    (card,) = read_scores(tmp_path, "x")
+    (card,) = read_card_scores(tmp_path, "x")
     assert {name: card[name] for name in ("method", "sampler", "num_inference_steps", "region")} == {
         "method": "aldm",
         "sampler": "ddim",

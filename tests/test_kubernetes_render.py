@@ -38,7 +38,7 @@ GPU_WORDS = ("k8s", "render", "--overlay", "gpu", "--image", IMAGE)
 def _planned_once() -> Iterator[None]:
     """What the planner says of a configuration is asked once: it says the same again, after seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "plan", functools.cache(planner.plan))
+        patch.setattr(planner, "plan_memory", functools.cache(planner.plan_memory))
         yield
 
 

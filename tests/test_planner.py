@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aldm.errors import UserError
 from aldm.layer_table import layer_table, parameter_counts
-from aldm.planner import TRAININGS, measure_throughput, plan, with_modalities
+from aldm.planner import PLANNED_TRAININGS, measure_throughput, plan_memory, with_modalities
 from aldm.presets import brats, brats_haar, ixi, small, tiny
 from aldm.trace import Trace
 
@@ -26,7 +26,7 @@ TERA = 1e12
 @pytest.fixture(scope="module")
 def translation():
     """Plans of the translation of one volume at the paper's sizes."""
-    return {"brats": plan(brats(), "inference"), "ixi": plan(ixi(), "inference")}
+    return {"brats": plan_memory(brats(), "inference"), "ixi": plan_memory(ixi(), "inference")}
 
 
 def test_operations_of_the_paper_preset(translation):
@@ -44,7 +44,7 @@ def test_operations_of_the_paper_preset(translation):
 
 
 def test_the_haar_preset_translates_cheaply():
-    described = plan(brats_haar(), "inference")
+    described = plan_memory(brats_haar(), "inference")
     assert described.shape == (192, 192, 144)
     assert described.flops < 10 * TERA
     assert described.peak_bytes < 2.5e9
@@ -52,7 +52,7 @@ def test_the_haar_preset_translates_cheaply():
 
 @pytest.mark.parametrize("stage", ["ms-spade", "diffusion", "unet"])
 def test_the_haar_preset_trains_on_one_gpu_of_24_gb(stage):
-    assert plan(brats_haar(), stage).peak_bytes < 24e9
+    assert plan_memory(brats_haar(), stage).peak_bytes < 24e9
 
 
 def test_operations_grow_with_the_volume(translation):
@@ -74,8 +74,8 @@ def test_finite_scalars_have_no_codebook():
     """The stages are planned all the same: the quantiser reads no values of the fake tensors."""
     config = with_modalities(replace(tiny(), codec=replace(tiny().codec, quantizer="fsq")))
     assert parameter_counts(config).codebook == 0
-    assert plan(config, "vqgan").peak_bytes > 0
-    assert plan(config, "inference").flops_of["decode"] > 0
+    assert plan_memory(config, "vqgan").peak_bytes > 0
+    assert plan_memory(config, "inference").flops_of["decode"] > 0
 
 
 def test_layers_add_up_to_the_networks(translation):
@@ -97,14 +97,15 @@ def test_layers_add_up_where_all_modalities_are_predicted_together(any_sources):
     diffusion = replace(base.diffusion, any_sources=any_sources)
     config = replace(base, modalities=("t1", "t2", "pd"), diffusion=diffusion)
     flops = sum(layer.flops for layer in layer_table(config) if layer.part == "unet")
-    assert flops == pytest.approx(plan(config, "inference").flops_of["unet"], rel=1e-3)
+    assert flops == pytest.approx(plan_memory(config, "inference").flops_of["unet"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "stage", [stage if stage == "diffusion" else pytest.param(stage, marks=pytest.mark.slow) for stage in TRAININGS]
+    "stage",
+    [stage if stage == "diffusion" else pytest.param(stage, marks=pytest.mark.slow) for stage in PLANNED_TRAININGS],
 )
 def test_recomputing_costs_operations_and_saves_memory_at_the_papers_size(stage):
-    plain, recomputing = (plan(replace(brats(), activation_checkpointing=on), stage) for on in (False, True))
+    plain, recomputing = (plan_memory(replace(brats(), activation_checkpointing=on), stage) for on in (False, True))
     assert recomputing.peak_bytes < 0.9 * plain.peak_bytes
     assert recomputing.kept_bytes < 0.4 * plain.kept_bytes
     assert plain.flops < recomputing.flops < 1.5 * plain.flops
@@ -114,7 +115,7 @@ def test_recomputing_costs_operations_and_saves_memory_at_the_papers_size(stage)
 
 def test_states_are_counted_as_adam_and_the_average_hold_them():
     config = with_modalities(small())
-    described = plan(config, "diffusion")
+    described = plan_memory(config, "diffusion")
     parameters = 4 * parameter_counts(config).unet
     assert described.optimizer_bytes == 2 * parameters
     assert described.average_bytes == described.gradients_bytes == parameters
@@ -122,16 +123,16 @@ def test_states_are_counted_as_adam_and_the_average_hold_them():
 
 
 def test_description_says_what_is_needed():
-    text = plan(replace(small(), activation_checkpointing=True), "diffusion").describe()
+    text = plan_memory(replace(small(), activation_checkpointing=True), "diffusion").describe()
     assert text.startswith("diffusion, a step of 2 of 56 x 72 x 56 voxels, bf16, activations recomputed:")
     assert "expected peak memory 0." in text
     assert "optimizer states" in text
-    assert "one volume of 16 x 24 x 16" in plan(tiny(), "inference").describe()
+    assert "one volume of 16 x 24 x 16" in plan_memory(tiny(), "inference").describe()
 
 
 def test_a_codec_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
-        plan(small(), "vqgan")
+        plan_memory(small(), "vqgan")
 
 
 def test_throughput_is_that_of_this_machine():
@@ -182,8 +183,8 @@ def test_trace_counts_operations():
 @pytest.mark.parametrize(
     ("precision", "activations", "stages"),
     [
-        ("fp32", "keep", TRAININGS),
-        pytest.param("bf16", "recompute", TRAININGS, marks=needs_bf16),
+        ("fp32", "keep", PLANNED_TRAININGS),
+        pytest.param("bf16", "recompute", PLANNED_TRAININGS, marks=needs_bf16),
         ("fp32", "keep", ("inference",)),
     ],
     ids=["keep", "recompute", "inference"],

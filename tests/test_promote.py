@@ -10,7 +10,7 @@ from untrained import save_untrained
 from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkpoint
 from aldm.cli import main
 from aldm.data.store import VolumeStore
-from aldm.evaluation_files import RECORD
+from aldm.evaluation_files import EVALUATION_FILE
 from pipelines.registry_download import find_alias
 from pipelines.tracking_server import connect
 
@@ -108,9 +108,9 @@ def test_a_model_that_does_not_work_is_not_registered(
     """Whatever its evaluation says: it may have been measured where it worked."""
     scores = evaluate(models["good"], ixi_store, tmp_path / "scores")
     broken = broken_model(tmp_path / "broken", models["good"])
-    record = json.loads((scores / RECORD).read_text())
+    record = json.loads((scores / EVALUATION_FILE).read_text())
     record["models"][0]["hash"] = read_checkpoint_record(broken)["hash"]
-    (scores / RECORD).write_text(json.dumps(record))
+    (scores / EVALUATION_FILE).write_text(json.dumps(record))
     capsys.readouterr()
     for words in ([], ["--dry-run"]):
         assert promote("--model", broken, "--scores", scores, *words) == 2

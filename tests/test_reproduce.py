@@ -14,8 +14,7 @@ import pytest
 from aldm.cli import main as aldm
 from aldm.config import training_of, with_training
 from aldm.errors import UserError
-from aldm.planner import GIB
-from aldm.planner import plan as plan_memory
+from aldm.planner import GIB, plan_memory
 from aldm.presets import ixi, small, tiny
 from aldm.run_folder import RunFolder
 from aldm.score_table import TABLE_D
@@ -198,17 +197,17 @@ def test_the_job_wants_a_table_that_it_knows(capsys):
 def test_where_it_runs_is_no_part_of_what_a_step_makes(tmp_path):
     parse = reproduce._parser("ixi").parse_args
     common = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    here = reproduce.plan(parse([*common, "--device", "cpu"]), ixi())
+    here = reproduce.plan_reproduction(parse([*common, "--device", "cpu"]), ixi())
     more = ["--engine", "deepspeed", "--zero-stage", "2", "--num-workers", "1", "--use-gpu", "--autoscaling"]
-    there = reproduce.plan(parse([*common, *more]), ixi())
+    there = reproduce.plan_reproduction(parse([*common, *more]), ixi())
     assert [step.line for step in here.values()] == [step.line for step in there.values()]
     for name in ("vqgan", "ms-spade", "diffusion"):
         assert " ".join(more) in there[name].typed
         assert "--engine plain" in here[name].typed
     assert "--engine" not in there["encode"].typed
     secret = parse([*common, "--engine", "ddp", "--storage-path", "s3://me:hidden@bucket/runs"])
-    assert "s3://***@bucket/runs" in reproduce.plan(secret, ixi())["vqgan"].typed
-    assert "s3://me:hidden@bucket/runs" in reproduce.plan(secret, ixi())["vqgan"].where
+    assert "s3://***@bucket/runs" in reproduce.plan_reproduction(secret, ixi())["vqgan"].typed
+    assert "s3://me:hidden@bucket/runs" in reproduce.plan_reproduction(secret, ixi())["vqgan"].where
     with pytest.raises(UserError, match="2 workers cannot share batches of 1"):
         main(["ixi", *common, "--engine", "ddp", "--num-workers", "2"])
 

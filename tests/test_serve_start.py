@@ -136,7 +136,7 @@ def test_a_service_that_has_started_ends_in_order_and_one_that_has_not_was_stopp
         monkeypatch.setattr(ray_serve, name, lambda **_: None)
     monkeypatch.setattr(ray_serve, "run", lambda *_, **__: None if started else stop())
     monkeypatch.setattr("pipelines.ray_session.ray_session", contextlib.nullcontext)
-    monkeypatch.setattr("pipelines.ray_session.check_workers", lambda *_, **__: None)
+    monkeypatch.setattr("pipelines.ray_session.check_cluster_has", lambda *_, **__: None)
     monkeypatch.setattr("serve.app.build_app", lambda settings: None)
     monkeypatch.setattr("serve.store.start_store", lambda settings: SimpleNamespace(call=lambda method: 0))
     monkeypatch.setattr("serve.store.end_store", lambda: None)

@@ -16,7 +16,7 @@ from aldm.errors import UserError
 from aldm.models import slabs
 from aldm.models.blocks import conv3
 from aldm.models.codecs import Codec, build_codec
-from aldm.models.passes import merge_moments, plan, rows_within, window
+from aldm.models.passes import merge_moments, plan_passes, rows_within, window
 from aldm.models.quantizer import Codebook
 from aldm.models.slabs import Store, decode_bounded, encode_bounded, floor_bytes
 from aldm.presets import tiny
@@ -216,7 +216,7 @@ def test_a_layer_whose_single_row_is_too_large_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_cover_what_the_whole_layer_reads(kind: str) -> None:
     codec = codec_of(kind)
-    for passes in plan(codec.encoder, 1, SHAPE) + plan(codec.decoder, codec.latent_channels, (20, 8, 12)):
+    for passes in plan_passes(codec.encoder, 1, SHAPE) + plan_passes(codec.decoder, codec.latent_channels, (20, 8, 12)):
         for each in passes:
             whole = window(each.step, 0, each.out_sides[0], each.sides[0])
             assert (whole.start, whole.stop) == (0, each.sides[0])
@@ -227,7 +227,7 @@ def test_windows_cover_what_the_whole_layer_reads(kind: str) -> None:
 
 
 def test_rows_within_is_the_largest_that_fits() -> None:
-    (passes,) = plan([conv3(1, 2)], 1, (11, 4, 4))
+    (passes,) = plan_passes([conv3(1, 2)], 1, (11, 4, 4))
     for most in range(12):
         assert rows_within(passes[0], lambda rows, most=most: rows <= most) == (most or None)
 

@@ -17,7 +17,7 @@ from aldm.data.labels import LESION, TISSUES, LabelledSubjects, label_map, struc
 from aldm.data.store import VolumeStore
 from aldm.errors import UserError
 from aldm.models.segmenter import Segmenter
-from aldm.planner import plan
+from aldm.planner import plan_memory
 from aldm.players import StepInfo
 from aldm.presets import tiny
 from aldm.randomness import derived_generator
@@ -103,8 +103,8 @@ def test_a_poor_segmenter_is_said_to_be_poor(dice: float, poor: bool) -> None:
     row = ScoreRow("1", "real", "t1", "t1", "", 0, STRUCTURE, dice=dice, hd95_mm=3, volume_ml=1, volume_error_ml=2)
     assert ("too poor" in usefulness.verdict([row])) == poor
     cell = "-" if math.isnan(dice) else f"{dice:.3f}"
-    assert usefulness.table([row]).splitlines()[-1] == f"| real | {cell} / 3.0 / 2.0 | 1 |"
-    assert usefulness.table([replace(row, region="brain")]) == ""
+    assert usefulness.usefulness_table([row]).splitlines()[-1] == f"| real | {cell} / 3.0 / 2.0 | 1 |"
+    assert usefulness.usefulness_table([replace(row, region="brain")]) == ""
 
 
 def test_each_modality_has_a_network_that_sees_no_other() -> None:
@@ -191,7 +191,7 @@ def test_a_segmenter_of_other_data_is_refused(run: Path, brats_store: VolumeStor
 
 
 def test_its_training_is_planned() -> None:
-    one, two = (plan(replace(tiny(), modalities=("t1", "t2", "pd")[:number]), "segmenter") for number in (1, 2))
+    one, two = (plan_memory(replace(tiny(), modalities=("t1", "t2", "pd")[:number]), "segmenter") for number in (1, 2))
     assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
     assert two.weights_bytes == 2 * one.weights_bytes > 0
 
@@ -202,4 +202,4 @@ def test_a_structure_that_one_method_lacks_leaves_its_own_cell_empty() -> None:
         return ScoreRow("1", method, "t1", "t2", "", 0, region, dice=dice, hd95_mm=1.0, volume_error_ml=2.0)
 
     rows = [row("real", "grey", 0.9), row("real", "lesion", 0.8), row("a", "lesion", 0.5)]
-    assert "| a |  | 0.500 / 1.0 / 2.0 | 1 |" in usefulness.table(rows)
+    assert "| a |  | 0.500 / 1.0 / 2.0 | 1 |" in usefulness.usefulness_table(rows)

@@ -209,7 +209,7 @@ def _space(args: argparse.Namespace, preset: Config) -> "Space":
 
 def _plan(sweep: "Sweep", resolved: Config, out: Path) -> str:
     """Say what the sweep would do."""
-    from aldm.planner import plan
+    from aldm.planner import plan_memory
     from tune.sweep import STAGE
 
     training = sweep.config.train_diffusion
@@ -227,18 +227,18 @@ def _plan(sweep: "Sweep", resolved: Config, out: Path) -> str:
             f"  a validation: {counted(training.num_validation_samples, 'pair')}, every "
             f"{counted(training.validate_every, 'step')}, judged by {sweep.score}",
             f"memory of one trial, {sweep.max_concurrent or 'as many as there are CPUs or GPUs'} at a time:",
-            plan(resolved, STAGE).describe(),
+            plan_memory(resolved, STAGE).describe(),
         ]
     )
 
 
 def _finish(sweep: "Sweep", out: Path, runs: "SweepRuns") -> int:
     """Write the results and say what came of it."""
-    from tune.results import read_trials, write_results
+    from tune.results import read_trials, write_sweep
     from tune.sweep import FAILED, MEASURED, PICTURE, PRESET, RESULTS, STOPPED, TABLE
 
     trials, measurements = read_trials(sweep, out)
-    best = write_results(sweep, out, trials, measurements)
+    best = write_sweep(sweep, out, trials, measurements)
     runs.finish({trial.name: trial.state for trial in trials}, RESULTS, {f"best/{sweep.score}": best.value})
     counts = [(state, sum(trial.state == state for trial in trials)) for state in (MEASURED, STOPPED, FAILED)]
     print(

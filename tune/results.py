@@ -93,7 +93,7 @@ def pareto_front(measurements: Sequence[Measurement], higher_is_better: bool) ->
     return front
 
 
-def write_results(sweep: Sweep, out: Path, trials: Sequence[Trial], measurements: Sequence[Measurement]) -> Measurement:
+def write_sweep(sweep: Sweep, out: Path, trials: Sequence[Trial], measurements: Sequence[Measurement]) -> Measurement:
     """Write trials.csv, trials.md, pareto.png and best.yaml; return the best measurement.
 
     Args:

@@ -18,7 +18,7 @@ from aldm.data.store import VolumeStore
 from aldm.errors import UserError
 from aldm.latents import data_record
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
-from aldm.stage_data import panel, psnr_db, with_data
+from aldm.stage_data import panel, psnr_from_squared_error, with_data
 
 SLICES_AT_ONCE = 32
 """Slices of a volume that go through a 2D network together."""
@@ -94,7 +94,7 @@ class PairStage:
         x, target = batch["source_volume"], batch["target_volume"]
         result = on_volume(lambda part: self.translate(modules, part), x, self.spatial_dims, slice_shape(self.config))
         info.shared["panel"] = panel(source=x, prediction=result, target=target)
-        return {"psnr_db": psnr_db((result.float() - target).square())}
+        return {"psnr_db": psnr_from_squared_error((result.float() - target).square())}
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """What translates."""

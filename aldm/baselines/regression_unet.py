@@ -13,7 +13,7 @@ from aldm.denoising import build_regression_unet
 from aldm.latents import data_record
 from aldm.losses import weighted_l1, weighted_mse
 from aldm.players import Batch, Engine, Export, Player, StepInfo, Values
-from aldm.stage_data import panel, psnr_db, with_data
+from aldm.stage_data import panel, psnr_from_squared_error, with_data
 
 SQUARES = 4.0
 """Weight of the squared error beside the absolute one: where a voxel is off by 1/8 both pull at it alike."""
@@ -69,7 +69,7 @@ class RegressionStage:
         """PSNR, dB, of the predicted volume."""
         output = modules["unet"](batch["source_volume"], batch["source"], batch["target"])
         info.shared["panel"] = panel(source=batch["source_volume"], prediction=output, target=batch["target_volume"])
-        return {"psnr_db": psnr_db((output.float() - batch["target_volume"]).square())}
+        return {"psnr_db": psnr_from_squared_error((output.float() - batch["target_volume"]).square())}
 
     def export(self, weights: Mapping[str, Mapping[str, Tensor]]) -> Export:
         """The U-Net."""

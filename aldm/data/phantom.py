@@ -22,7 +22,7 @@ from aldm.data.phantom_physics import Tissue, coil_profile, magnitude, rician, t
 from aldm.errors import UserError
 from aldm.files import atomic_folder, check_folder
 
-LAYOUTS = ("brats", "ixi", "heads")
+PHANTOM_LAYOUTS = ("brats", "ixi", "heads")
 MODALITIES_OF_LAYOUT = {"brats": ("t1", "t1ce", "t2", "flair"), "ixi": ("t1", "t2", "pd"), "heads": MODALITIES}
 MARKER = "phantom.json"
 _IXI_SITES = ("Guys", "HH", "IOP")
@@ -50,7 +50,7 @@ def simulate_subject(seed: int, index: int, layout: str, spacing_mm: float) -> d
     check_arguments(layout, index + 1, seed, spacing_mm)
     if layout == "heads":
         return simulate_head(seed, index, spacing_mm)
-    streams = np.random.SeedSequence([seed, index, LAYOUTS.index(layout)]).spawn(4)
+    streams = np.random.SeedSequence([seed, index, PHANTOM_LAYOUTS.index(layout)]).spawn(4)
     shape, lesion, chemistry, scanner = (np.random.default_rng(stream) for stream in streams)
     head = Head(shape, lesion if layout == "brats" else None)
     subject = _Scanned(head, tissues_of_subject(chemistry), [SmoothField(chemistry, 20.0) for _ in range(3)], scanner)
@@ -237,8 +237,8 @@ def _write_subject(index: int, *, folder: Path, layout: str, seed: int, spacing_
 
 def check_arguments(layout: str, num_subjects: int, seed: int, spacing_mm: float) -> None:
     """Raise UserError unless `write_phantom` takes these."""
-    if layout not in LAYOUTS:
-        raise UserError(f"layout is {layout!r}, wanted one of: {', '.join(LAYOUTS)}")
+    if layout not in PHANTOM_LAYOUTS:
+        raise UserError(f"layout is {layout!r}, wanted one of: {', '.join(PHANTOM_LAYOUTS)}")
     most = 99_999 if layout == "heads" else 998  # IXI numbers its subjects with three digits, from 002
     if not 1 <= num_subjects <= most:
         raise UserError(f"number of subjects is {num_subjects}, wanted 1 to {most}")

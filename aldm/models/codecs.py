@@ -24,7 +24,7 @@ from aldm.models.blocks import (
     conv3,
     run_blocks,
 )
-from aldm.models.passes import largest_tensor, plan, run_in_slabs
+from aldm.models.passes import largest_tensor, plan_passes, run_in_slabs
 from aldm.models.quantizer import Codebook, FiniteScalars, Quantized, Quantizer
 
 MAX_TENSOR_ELEMENTS = 2**31 - 1
@@ -116,7 +116,7 @@ class Codec(nn.Module):
         return CodecOutput(reconstruction, z, *quantized[1:4])
 
     def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        largest = x.shape[0] * largest_tensor(plan(blocks, x.shape[1], (x.shape[2], x.shape[3], x.shape[4])))
+        largest = x.shape[0] * largest_tensor(plan_passes(blocks, x.shape[1], (x.shape[2], x.shape[3], x.shape[4])))
         if largest > self.max_tensor_elements:
             return run_in_slabs(blocks, x, self.max_tensor_elements, self.activation_checkpointing)
         return run_blocks(blocks, x, self.activation_checkpointing)

@@ -264,7 +264,7 @@ class PlannedPass:
         return max(self.input_elements(rows), self.output_elements(rows))
 
 
-def plan(blocks: Iterable[nn.Module], channels: int, sides: Sides) -> list[list[PlannedPass]]:
+def plan_passes(blocks: Iterable[nn.Module], channels: int, sides: Sides) -> list[list[PlannedPass]]:
     """Return the passes of each block for an input of that many channels and those sides."""
     planned = []
     for block in blocks:
@@ -303,7 +303,7 @@ def run_in_slabs(blocks: nn.Sequential, x: Tensor, max_elements: int, activation
     batch, channels = x.shape[:2]
     pieces: tuple[Tensor, ...] = (x,)
     sides: Sides = (x.shape[2], x.shape[3], x.shape[4])
-    for passes in plan(blocks, channels, sides):
+    for passes in plan_passes(blocks, channels, sides):
         cut = []
         for each in passes:
             rows = rows_within(each, lambda rows, each=each: batch * each.largest_tensor(rows) <= max_elements)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from aldm.errors import UserError
 from aldm.memory import release_freed_memory
 from aldm.models.blocks import VoxelNorm
 from aldm.models.codecs import Codec, check_sides
-from aldm.models.passes import Pieces, PlannedPass, Sides, merge_moments, moments_of, plan, rows_within, run_pass
+from aldm.models.passes import Pieces, PlannedPass, Sides, merge_moments, moments_of, plan_passes, rows_within, run_pass
 
 FLOAT_BYTES = 4
 MARGIN_BYTES = 48 * 2**20
@@ -161,7 +161,7 @@ def decode_bounded(codec: Codec, z: Tensor, max_bytes: int, scratch_dir: Path | 
 
 def _floor(codec: Codec, blocks: nn.Sequential, batch: int, channels: int, sides: Sides) -> int:
     """Return the least limit: one row of the widest pass, or the code search, and the result."""
-    passes = [each for block in plan(blocks, channels, sides) for each in block]
+    passes = [each for block in plan_passes(blocks, channels, sides) for each in block]
     working = max(slab_bytes(each, batch, each.step.granularity) for each in passes)
     if blocks is codec.decoder and codec.quantizer is not None:
         voxels = batch * sides[0] * sides[1] * sides[2]
@@ -189,7 +189,7 @@ def _run_bounded(blocks: nn.Sequential, x: Tensor, max_bytes: int, scratch_dir: 
     folder = Path(tempfile.gettempdir()) if scratch_dir is None else scratch_dir
     device = next((parameter.device for parameter in blocks.parameters()), x.device)
     batch, sides = x.shape[0], (x.shape[2], x.shape[3], x.shape[4])
-    planned = plan(blocks, x.shape[1], sides)
+    planned = plan_passes(blocks, x.shape[1], sides)
     passes = [each for block in planned for each in block]
     free = max_bytes - MARGIN_BYTES - _output_bytes(passes[-1], batch)
     working = min(free, max(slab_bytes(each, batch, min(WORKING_ROWS, each.out_sides[0])) for each in passes))

@@ -197,7 +197,7 @@ def codec_step(kind: str) -> float:
 def training_rate(name: str) -> tuple[float, float]:
     """Seconds of a training step of small() for four modalities, its data in memory, and its operations."""
     from aldm.config import training_of
-    from aldm.planner import plan, stage_and_batch
+    from aldm.planner import plan_memory, stage_and_batch
     from aldm.players import StepInfo
     from aldm.training import PlainEngine
 
@@ -217,7 +217,7 @@ def training_rate(name: str) -> tuple[float, float]:
         engine.backward(player, loss)
         engine.step(player, 1e-4)
 
-    return seconds(step, 9) / training.batch_size, plan(config, name).flops / training.batch_size
+    return seconds(step, 9) / training.batch_size, plan_memory(config, name).flops / training.batch_size
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from common import Setting
 from report import page, with_shares
 from speed import machine, training_step, translation
 
-from aldm.planner import plan
+from aldm.planner import plan_memory
 from aldm.presets import brats, tiny
 
 MEASURES = {
@@ -72,7 +72,7 @@ def load_libraries() -> None:
     Without a backward pass, even on tensors without data: a torch with CUDA starts threads for it, and a fork of a
     process with such threads can do none itself.
     """
-    plan(tiny(), "inference")
+    plan_memory(tiny(), "inference")
 
 
 def check(setting: Setting, measures: dict[str, tuple[Any, float]], out: Path, total_s: float) -> int:

@@ -15,7 +15,7 @@ from aldm.default_model import default_model
 from aldm.denoising import build_denoiser
 from aldm.engine import PlainEngine
 from aldm.models.codecs import build_codec
-from aldm.planner import TRAININGS, with_modalities
+from aldm.planner import PLANNED_TRAININGS, with_modalities
 from aldm.presets import tiny
 from aldm.training import fit
 from aldm.translate import Translator
@@ -93,7 +93,7 @@ def _encoder(config: Config) -> tuple[nn.Module, dict[str, Tensor]]:
 def agreement(setting: Setting) -> Iterator[Row]:
     """Results on the device beside those of the CPU, at small sizes: a step of every stage, translations."""
     with tf32(False):
-        for name in TRAININGS:
+        for name in PLANNED_TRAININGS:
             here, there = (_first_step(name, device) for device in (setting.device, "cpu"))
             worst = max(abs(here[key] - there[key]) / max(abs(there[key]), 1e-6) for key in there)
             what = f"{name}, losses and gradient norms of a step, {len(there)} values"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aldm.config import Config, training_of
 from aldm.engine import PlainEngine
-from aldm.planner import plan, stage_and_batch, with_modalities
+from aldm.planner import plan_memory, stage_and_batch, with_modalities
 from aldm.players import Stage
 from aldm.training import fit
 
@@ -134,7 +134,7 @@ def training_step(setting: Setting, name: str) -> Iterator[Row]:
     memory = peak.row()
     steps = clock.seconds()
     seconds = statistics.median(steps)
-    planned = plan(config, name)
+    planned = plan_memory(config, name)
     yield {
         "what": f"{name}, a step of {planned.batch_size} x {' x '.join(map(str, planned.shape))}, {config.precision}",
         "arithmetic": config.precision,
@@ -152,7 +152,7 @@ def translation(setting: Setting, codec: str) -> Iterator[Row]:
     """Seconds and peak memory of one whole volume through an untrained model."""
     config = with_modalities(setting.config)
     config = replace(config, codec=replace(config.codec, kind=codec))
-    planned = plan(config, "inference")
+    planned = plan_memory(config, "inference")
     peak = Peak(setting.device)
     translator = untrained(config, setting.device)
     volume = ball(config)
