@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("aldm", "pipelines", "serve", "tune")
-OUTSIDE = {"tests/gpu/README.md": "gpu_check.md"}
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "tests/gpu/README.md": "gpu_check.md"}
 """Pages outside docs/, and what each is called on the site."""
 
 
@@ -33,6 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, page, content=f"::: {name}\n"))
     for path, page in OUTSIDE.items():
         text = (ROOT / path).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other, place in OUTSIDE.items():
+            text = text.replace(f"]({other}", f"]({place}")
         files.append(File.generated(config, page, content=text))
     return files
 

@@ -65,8 +65,11 @@ def test_tables_survive_bars(generate: ModuleType) -> None:
 
 
 def documented_trainings() -> list[str]:
-    """Return what follows `aldm train` in each command of README.md and the written pages."""
-    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    """Return what follows `aldm train` in each command of README.md and the written pages.
+
+    That of add_a_method.md is run by its own test: its method exists in a copy alone.
+    """
+    pages = [DOCS.parent / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "add_a_method.md"})]
     text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
     commands = re.findall(r"^(?:ray job submit .*-- +)?aldm train (.+)$", text, re.MULTILINE)
     return [command for command in commands if "--run-dir" in command and "[flags]" not in command]

@@ -2,8 +2,10 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,30 @@ def test_the_index_has_the_doors_and_pages_of_the_navigation(hooks: Any) -> None
     outside = {f"../{path}": place for path, place in hooks.OUTSIDE.items()}
     assert {door: [outside.get(page, page) for page in pages] for door, pages in found.items()} == navigation()
     assert list(found) == ["Try it", "Train on your data", "Run the platform", "Change the code"]
+
+
+def test_the_picture_of_the_layers_is_current() -> None:
+    layers = runpy.run_path(str(ROOT / "docs" / "layers.py"))
+    current = layers["PICTURE"].read_text(encoding="utf-8")
+    assert current == layers["drawn"](), "run make docs and commit docs/images/layers.svg"
+
+
+def test_every_module_of_the_library_is_in_the_picture() -> None:
+    layers = runpy.run_path(str(ROOT / "docs" / "layers.py"))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    library = next(contract["layers"] for contract in contracts if contract["name"] == "Layers inside the library")
+    wanted = [name.removeprefix("aldm.") for layer in library for name in re.findall(r"[\w.]+", layer)]
+    bands = layers["bands"]((ROOT / "pyproject.toml").read_text())
+    assert [name for band in bands if band.colours is layers["LIBRARY"] for name in band.modules] == wanted
+    assert all(band.modules for band in bands)
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add_a_method.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:aldm|pipelines|serve|tune|tests|docs)/[\w/.]*)`", text))
+    assert len(named) > 2
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_arguments_that_share_a_line_get_one_each(hooks: Any) -> None:
