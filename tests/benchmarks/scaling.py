@@ -1,7 +1,6 @@
 """Step time, communication and memory of every engine with 1 and 2 workers, measured on this machine.
 
-    python tests/benchmarks/scaling.py            # prints the tables
-    python tests/benchmarks/scaling.py --write    # and puts them into docs/scaling.md
+    python tests/benchmarks/scaling.py            # prints the first table of docs/scaling.md
 
 Stage 3 of preset small on simulated subjects at 4 mm, in fp32, BATCH samples and one thread a worker: two workers have
 twice the batch, so each does what one worker does. Run it on a machine of two cores that does nothing else.
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from aldm.config import TrainingConfig
     from aldm.players import Engine, Player, Stage
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 NUM_SUBJECTS = 9
 """The fewest simulated subjects whose names put one in each split."""
 SPACING_MM, SHAPE = 4.0, (40, 56, 40)
@@ -229,22 +226,9 @@ def _held(one: dict[str, Any], two: dict[str, Any], name: str) -> str:
     return f"{one[name]:.1f} / {two[name]:.1f}" if name in one else "whole"
 
 
-EXPLAINED = f"""`python tests/benchmarks/scaling.py --write`: the diffusion stage of preset `small` in fp32 on
-simulated subjects at {SPACING_MM:.0f} mm, one machine with two cores, gloo, one thread and a batch of {BATCH} a worker,
-so 2 workers have twice the batch; median time of a step. *plain* is one process that knows of no other, or two at
-once: what two workers lose by sharing a machine. What an engine loses beyond that is its *communication*, as a
-share of the step of 2 workers (waiting for the slower one included; a few per cent either way are noise). Bytes
-are counted at the collectives, as rings send them. Weights and Adam's moments are those that a rank holds, from
-the engine's own tensors (`DeepSpeedEngine.memory_bytes`). Gradients are not among them, so what stage 2
-saves over stage 1 is not seen in this table.
-
-"""
-
-
 def main() -> None:
-    """Measure and print; --write puts the table into docs/scaling.md."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of an engine (default: %(default)s)")
     args = parser.parse_args()
     from pipelines.ray_session import ray_session
@@ -258,11 +242,7 @@ def main() -> None:
         inputs = prepare(Path(folder))
         for workers in (1, 2):
             found += run(workers, inputs, args.steps, Path(folder))
-    text = table(found)
-    print(text)
-    if args.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(before + BEGIN + EXPLAINED + text + END + rest.split(END)[1], encoding="utf-8")
+    print(table(found))
 
 
 if __name__ == "__main__":
