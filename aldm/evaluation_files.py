@@ -1,4 +1,4 @@
-"""The folder that `aldm evaluate` writes: scores, tables, times, card, panels, and the record of what was settings."""
+"""The folder that `aldm evaluate` writes: scores, tables, times, card, panels, and the record of what was measured."""
 
 import csv
 import json
