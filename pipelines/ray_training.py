@@ -14,17 +14,17 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aldm.config import Config, to_dict, training_name, training_of
+from aldm.config import Config, training_name, training_of
 from aldm.errors import UserError
-from aldm.run_folder import CHECKPOINTS, LAST, RunFolder
-from aldm.stage_inputs import StageInputs
+from aldm.run_folder import CHECKPOINTS, LAST
 from pipelines.arguments import JobParser
 from pipelines.ray_storage import Storage
 
 if TYPE_CHECKING:
     from aldm.players import FitResult
+    from pipelines.ray_worker import Outcome, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -241,59 +241,35 @@ def open_cluster(
 
 
 def train_on_ray(
-    run: RunFolder,
-    cluster: Cluster,
-    storage: Storage,
-    *,
-    stage: str,
-    config: Config,
-    inputs: StageInputs,
-    record: dict[str, str],
-    tracking: dict[str, str | None] | None,
-    args: argparse.Namespace,
+    cluster: Cluster, storage: Storage, settings: "WorkerSettings", *, overwrite: bool = False
 ) -> "FitResult":
     """Train on the workers of a Ray cluster and return how it ended.
 
+    The run folder is locked by this process; rank 0 writes into it, so it lies where that worker reaches it.
+
     Args:
-        run: locked by this process; rank 0 writes into it, so it lies where that worker reaches it.
         cluster: how many workers, of what kind, from `open_cluster`.
         storage: of the run's checkpoints.
-        stage: vqgan, ms-spade, diffusion or unet.
-        config: resolved.
-        inputs: what the stage is built from.
-        record: name -> path or hash of what the stage is built from, for the tracking.
-        tracking: from training_logs.tracking_of.
-        args: --resume, --overwrite and --log-level.
+        settings: what the workers are told; they do not resume where the storage holds no checkpoint.
+        overwrite: delete the checkpoints in the storage.
 
     Raises:
         UserError: what a worker refuses, or workers died more often than max_failures allows.
     """
-    from aldm.players import FitResult
-
-    if args.overwrite:
+    if overwrite:
         storage.clear()
-    settings = {
-        "resumes": args.resume and storage.has_checkpoint(),
-        "run_dir": str(run.path.resolve()),
-        "stage": stage,
-        "config": to_dict(config),
-        "inputs": inputs.resolved(),
-        "engine": cluster.engine,
-        "zero_stage": cluster.zero_stage,
-        "record": record,
-        "tracking": tracking,
-        "log_level": args.log_level,
-    }
+    settings = replace(settings, resumes=settings.resumes and storage.has_checkpoint())
     outcome = _fit(cluster, storage, settings)
-    if "refused" in outcome:
-        raise UserError(outcome["refused"])
-    if "failed" in outcome:
+    if outcome.refused is not None:
+        raise UserError(outcome.refused)
+    if outcome.failed is not None:
         _mark(settings, "FAILED")
-        raise UserError(outcome["failed"])
-    return FitResult(**outcome)
+        raise UserError(outcome.failed)
+    assert outcome.result is not None
+    return outcome.result
 
 
-def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[str, Any]:
+def _fit(cluster: Cluster, storage: Storage, settings: "WorkerSettings") -> "Outcome":
     """Run the trainer; Ctrl-C is Ctrl-C again, and what a worker said is said once.
 
     Ray's names are typed as in version 1 of its trainer, and are those of version 2 when it runs.
@@ -307,7 +283,7 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
     elastic = cluster.min_workers != cluster.max_workers
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # only version 2 of the trainer takes what a worker returns
-        train_loop_config=settings,
+        train_loop_config={"settings": settings},
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,  # type: ignore[arg-type]
             use_gpu=cluster.use_gpu,
@@ -327,7 +303,7 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
     )
     before = signal.getsignal(signal.SIGINT)
     try:
-        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+        outcome: Outcome = trainer.fit().return_value  # type: ignore[attr-defined]
         return outcome
     except (KeyboardInterrupt, SystemExit) as error:
         _mark(settings, "KILLED")
@@ -336,21 +312,21 @@ def _fit(cluster: Cluster, storage: Storage, settings: dict[str, Any]) -> dict[s
         raise
     except TrainingFailedError as error:
         _mark(settings, "FAILED")
-        raise _failure(error, cluster, settings["run_dir"]) from error
+        raise _failure(error, cluster, settings.run_dir) from error
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, before)
 
 
-def _mark(settings: dict[str, Any], status: str) -> None:
+def _mark(settings: "WorkerSettings", status: str) -> None:
     """Say in MLflow how the training ended: a worker may be ended without a word, or live on a little."""
-    if settings["tracking"] is not None:
+    if settings.tracking is not None:
         from pipelines.tracking import mark
 
-        mark(Path(settings["run_dir"]), status)
+        mark(settings.run_dir, status)
 
 
-def _failure(error: Exception, cluster: Cluster, run_dir: str) -> Exception:
+def _failure(error: Exception, cluster: Cluster, run_dir: Path) -> Exception:
     """Return what a failed training says: a worker's own message, or that workers died."""
     failures = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]

@@ -5,17 +5,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aldm.config import Config, from_dict, training_of
+from aldm.config import Config, training_of
 from aldm.errors import NotFiniteError, UserError
 from aldm.precision import usable_precision
 from aldm.run_folder import RunFolder, step_of
+from aldm.stage_inputs import StageInputs
 from pipelines.arguments import configure_logging
-from pipelines.training_logs import Logs, open_logs
+from pipelines.training_logs import Logs, Tracking, open_logs
 
 if TYPE_CHECKING:
     import torch
@@ -26,51 +27,91 @@ WORST = -1e30
 """Score where nothing was validated: such a checkpoint is among the best of none."""
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What every worker of a training is told.
+
+    Attributes:
+        stage: vqgan, ms-spade, diffusion, unet, segmenter, uncertainty or a comparison method.
+        config: of the whole model.
+        inputs: what the stage is built from, absolute.
+        record: name -> path or hash of what the stage is built from, for the tracking.
+        run_dir: folder of the run, absolute.
+        resumes: whether the storage holds a checkpoint that the training goes on from.
+        engine: ddp or deepspeed.
+        zero_stage: of DeepSpeed.
+        tracking: where MLflow keeps the run; None leaves it out.
+        log_level: of rank 0.
+    """
+
+    stage: str
+    config: Config
+    inputs: StageInputs
+    record: Mapping[str, str]
+    run_dir: Path
+    resumes: bool
+    engine: str
+    zero_stage: int
+    tracking: Tracking | None
+    log_level: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training on workers ended: with a result, or with a message that all ranks agree on."""
+
+    result: "FitResult | None" = None
+    refused: str | None = None
+    """Before the first step."""
+    failed: str | None = None
+    """Later."""
+
+
+def train_worker(told: Mapping[str, WorkerSettings]) -> Outcome:
     """Train as one of the workers.
 
-    Returns:
-        {step, values, best}; or, where all ranks agree on it, {refused: message} from before the first step, {failed:
-        message} from a later one.
+    Args:
+        told: "settings" -> what is to be trained; Ray hands over nothing but a dict.
     """
     import ray.train
     import torch
 
+    settings = told["settings"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    configure_logging(settings["log_level"] if rank == 0 else "warning")
+    configure_logging(settings.log_level if rank == 0 else "warning")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     if context.get_local_rank() == 0:
-        _clear_scratch(settings["run_dir"])
+        _clear_scratch(settings.run_dir)
     built = _agreed(lambda: _built_stage(settings))
     if isinstance(built, str):
-        return {"refused": built}
+        return Outcome(refused=built)
     try:
         with contextlib.ExitStack() as stack:
             checkpoint = ray.train.get_checkpoint()
-            if checkpoint is None and settings["resumes"]:  # the same on all ranks; to start over would wipe the run
-                return {"refused": f"the storage of {settings['run_dir']} lost its checkpoints during this start"}
+            if checkpoint is None and settings.resumes:  # the same on all ranks; to start over would wipe the run
+                return Outcome(refused=f"the storage of {settings.run_dir} lost its checkpoints during this start")
             resume_from = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
             result = _train(settings, built, rank, resume_from, stack)
     except NotFiniteError as error:  # met by all ranks in the same step
-        return {"failed": str(error)}
-    return {"step": result.step, "values": result.values, "best": result.best}
+        return Outcome(failed=str(error))
+    return Outcome(result=result)
 
 
 def _train(
-    settings: dict[str, Any], stage: "Stage", rank: int, resume_from: Path | None, stack: contextlib.ExitStack
+    settings: WorkerSettings, stage: "Stage", rank: int, resume_from: Path | None, stack: contextlib.ExitStack
 ) -> "FitResult":
     """Join the run folder, make the engine, and fit."""
     from aldm.training import fit
 
     config = stage.config
-    training = training_of(config, settings["stage"])
+    training = training_of(config, settings.stage)
     engine = _engine(settings, config, training.batch_size, resume_from)
-    run = RunFolder(Path(settings["run_dir"]))
+    run = RunFolder(settings.run_dir)
     logs: Logs = Logs(run.log)
     if rank == 0:
         run.rewind(0 if resume_from is None else step_of(resume_from))
-        opened = open_logs(run, settings["stage"], config, settings["record"], settings["tracking"], alone=False)
+        opened = open_logs(run, settings.stage, config, settings.record, settings.tracking, alone=False)
         logs = _with_gauges(stack.enter_context(opened), settings, training.batch_size)
     return fit(
         stage,
@@ -84,11 +125,11 @@ def _train(
     )
 
 
-def _with_gauges(logs: Logs, settings: dict[str, Any], batch_size: int) -> Logs:
+def _with_gauges(logs: Logs, settings: WorkerSettings, batch_size: int) -> Logs:
     """Return logs that Ray's gauges hear as well."""
     from pipelines.training_metrics import TrainingGauges
 
-    gauges = TrainingGauges(settings["stage"], settings["run_dir"], batch_size)
+    gauges = TrainingGauges(settings.stage, str(settings.run_dir), batch_size)
 
     def log(record: dict[str, Any]) -> None:
         logs.on_log(record)
@@ -97,25 +138,25 @@ def _with_gauges(logs: Logs, settings: dict[str, Any], batch_size: int) -> Logs:
     return replace(logs, on_log=log)
 
 
-def _built_stage(settings: dict[str, Any]) -> "Stage":
+def _built_stage(settings: WorkerSettings) -> "Stage":
     from aldm.training_build import build_stage
 
-    return build_stage(settings["stage"], from_dict(Config, settings["config"]), settings["inputs"])[0]
+    return build_stage(settings.stage, settings.config, settings.inputs)[0]
 
 
-def _engine(settings: dict[str, Any], config: Config, batch_size: int, resume_from: Path | None) -> "Engine":
+def _engine(settings: WorkerSettings, config: Config, batch_size: int, resume_from: Path | None) -> "Engine":
     import ray.train.torch
 
     from pipelines.distributed_engines import DDPEngine, DeepSpeedEngine
 
     device: torch.device = ray.train.torch.get_device()
     precision = usable_precision(config.precision, device)
-    if settings["engine"] == "ddp":
+    if settings.engine == "ddp":
         return DDPEngine(device, precision)
     return DeepSpeedEngine(
         device,
         precision,
-        zero_stage=settings["zero_stage"],
+        zero_stage=settings.zero_stage,
         batch_size=batch_size,
         resume_from=resume_from,
     )
@@ -160,7 +201,7 @@ def scratch_prefix(run_dir: str | os.PathLike[str]) -> str:
     return f"aldm-checkpoint-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]}-"
 
 
-def _clear_scratch(run_dir: str) -> None:
+def _clear_scratch(run_dir: Path) -> None:
     """Remove what killed workers of this run have left in this node's temporary folder."""
     for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(run_dir)}*"):
         shutil.rmtree(folder, ignore_errors=True)

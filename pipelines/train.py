@@ -17,14 +17,15 @@ from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
 from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
-from pipelines.ray_training import add_cluster_arguments, cluster_of, open_cluster, train_on_ray
-from pipelines.training_logs import add_tracking_arguments, open_logs, tracking_of
+from pipelines.ray_training import Cluster, add_cluster_arguments, cluster_of, open_cluster, train_on_ray
+from pipelines.training_logs import Tracking, add_tracking_arguments, open_logs, tracking_of
 
 if TYPE_CHECKING:
     import torch
 
     from aldm.players import Stage
     from aldm.run_folder import RunFolder
+    from pipelines.ray_worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume_or_start:
         args.resume = _begun(args)
     _check_folder(stage, args)
-    paths = _inputs(args)
-    built, inputs = build_stage(stage, config, paths)
+    built, inputs = build_stage(stage, config, _inputs(args))
     built.samples("train")  # data that it cannot learn from are refused before anything is written
     config = built.config
     training = training_of(config, stage)
@@ -86,17 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             workers = f"{args.num_workers or 1}{' with a GPU each' if cluster.use_gpu else ''}"
             logger.info("training %s in %s on Ray, workers: %s", stage, run.path, workers)
-            result = train_on_ray(
-                run,
-                cluster,
-                storage,
-                stage=stage,
-                config=config,
-                inputs=paths,
-                record=inputs,
-                tracking=tracking,
-                args=args,
-            )
+            settings = _worker_settings(stage, config, args, cluster, inputs, tracking)
+            result = train_on_ray(cluster, storage, settings, overwrite=args.overwrite)
     best = "no validation subjects" if result.best is None else f"best {built.score} {result.best:.4g}"
     print(f"{stage}: {counted(result.step, 'step')}, {best}; checkpoints in {args.run_dir}")
     return 0
@@ -131,6 +122,31 @@ def _open_run(
         storage=storage,
         resume=args.resume,
         overwrite=args.overwrite,
+    )
+
+
+def _worker_settings(
+    stage: str,
+    config: Config,
+    args: argparse.Namespace,
+    cluster: Cluster,
+    record: dict[str, str],
+    tracking: Tracking | None,
+) -> "WorkerSettings":
+    """Return what the workers of a Ray cluster are told."""
+    from pipelines.ray_worker import WorkerSettings
+
+    return WorkerSettings(
+        stage=stage,
+        config=config,
+        inputs=_inputs(args).resolved(),
+        record=record,
+        run_dir=args.run_dir.resolve(),
+        resumes=args.resume,
+        engine=cluster.engine,
+        zero_stage=cluster.zero_stage,
+        tracking=tracking,
+        log_level=args.log_level,
     )
 
 

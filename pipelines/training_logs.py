@@ -41,8 +41,19 @@ def add_tracking_arguments(parser: JobParser) -> None:
     )
 
 
-def tracking_of(args: argparse.Namespace) -> dict[str, str | None] | None:
-    """Return experiment, group and server as --experiment, --group and the environment say; None for no tracking.
+@dataclass(frozen=True)
+class Tracking:
+    """Where MLflow keeps a training; every process of it is told the same."""
+
+    experiment: str
+    group: str
+    """Name of the run that this one is nested in."""
+    uri: str | None
+    """Of the server, as MLFLOW_TRACKING_URI says; None for a file beside the run folder."""
+
+
+def tracking_of(args: argparse.Namespace) -> Tracking | None:
+    """Return what --experiment, --group and the environment say; None for no tracking.
 
     Raises:
         UserError: the tracking server cannot be reached.
@@ -52,11 +63,7 @@ def tracking_of(args: argparse.Namespace) -> dict[str, str | None] | None:
     from pipelines.tracking import check_server, tracking_uri
 
     check_server(tracking_uri(args.run_dir))
-    return {
-        "experiment": args.experiment,
-        "group": group_of(args),
-        "uri": os.environ.get("MLFLOW_TRACKING_URI"),
-    }
+    return Tracking(args.experiment, group_of(args), os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def group_of(args: argparse.Namespace) -> str:
@@ -70,7 +77,7 @@ def open_logs(
     stage: str,
     config: Config,
     inputs: Mapping[str, str],
-    tracking: Mapping[str, str | None] | None,
+    tracking: Tracking | None,
     *,
     alone: bool = True,
 ) -> Iterator[Logs]:
@@ -89,16 +96,16 @@ def open_logs(
         return
     from pipelines.tracking import Tracker
 
-    if tracking["uri"]:
-        os.environ["MLFLOW_TRACKING_URI"] = tracking["uri"]
+    if tracking.uri:
+        os.environ["MLFLOW_TRACKING_URI"] = tracking.uri
     path = Path(run.path)
     with Tracker.open(
         path,
         stage=stage,
         config=config,
         inputs=inputs,
-        experiment=str(tracking["experiment"]),
-        group=tracking["group"],
+        experiment=tracking.experiment,
+        group=tracking.group,
         alone=alone,
     ) as tracker:
 
