@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,17 @@ NAME = re.compile(r"`(aldm(?:\.\w+)+)`")
 @pytest.mark.slow
 @pytest.mark.smoke
 def test_the_code_of_the_page_goes_from_simulated_heads_to_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (code,) = CODE.findall(PAGE.read_text(encoding="utf-8"))
     statements = code[code.index("write_phantom(data") :].split("\n")
     assert len([line for line in statements if line]) <= 12, "a dozen lines"
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    script = tmp_path / "script.py"
+    script.write_text(code, encoding="utf-8")
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
     work = tmp_path / "work"
     rows = read_csv(work / "scores" / "scores.csv")
     assert {(row.source, row.target) for row in rows if row.method == "aldm"} >= {("t1", "t2"), ("t2", "t1")}
-    assert len(rows) == len(names["evaluation"].rows)  # type: ignore[attr-defined]
     assert (work / "synthetic-t2.nii.gz").is_file()
     assert (work / "model" / "README.md").is_file()
 
