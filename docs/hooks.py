@@ -1,6 +1,7 @@
 """Hooks of mkdocs: pages of the API, one a module; pages outside docs/; arguments that share a line of a docstring."""
 
 import ast
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("aldm", "pipelines", "serve", "tune")
-OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "tests/gpu/README.md": "gpu_check.md"}
+OUTSIDE = {
+    "aldm/default_model/README.md": "default_model.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "tests/gpu/README.md": "gpu_check.md",
+}
 """Pages outside docs/, and what each is called on the site."""
 
 
@@ -32,22 +37,35 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = page.removeprefix("api/").removesuffix(".md").replace("/", ".")
             files.append(File.generated(config, page, content=f"::: {name}\n"))
     for path, page in OUTSIDE.items():
-        text = (ROOT / path).read_text(encoding="utf-8").replace("](docs/", "](")
-        for other, place in OUTSIDE.items():
-            text = text.replace(f"]({other}", f"]({place}")
-        files.append(File.generated(config, page, content=text))
+        text = (ROOT / path).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=links_on_the_site(text, Path(path).parent)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to pages outside docs/ lead to their place on the site, and give code in tables its bars back.
+    """Let links lead to where pages are on the site, and give code in tables its bars back.
 
     GitHub wants a bar in a table escaped even in code, mkdocs does not.
     """
-    for path, place in OUTSIDE.items():
-        markdown = markdown.replace(f"](../{path}", f"]({place}")
+    if page.file.src_uri not in OUTSIDE.values():
+        markdown = links_on_the_site(markdown, Path("docs"))
     rows = re.compile(r"^\|.*$", re.MULTILINE)
     return rows.sub(lambda row: re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), row[0]), markdown)
+
+
+def links_on_the_site(text: str, folder: Path) -> str:
+    """Return a page with its links to files of the repository as they are on the site.
+
+    Args:
+        text: Markdown.
+        folder: of the page, in the repository.
+    """
+
+    def on_the_site(link: re.Match[str]) -> str:
+        path = os.path.normpath(folder / link[1])
+        return f"]({OUTSIDE.get(path, path.removeprefix('docs/'))}"
+
+    return re.sub(r"\]\((?!\w+:)([^)#\s]+)", on_the_site, text)
 
 
 def packages() -> dict[str, list[str]]:

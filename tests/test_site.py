@@ -91,6 +91,16 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_links_lead_to_where_pages_are_on_the_site(hooks: Any) -> None:
+    text = "[a](../CONTRIBUTING.md#tests), [b](data.md), [c](#x), [d](https://mlflow.org), [e](images/page.png)"
+    wanted = text.replace("../CONTRIBUTING.md", "contributing.md")
+    assert hooks.links_on_the_site(text, Path("docs")) == wanted
+    assert (
+        hooks.links_on_the_site("[a](docs/data.md) [b](tests/gpu/README.md)", Path())
+        == "[a](data.md) [b](gpu_check.md)"
+    )
+
+
 def test_arguments_that_share_a_line_get_one_each(hooks: Any) -> None:
     text = "Do it.\n\nArgs:\n    width, height,\n        depth: in voxels,\n        of the grid.\n    name: a, b: c"
     lines = [f"    {name}: in voxels,\n        of the grid." for name in ("width", "height", "depth")]
