@@ -1,12 +1,12 @@
 # make demo        everything once on simulated data: folder demo/ with a report to open in a browser (goes on where it stopped)
 # make test        formatting, lint, types, import layers, the quick tests and one of each kind of slow ones (about 6 minutes)
 # make test-all    formatting, lint, types, import layers, all tests but those of the image (about 16 minutes)
-# make test-image  the tests of the container image, which install everything anew (gigabytes of downloads)
+# make test-image  the tests of the container image, which install everything from scratch (gigabytes of downloads)
 # make browser     a Chromium for the tests of the service's page, which are skipped without one
 # make mutants     whether the tests notice broken formulas and guards: docs/mutants.md (goes on where it stopped)
 # make gpu-check   speed, memory and results on a machine with a GPU: tests/gpu/README.md (7 minutes; without a GPU it tests itself)
 # make check-real  real heads through prepare and translate: make check-real DIR=FOLDER (tests/check_real.py says what lies there)
-# make default-model  the built-in model anew from nothing: make default-model DIR=FOLDER (about three hours on two cores)
+# make default-model  build the built-in model from scratch: make default-model DIR=FOLDER (about three hours on two cores)
 # make docs        write the generated pages of docs/ again, and the site with the API: site/index.html
 # make clean       remove what these targets made, the environment included (results in demo/ stay)
 #

@@ -232,7 +232,7 @@ def encoding_bytes(codec: Codec, shape: Shape, precision: str, *, bounded: bool)
 
 @dataclass(eq=False)
 class WorkerEncoder:
-    """The encoder of a worker: loads the codec there, for the first volume, and heeds that machine's memory."""
+    """The encoder of a worker: loads the codec there, for the first volume, and observes that machine's memory."""
 
     codec: str
     """haar, or the folder of its weights."""

@@ -90,7 +90,7 @@ class PlainEngine:
             UserError: it is missing or damaged, or holds another network.
         """
         file = folder / "engine.pt"
-        way_out = "resume from another checkpoint, or train anew"
+        way_out = "resume from another checkpoint, or train again"
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
         except torch.OutOfMemoryError:
@@ -120,7 +120,7 @@ def make_optimizer(player: Player) -> torch.optim.Optimizer:
     )
 
 
-class AveragedModule:
+class EMA:
     """Exponential moving average of a player's weights, in fp32, outside the engine; buffers are copied.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short training is not averaged with its start.

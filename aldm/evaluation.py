@@ -1,4 +1,4 @@
-"""Measure translators over a split of a store: every ordered pair of modalities, several samplers, honest company.
+"""Measure translators over a split of a store: every ordered pair of modalities, several samplers, reference rows.
 
 Beside every model stand the rows that keep it honest:
 
@@ -127,7 +127,7 @@ def evaluate(
         on_volume: called after each translation (see `count_translations`); not called with `workers`.
         workers: measure a subject each, the rows being the same; the store's path, which must be absolute, is one that
             all of them reach. None measures in this process.
-        load: returns the candidates anew; every worker calls it once. None sends them to the workers, pickled.
+        load: returns new candidates; every worker calls it once. None sends them to the workers, pickled.
         segmenter: of the store's modalities, on the CPU; segments whatever is scored of the subjects that have labels.
         training_store: whose training split the rows are made of that need one, such as that which the model was
             trained on; None takes the store's own.
@@ -259,7 +259,7 @@ class _SubjectTask:
         volumes = {name: self.store.volume(record.subject_id, name) for name in names}
         scorer = SubjectScorer(result.rows, self.store, record, volumes, self.segmenter)
         pairs = wanted_pairs(names, self.candidates, self.pair)
-        _score_company(scorer, self.training, self.references, pairs, self.candidates)
+        _score_references(scorer, self.training, self.references, pairs, self.candidates)
         for candidate in self.candidates:
             for source in names:
                 targets = [
@@ -301,14 +301,14 @@ def _score_several(
         on_volume()
 
 
-def _score_company(
+def _score_references(
     scorer: SubjectScorer,
     training: VolumeStore,
     references: References,
     pairs: Sequence[tuple[str, str]],
     candidates: Sequence[Candidate],
 ) -> None:
-    """Score the rows that keep a model honest."""
+    """Score the reference rows: training mean, identity, the references fitted to training subjects, the codec."""
     codec_of = next((c.translator for c in candidates if c.translator.kind == "aldm"), None)
     for target in dict.fromkeys(end for _, end in pairs):
         mean = scorer.scores(target, training.training_mean(target)) if target in training.trained_modalities else None

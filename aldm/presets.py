@@ -308,7 +308,7 @@ def load_preset(name_or_file: str) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text in UTF-8: {error}; give another file, or mend it") from error
+        raise UserError(f"{path} cannot be read as text in UTF-8: {error}; give another file, or fix it") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):

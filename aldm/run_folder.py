@@ -40,7 +40,7 @@ LOOP_STATE = "training.json"
 """The file of a checkpoint that training.fit goes on from."""
 CHECKPOINT_FILES = ("weights.safetensors", "config.json")
 """What anybody but the training itself reads of a checkpoint."""
-_WAY_OUT = "mend it from a copy, or delete the folder and train anew"
+_WAY_OUT = "fix it from a copy, or delete the folder and train again"
 LENGTH_FIELDS = ("epochs", "max_steps", "max_minutes")
 PACE_FIELDS = (*LENGTH_FIELDS, "validate_every", "num_validation_samples", "checkpoint_every", "log_every")
 """Fields of the stage's training section that a resumed run may change."""
@@ -76,8 +76,8 @@ class RunFolder:
             stage: the stage's name; its section of the configuration may change its length when it is resumed.
             config: resolved.
             inputs: name -> path or hash of what the run is made from, for run.json.
-            engine: what the run trains with; it goes on with the same.
-            storage: where the states that resuming needs are kept, if not in the folder; it goes on with the same.
+            engine: what the run trains with; it continues with the same.
+            storage: where the states that resuming needs are kept, if not in the folder; it continues with the same.
             resume: go on with the run in the folder.
             overwrite: delete the run in the folder.
 
@@ -156,7 +156,7 @@ class RunFolder:
                 file.write(json.dumps(plain) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path / METRICS_FILE}: {error.strerror}; mend that, then go on with `resume`"
+                f"cannot write {self.path / METRICS_FILE}: {error.strerror}; fix that, then go on with `resume`"
             ) from error
 
     def save(self, write: Callable[[Path], None], is_best: bool) -> None:
@@ -258,7 +258,7 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | Non
         UserError: as RunFolder.open, the lock, the configuration and the disk excepted.
     """
     if resume and overwrite:
-        raise UserError("`resume` goes on with a run and `overwrite` deletes it: give one of them")
+        raise UserError("`resume` continues a run and `overwrite` deletes it: give one of them")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, wanted a run folder: give another name")
     existing = path if path.exists() else existing_parent(path)
@@ -270,7 +270,7 @@ def check_run_folder(path: Path, resume: bool, overwrite: bool, stage: str | Non
     if resume and not is_run:
         raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE}): leave out `resume` to start one")
     if is_run and not resume and not overwrite:
-        raise UserError(f"{path} holds a run already: `resume` goes on with it, `overwrite` deletes it and starts anew")
+        raise UserError(f"{path} holds a run already: `resume` continues it, `overwrite` deletes it first")
     foreign = [] if is_run or not path.exists() else [file.name for file in path.iterdir() if file.name != LOCK_FILE]
     if foreign:
         raise UserError(

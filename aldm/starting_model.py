@@ -1,7 +1,7 @@
 """The trained model that a training starts from, to fine-tune it: what has to agree with it, and its weights.
 
 A model is a translator folder, the word `default` for the one that ships, or the run folder of a training of the same
-network. Discriminators are in none of these: they start anew.
+network. Discriminators are in none of these: they start from scratch.
 """
 
 from collections.abc import Mapping

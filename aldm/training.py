@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aldm.checkpoint import load_weights, read_weights, write_checkpoint
 from aldm.config import TrainingConfig
 from aldm.data.dataset import Samples, batch_places, collate
-from aldm.engine import AveragedModule, PlainEngine
+from aldm.engine import EMA, PlainEngine
 from aldm.errors import NotFiniteError, UserError
 from aldm.interrupts import DeferredInterrupts
 from aldm.pace import MEASURED_STEPS, Pace, learning_rate
@@ -146,7 +146,7 @@ class _Loop:
         self.train, self.validation = stage.samples("train"), stage.samples("validation")
         _check(self.train, config, engine)
         self.averages = {  # taken first: an engine may shard the weights that it prepares
-            player.name: AveragedModule(player.module, player.config.ema_decay, engine.device)
+            player.name: EMA(player.module, player.config.ema_decay, engine.device)
             for player in stage.players
             if player.config.ema_decay > 0
         }
@@ -341,7 +341,7 @@ class _Loop:
         """Go on from a snapshot."""
         if not (folder / LOOP_STATE).is_file():
             raise UserError(f"{folder} holds no state of a training (no {LOOP_STATE}): it cannot be resumed")
-        state = read_record(folder / LOOP_STATE, _LOOP_STATE, "resume from another checkpoint, or train anew")
+        state = read_record(folder / LOOP_STATE, _LOOP_STATE, "resume from another checkpoint, or train again")
         self.engine.load(folder)
         for name, average in self.averages.items():
             load_weights(average.module, read_weights(_average_file(folder, name)), _average_file(folder, name))

@@ -110,7 +110,7 @@ class UncertaintyStage:
     """The size of a trained model's errors.
 
     Loss: the negative log-likelihood of the error, a mean over the voxels weighted by `voxel_weights`. What the model
-    makes of a sample is computed anew every time.
+    makes of a sample is recomputed every time.
 
     Args:
         config: error_unet and train_uncertainty; the rest is the model's.

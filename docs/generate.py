@@ -66,7 +66,7 @@ def commands_page() -> str:
     common = job_parser("JOB", "")
     parts = [
         f"{NOTE}# Commands\n\n```\n{usage()}\n```\n",
-        "Errors that you can mend are one message and exit code 2. Ctrl-C is exit code 130 and SIGTERM 143; `aldm "
+        "Errors that you can fix are one message and exit code 2. Ctrl-C is exit code 130 and SIGTERM 143; `aldm "
         "serve`, once it has started, is stopped by them and ends with 0.\n",
         "## Flags of every job\n\n" + _flag_table(_actions(common, COMMON_FLAGS)),
     ]

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm benchmark ARGUMENTS`.
 
     Raises:
-        UserError: everything that the user can mend; what is finished is kept.
+        UserError: everything that the user can fix; what is finished is kept.
     """
     args = _parser().parse_args(argv)
     _check_mode(args)

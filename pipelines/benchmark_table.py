@@ -79,17 +79,17 @@ def read_benchmark_scores(entries: Sequence[Entry]) -> list[tuple[int, "ScoreRow
     from aldm.score_rows import REFERENCES, read_csv
 
     rows: list[tuple[int, ScoreRow]] = []
-    company: dict[tuple[str, str, str], ScoreRow] = {}
+    references: dict[tuple[str, str, str], ScoreRow] = {}
     for entry in entries:
         codec_is_trained = any(training[1] == "vqgan" for training in entry.trainings)
         for row in read_csv(entry.folder / SCORES_FOLDER / "scores.csv"):
             if row.method in REFERENCES:
-                company.setdefault((row.method, row.subject_id, row.region), row)
+                references.setdefault((row.method, row.subject_id, row.region), row)
             elif row.method != "reconstruction":
                 rows.append((entry.seed, replace(row, method=entry.method)))
             elif codec_is_trained:  # else there is none, or it is lossless
                 rows.append((entry.seed, replace(row, method=CODEC + entry.method)))
-    return [(0, row) for row in company.values()] + rows
+    return [(0, row) for row in references.values()] + rows
 
 
 def methods_table(rows: Sequence[tuple[int, "ScoreRow"]], region: str, costs: Mapping[str, Cost]) -> str:

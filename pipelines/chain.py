@@ -67,7 +67,7 @@ class Chain:
         out: the folder.
         file: name of the JSON file in it that says what the chain is made of and which steps are done.
         noun: what the chain is, for messages.
-        settings: what its results depend on; it goes on with the same ones only.
+        settings: what its results depend on; it continues with the same ones only.
         spread: how many times its budget a step may take.
     """
 
@@ -83,7 +83,7 @@ class Chain:
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.out.resolve() / DATABASE_FILE}"
 
     def earlier_record(self, overwrite: bool) -> dict[str, Any] | None:
-        """Return the record of the chain that is to go on in the folder; None where one starts anew.
+        """Return the record of the chain that is to go on in the folder; None where one starts from scratch.
 
         Raises:
             UserError: a chain made with other settings is there, or the folder cannot be made.
@@ -96,7 +96,7 @@ class Chain:
                 made, wanted = (", ".join(f"{name} {one.get(name)}" for name in changed) for one in (before, now))
                 raise UserError(
                     f"{self.out} holds a {self.noun} made with {made}, wanted {wanted}: give another --out, or "
-                    "--overwrite to start anew"
+                    "--overwrite to start from scratch"
                 )
             return record
         check_folder(self.out, overwrite, marker=self.file)

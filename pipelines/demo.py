@@ -175,5 +175,5 @@ def _parser() -> JobParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that the demo makes")
     parser.add_argument("--num-subjects", type=int, default=34, metavar="N", help="simulated subjects")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the data and of the trainings")
-    parser.add_argument("--overwrite", action="store_true", help="delete the demo in --out and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete the demo in --out and start again")
     return parser

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm evaluate ARGUMENTS`.
 
     Raises:
-        UserError: everything that the user can mend.
+        UserError: everything that the user can fix.
     """
     parser = _parser()
     args = parser.parse_args(argv)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from aldm.memory import gigabytes, resident_bytes
 
     if args.preset is not None:
-        load_preset(args.preset)  # a model's configuration is its own, but a wrong name is said so
+        load_preset(args.preset)  # a model's configuration is its own, but a wrong name is refused
     check_folder(args.out, args.overwrite, marker=CONFIG)
     if args.register is not None:
         _check_registry(args)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m pipelines.kubeflow ARGUMENTS`.
 
     Raises:
-        UserError: everything that the user can mend.
+        UserError: everything that the user can fix.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -166,7 +166,7 @@ def _failure(p: Parameters, error: Exception) -> str:
     said = [
         f"the step {step} failed: {record['message']}" for step, record in failed if record.get("state") == "failed"
     ]
-    return f"{said[0] if said else error}; mend that and run the same command again: what is finished is kept"
+    return f"{said[0] if said else error}; fix that and run the same command again: what is finished is kept"
 
 
 def _pipeline() -> ModuleType:

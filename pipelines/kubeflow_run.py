@@ -60,7 +60,7 @@ def checked(parameters: dict[str, Any]) -> Parameters:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Let what the user can mend end the process with one line and exit code 2, and what ended it with its own code."""
+    """Let what the user can fix end the process with one line and exit code 2, and what ended it with its own code."""
     try:
         yield
     except UserError as error:

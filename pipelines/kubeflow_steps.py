@@ -48,7 +48,7 @@ ON_RAY = ("prepare", "train-vqgan", "encode", "train-ms-spade", "train-diffusion
 ALWAYS = ("register", "roll")
 """These find out by themselves that there is nothing to do, which may be otherwise tomorrow."""
 MADE_OF = ("data", "layout", "preset", "settings", "splits", "num_subjects", "seed")
-"""The parameters that a run's models depend on; a run goes on with the same ones only."""
+"""The parameters that a run's models depend on; a run continues with the same ones only."""
 
 
 def _parameter(default: Any, text: str) -> Any:
@@ -67,7 +67,7 @@ class Parameters:
     num_subjects: int = _parameter(24, "how many subjects are simulated, where there is no data set")
     seed: int = _parameter(0, "seed of the simulated subjects and of the trainings")
     shared: str = _parameter("/shared", "folder of the storage that all steps and all nodes reach under this name")
-    run_name: str = _parameter("first", "the run's folder is SHARED/runs/RUN_NAME; the same name goes on with it")
+    run_name: str = _parameter("first", "the run's folder is SHARED/runs/RUN_NAME; the same name continues it")
     split: str = _parameter("test", "subjects on which the new model and the champion are measured")
     device: str = _parameter("auto", "where to compute: auto, cpu, cuda")
     num_workers: int = _parameter(0, "workers on Ray of each step; 0 works in one process without Ray")
@@ -201,7 +201,7 @@ def check_parameters(p: Parameters, *, with_batches: bool = True) -> None:
     Raises:
         UserError: one of them.
     """
-    commands(p)  # a wrong preset or setting is said so
+    commands(p)  # refuses a wrong preset or setting
     check_names(p.model_name, p.alias)
     choice("layout", p.layout, LAYOUTS)
     choice("split", p.split, SPLITS)
@@ -239,7 +239,7 @@ def _check_batches(p: Parameters) -> None:
     """Refuse workers that cannot share the batch of a training.
 
     Raises:
-        UserError: so.
+        UserError: the batch size is no multiple of the number of workers.
     """
     for step in STEP_NAMES:
         if step.startswith("train-") and commands(p)[step] is not None:
@@ -276,7 +276,7 @@ def made_of(p: Parameters) -> dict[str, Any]:
 
 
 def _check_engines(p: Parameters) -> None:
-    """Refuse to go on with a training by another engine; one that is done, or will be started anew, may have any.
+    """Refuse to go on with a training by another engine; one that is done or starts from scratch may have any.
 
     Raises:
         UserError: there is such a training.

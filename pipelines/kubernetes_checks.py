@@ -173,6 +173,6 @@ def _twice(manifests: Sequence[Manifest]) -> list[str]:
     for manifest in manifests:
         key = (manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
         if key in seen:
-            found.append(f"{name_of(manifest)}: there are two of it")
+            found.append(f"{name_of(manifest)}: defined twice")
         seen.add(key)
     return found

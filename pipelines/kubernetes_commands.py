@@ -146,7 +146,7 @@ def service_errors(service: Manifest) -> list[str]:
 
 
 def version_errors(cluster: dict[str, Any]) -> list[str]:
-    """Return a word where a Ray cluster is of another version than this environment's Ray, which the image has too."""
+    """Return an error where a cluster's Ray is of another version than this environment's, which the image has too."""
     ours = metadata.version("ray")
     return [] if cluster["rayVersion"] == ours else [f"rayVersion is {cluster['rayVersion']}, this is for Ray {ours}"]
 

@@ -136,7 +136,7 @@ def _pod_demand(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def _raise_quota(manifests: Sequence[Manifest]) -> None:
-    """Let the largest job fit into its queue: Kueue would keep it waiting for ever."""
+    """Let the largest job fit into its queue: Kueue would keep it waiting forever."""
     demands = [demand_of(job) for job in of_kind(manifests, "RayJob")]
     for queue in of_kind(manifests, "ClusterQueue"):
         for group in queue["spec"]["resourceGroups"]:

@@ -176,7 +176,7 @@ def check_shared_batches(setup: Setup) -> None:
     """Refuse workers that cannot share a batch that was asked for.
 
     Raises:
-        UserError: so.
+        UserError: the batch size is no multiple of the number of workers.
     """
     for stage in ALDM_TRAININGS:
         size = setup.batch_size(stage)

@@ -126,7 +126,7 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
     _check_image(args.image, _variant(manifests), args.overlay)
     preset = args.preset or PRESET.get(args.overlay, "small")
     if preset not in PRESETS:
-        load_preset(preset)  # a name that is none is said so
+        load_preset(preset)  # refuses an unknown name
         raise UserError(f"--preset {preset}: a file is not in the image: take one of {', '.join(PRESETS)}, and --set")
     if args.device != "auto":
         raise UserError("--device: the overlay says where jobs compute (dev on CPUs, gpu on GPUs); leave it out")
@@ -156,10 +156,10 @@ def _setup(args: argparse.Namespace, manifests: Sequence[Manifest]) -> Setup:
 
 
 def _check_image(image: str, variant: str, overlay: str) -> None:
-    """Refuse an image whose name is none, or says that something else is in it.
+    """Check an image's name.
 
     Raises:
-        UserError: so.
+        UserError: it is not well formed, names no version, or names another program, version or variant.
     """
     match = IMAGE.fullmatch(image)
     if match is None:
@@ -179,7 +179,7 @@ def _check_image(image: str, variant: str, overlay: str) -> None:
 
 
 def _unsaid_of(image: str, variant: str) -> list[str]:
-    """Return a word where the tag does not say version and variant, which nobody checks then."""
+    """Return a warning where the tag does not say version and variant: nobody checks them then."""
     said = RELEASE.fullmatch(tag_of(image))
     if said is not None and said["variant"] is not None:
         return []

@@ -6,8 +6,8 @@
 
 1. An alias is resolved to a version once. The service is given the version, which never changes under it. An alias in
    its configuration would be resolved by Ray Serve itself, without any of these checks, whenever the service's cluster
-   or its configuration is made anew.
-2. The model is downloaded and its weights are hashed anew; another hash than the registry's is refused.
+   or its configuration is made again.
+2. The model is downloaded and its weights are hashed again; another hash than the registry's is refused.
 3. One translation of a simulated volume has to give a finite volume on the input's grid.
 4. `spec.serveConfigV2` of the RayService is patched (its `args.model` alone), with the version of the object that was
    read, so that nobody else's change is lost, and the former model noted in the annotation aldm/previous-model. KubeRay
@@ -16,7 +16,7 @@
    both; without it the old copies go on, and the new ones wait until --timeout-minutes are over.
 5. The new application has to be RUNNING; when it fails, or is not within --timeout-minutes, the former model is put
    back into the configuration as it is then, and the command fails. Nothing is put back where somebody else has given
-   the service yet another model meanwhile, or where the former model is not known (this roll goes on with one that was
+   the service yet another model meanwhile, or where the former model is not known (this roll continues one that was
    stopped, and the annotation is gone).
 
 To go back by hand, roll to the former version, which the last line of a roll names:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm k8s roll ARGUMENTS`.
 
     Raises:
-        UserError: everything that the user can mend, a model that does not run among it.
+        UserError: everything that the user can fix, a model that does not run among it.
     """
     args = _parser().parse_args(argv)
     if args.apply and args.out is not None:

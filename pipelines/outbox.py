@@ -24,7 +24,7 @@ LONGEST_PAUSE_S = 30.0
 class Outbox:
     """Delivers JSON-able items in order; what is not delivered yet stands in the file, one item a line.
 
-    A delivery that fails is repeated with the same items for as long as it takes: `deliver` has to bear items that it
+    A delivery that fails is repeated with the same items for as long as it takes: `deliver` may get items that it
     has seen before. The file goes when the box is closed and empty; what it holds when the box is opened goes first.
     """
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="subjects made at a time")
     parser.add_argument("--overwrite", action="store_true", help="replace a tree that this job wrote before")
     args = parser.parse_args(argv)
-    resolve_config(args)  # nothing here depends on it, but a wrong one is said so
+    resolve_config(args)  # nothing here depends on it, but a wrong one is refused
     check_arguments(args.layout, args.num_subjects, args.seed, args.spacing_mm)
     check_output(args.out, overwrite=args.overwrite)
     if args.dry_run:

@@ -26,7 +26,7 @@ same bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the job; raises UserError for everything that the user can mend."""
+    """Run the job; raises UserError for everything that the user can fix."""
     args = _parser().parse_args(argv)
     config = _preprocess(args, resolve_config(args))
     source, store_path = Path(args.source), Path(args.store)

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm promote ARGUMENTS`.
 
     Raises:
-        UserError: everything that the user can mend; a model that is not better is none of that.
+        UserError: everything that the user can fix; a model that is not better is none of that.
     """
     parser = _parser()
     args = parser.parse_args(argv)

@@ -94,7 +94,7 @@ class RayJob:
             time.sleep(POLL_S)
 
     def stop(self, timeout_s: float) -> None:
-        """Ask the cluster to end the job, and wait until it has, but not for ever.
+        """Ask the cluster to end the job, and wait until it has, but not forever.
 
         Raises:
             UserError: the job server does not answer.

@@ -58,7 +58,7 @@ class Storage:
         self._answered(self._probe)
         if self._holds("", FileType.Directory) and not resume and not overwrite:
             raise UserError(
-                f"{self.flag} holds a run named {self.name} already: --resume goes on with it, --overwrite deletes it, "
+                f"{self.flag} holds a run named {self.name} already: --resume continues it, --overwrite deletes it, "
                 "or give another name or place"
             )
 

@@ -162,7 +162,7 @@ def cluster_of(args: argparse.Namespace, config: Config, stage: str) -> Cluster:
 
 
 def _check_flags_of_engine(args: argparse.Namespace) -> None:
-    """Refuse a flag that the engine would not heed."""
+    """Refuse a flag that has no effect with the engine."""
     if args.engine != "deepspeed" and args.zero_stage is not None:
         raise UserError(
             f"--zero-stage is for --engine deepspeed, this is --engine {args.engine}: leave one of them out"
@@ -232,7 +232,7 @@ def open_cluster(
     if resume and (run_dir / LAST).is_dir() and not storage.has_checkpoint():
         raise UserError(
             f"{storage.flag} holds no checkpoint of {run_dir}, though that run has written some: give the "
-            "--storage-path that it was trained with, or start anew with --overwrite"
+            "--storage-path that it was trained with, or start from scratch with --overwrite"
         )
     with ray_session():
         use_gpu = cluster.takes_gpus(available_gpus())

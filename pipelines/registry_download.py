@@ -4,7 +4,7 @@ An address is models:/NAME/VERSION or models:/NAME@ALIAS. A version never change
 tomorrow, so whoever works with a model resolves its address once, and keeps the version.
 
 `aldm export --register` leaves with every version a tag `hash`: the SHA-256 over its weights. What is downloaded is
-hashed anew and compared with that tag, so weights that were changed, cut short or mixed up on the way, or in the store
+hashed again and compared with that tag, so weights that were changed, cut short or mixed up on the way, or in the store
 of the artifacts, are refused. (`aldm.checkpoint` compares weights with the config.json beside them only, which came the
 same way.)
 """
@@ -39,7 +39,7 @@ class Registered:
 
     @property
     def address(self) -> str:
-        """The address that means this version for ever."""
+        """The address that means this version forever."""
         return f"{REGISTRY}{self.name}/{self.version}"
 
 
@@ -160,7 +160,7 @@ def translator_folder(downloaded: Path, model: Registered) -> Path:
 
 
 def verified(folder: Path, model: Registered) -> Path:
-    """Return the folder, whose weights were hashed anew.
+    """Return the folder, whose weights were hashed again.
 
     Raises:
         UserError: they are not those that were registered, or not those of the config.json beside them.

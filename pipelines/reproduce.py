@@ -184,7 +184,7 @@ def _parser(table: str) -> JobParser:
     parser.add_argument(
         "--anyway", action="store_true", help="start also where the verdict is that it does not fit this machine"
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete the reproduction in --out and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete the reproduction in --out and start again")
     add_cluster_arguments(parser)
     parser.set_defaults(engine="plain")
     return parser

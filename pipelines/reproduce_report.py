@@ -135,7 +135,7 @@ def caveats(config: Config, splits: str) -> str:
 
 
 def differences(config: Config) -> list[tuple[str, str, str]]:
-    """Return what differs from the paper: part, paper, here. What the paper does not say is said so."""
+    """Return what differs from the paper: part, paper, here. Where the paper does not say, the row says that."""
 
     def other(same: bool, text: str) -> str:
         return text if same else f"NOT the paper's: {text}"

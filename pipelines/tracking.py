@@ -224,7 +224,7 @@ class Tracker:
 
 
 def discard(run_dir: Path) -> None:
-    """Remove what a tracker keeps in a run folder, for a training that starts anew there; MLflow keeps the old run."""
+    """Remove what a tracker keeps in a run folder, for a new training there; MLflow keeps the old run."""
     for name in (RECORD_FILE, OUTBOX_FILE):
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / PANELS, ignore_errors=True)

@@ -93,7 +93,7 @@ def answering(uri: str) -> Iterator[None]:
             f"({brief(error)}); move the file away (a new one is made), or set MLFLOW_TRACKING_URI to another store"
         ) from error
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: a database's driver
-        way_out = "mend that, or set MLFLOW_TRACKING_URI to a tracking server"
+        way_out = "fix that, or set MLFLOW_TRACKING_URI to a tracking server"
         if os.environ.get("MLFLOW_TRACKING_URI"):
             way_out = "start the server, give its address, or unset MLFLOW_TRACKING_URI to keep runs in a local file"
         raise UserError(f"MLflow at {uri} cannot be used: {brief(error)}; {way_out}") from error

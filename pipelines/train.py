@@ -198,7 +198,7 @@ def _parser(stage: str) -> JobParser:
     )
     parser.add_argument("--seed", type=int, help="seed of every random choice (default: the configuration's)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir and start again")
     parser.add_argument(
         "--resume-or-start",
         action="store_true",

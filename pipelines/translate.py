@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm translate ARGUMENTS`; 2 when some inputs of a batch failed.
 
     Raises:
-        UserError: everything that the user can mend.
+        UserError: everything that the user can fix.
     """
     args = _parser().parse_args(argv)
     named = named_sources(args.source)

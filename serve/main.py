@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `aldm serve ARGUMENTS` until it is told to stop.
 
     Raises:
-        UserError: everything that the user can mend.
+        UserError: everything that the user can fix.
     """
     args = _parser().parse_args(argv)
     if args.preset is not None or args.set:

@@ -1,7 +1,7 @@
 """Which translator a service runs: a folder, a registered model of MLflow, or the one inside the package.
 
 A registered model is found out once, when the service is started or deployed with a changed configuration, not by each
-copy or node: models:/NAME/VERSION is that version for ever, models:/NAME@ALIAS is the version that the alias points to
+copy or node: models:/NAME/VERSION is that version forever, models:/NAME@ALIAS is the version that the alias points to
 at that moment, and it stays when the alias moves. To bring another model into a running service, deploy it again with
 another address (on Kubernetes: aldm k8s roll).
 """

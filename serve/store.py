@@ -150,7 +150,7 @@ class StoreHandle:
                 self._find_again(error)
 
     def _find_again(self, error: Exception) -> None:
-        """Start the store anew where it has ended for good."""
+        """Start the store again where it has ended for good."""
         from ray.exceptions import ActorDiedError
 
         if isinstance(error, ActorDiedError):

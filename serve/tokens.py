@@ -19,7 +19,7 @@ READ_S = 2.0
 class TokenFile(Mapping[str, str]):
     """Name -> SHA-256 of each token that the file holds now.
 
-    A file that is gone, damaged or empty lets nobody in until it is mended: what it held before may have been taken
+    A file that is gone, damaged or empty lets nobody in until it is fixed: what it held before may have been taken
     back. It is never empty, so that it cannot be taken for a service that wants no tokens.
     """
 
@@ -55,7 +55,7 @@ class TokenFile(Mapping[str, str]):
         except UserError as error:
             self._tokens, wrong = {}, str(error)
         if wrong and wrong != self._wrong:
-            logger.error("%s; nobody is let in until it is mended", wrong)
+            logger.error("%s; nobody is let in until it is fixed", wrong)
         elif self._wrong and not wrong:
             logger.warning("%s can be used again", self._path)
         self._wrong = wrong

@@ -42,7 +42,7 @@ NUM_SUBJECTS = 9
 SPACING_MM = 8.0
 
 
-settings.register_profile("fixed", derandomize=True)  # --hypothesis-profile=default draws anew
+settings.register_profile("fixed", derandomize=True)  # --hypothesis-profile=default draws new examples
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""What the model that ships makes of a fixed simulated volume: `python tests/golden_default_model.py` writes it anew.
+"""What the model that ships makes of a fixed simulated volume: `python tests/golden_default_model.py` writes it again.
 
 Run it after `aldm/default_model/make.sh`, or when the way in is changed on purpose (last by the grid that is
 anchored on the volume's own voxels, up to 0.007): any other change of these numbers is a fault.

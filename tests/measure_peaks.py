@@ -108,7 +108,7 @@ def measured_peak(run: Callable[[], None]) -> int:
     """Return how far the resident set rises above its present size, bytes."""
     gc.collect()
     release_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before

@@ -186,7 +186,7 @@ class RunningService:
 
 
 def forget_peak(process: psutil.Process) -> int:
-    """Let the peak of a process's memory begin anew, and return what it is now, bytes."""
+    """Let the peak of a process's memory start from scratch, and return what it is now, bytes."""
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # proc(5)
     return peak_bytes(process)
 

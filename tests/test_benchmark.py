@@ -250,7 +250,7 @@ def test_stopped_it_leaves_nothing_running_and_goes_on(
     assert steps == sorted(set(steps)), "a step twice"
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
     elapsed_s = [record["elapsed_s"] for record in records if "elapsed_s" in record]
-    assert elapsed_s == sorted(elapsed_s), "the time began anew"
+    assert elapsed_s == sorted(elapsed_s), "the time started again"
     assert elapsed_s[-2] < BUDGET * 60, "a step began after the end of the time"
     cells = next(line for line in (out / "benchmark.md").read_text().splitlines() if "| unet |" in line).split("|")
     assert cells[6].strip() == f"{steps[-1] * tiny().train_unet.batch_size:,}"

@@ -1,7 +1,7 @@
 """Files that this version, or one before it, has written: every later one reads them and finds the same in them.
 
 tests/data/make.py has made them. A test that fails here says that what users have from before would not be
-read as it was: mend that, do not make the files anew.
+read as it was: fix that, do not make the files again.
 """
 
 import json

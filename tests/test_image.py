@@ -163,7 +163,7 @@ def torch_index() -> str:
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Replay]:
-    """The CPU variant's environment, made by the Dockerfile's own instructions; not in /tmp, which a pod has anew."""
+    """The CPU variant's environment, made by the Dockerfile's own instructions; not in /tmp, new in every pod."""
     folder = Path(tempfile.mkdtemp(prefix="aldm-image-", dir="/var/tmp"))
     try:
         folder.chmod(0o755)

@@ -78,7 +78,7 @@ def test_a_step_that_is_ended_ends_its_job(head: RayHead, prepares: Parameters) 
     assert running.wait() == 143, running.output
     (state,) = jobs(head, "prepare").values()
     assert state == "STOPPED"
-    assert read_step("prepare", p)["state"] == "running"  # so the next start goes on with it
+    assert read_step("prepare", p)["state"] == "running"  # so the next start continues it
 
 
 def test_the_job_of_a_step_that_was_killed_is_followed(head: RayHead, prepares: Parameters) -> None:

@@ -189,7 +189,7 @@ def test_a_fault_is_caught_by_name(fault: str) -> None:
 
 def test_two_of_one_name_are_caught() -> None:
     manifest = one("dev", *MLFLOW)
-    assert manifest_errors([manifest, manifest]) == ["Deployment mlflow: there are two of it"]
+    assert manifest_errors([manifest, manifest]) == ["Deployment mlflow: defined twice"]
 
 
 @pytest.mark.parametrize("asked", [{"maxUnavailable": 1}, {"maxUnavailable": 0}, {"minAvailable": "50%"}])

@@ -26,7 +26,7 @@ def image(affine=AFFINE, qform=1, sform=1, **header):
 
 
 def emptied(path, rows=0.0, **codes):
-    """A file whose sform says nothing: nibabel would mend it while it saves, so the bytes are written by hand."""
+    """A file whose sform says nothing: nibabel would fix it while it saves, so the bytes are written by hand."""
     nibabel.save(image(**codes), path)
     content = bytearray(path.read_bytes())
     content[280:328] = np.full((3, 4), rows, "<f4").tobytes()
@@ -97,5 +97,5 @@ def test_a_unit_that_makes_no_head_is_named(tmp_path, unit, words):
 
 def test_a_size_in_unknown_units_that_no_head_has_is_named(tmp_path):
     nibabel.save(image(np.diag([1e-3, 1e-3, 1e-3, 1]), xyzt_units=0), tmp_path / "in.nii")
-    with pytest.raises(UserError, match=r"0\.01 x 0\.012 x 0\.014 mm, wanted .* unit is unknown: mend its voxel size"):
+    with pytest.raises(UserError, match=r"0\.01 x 0\.012 x 0\.014 mm, wanted .* unit is unknown: fix its voxel size"):
         load_nifti(tmp_path / "in.nii")

@@ -168,6 +168,6 @@ def test_tests_that_share_a_service_run_in_one_process(request: pytest.FixtureRe
 
 
 def test_a_long_value_is_no_part_of_a_test_s_name() -> None:
-    """What two processes make anew, such as a gzip with its time, would give one test two names."""
+    """What two processes make each, such as a gzip with its time, would give one test two names."""
     assert pytest_make_parametrize_id(gzip.compress(bytes(range(256))), "content") == "content"
     assert pytest_make_parametrize_id("t1.nii", "name") is None

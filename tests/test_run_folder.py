@@ -64,7 +64,7 @@ def test_two_trainings_cannot_share_a_run(tmp_path: Path) -> None:
 def test_an_existing_run_needs_a_word(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         run.log({"step": 1})
-    with pytest.raises(UserError, match="`resume` goes on with it, `overwrite` deletes it"):
+    with pytest.raises(UserError, match="`resume` continues it, `overwrite` deletes it"):
         opened(tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").is_file()
 
@@ -150,7 +150,7 @@ def test_resuming_a_damaged_run_is_explained(tmp_path: Path, name: str, text: st
         with opened(tmp_path / "run", resume=True) as run:
             run.resume_from()
 
-    with pytest.raises(UserError, match=f"(?s){message}.*mend it from a copy, or delete the folder"):
+    with pytest.raises(UserError, match=f"(?s){message}.*fix it from a copy, or delete the folder"):
         resume()
 
 
@@ -231,7 +231,7 @@ def test_a_process_killed_between_two_renames_loses_no_checkpoint(tmp_path: Path
 def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="No space left on device; mend that, then go on with `resume`"):
+        with pytest.raises(UserError, match="No space left on device; fix that, then go on with `resume`"):
             run.log({"step": 1})
 
 

@@ -180,7 +180,7 @@ def load_config(haar_latents: Path) -> Any:
 def test_an_existing_run_is_not_touched(stage_2: Path, haar_latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in stage_2.rglob("*")}
     message = refused(capsys, "train", "ms-spade", "--latents", haar_latents, "--run-dir", stage_2, *TINY)
-    assert "--resume goes on with it, --overwrite deletes it" in message
+    assert "--resume continues it, --overwrite deletes it" in message
     assert {path: path.stat().st_mtime_ns for path in stage_2.rglob("*")} == before
 
 

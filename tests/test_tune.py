@@ -314,7 +314,7 @@ def test_a_finished_sweep_is_not_run_again(
 ) -> None:
     out, words = swept
     before = (out / "trials.csv").read_bytes()
-    with pytest.raises(UserError, match="--resume goes on with it, --overwrite deletes it"):
+    with pytest.raises(UserError, match="--resume continues it, --overwrite deletes it"):
         run(*words)
     with pytest.raises(UserError, match="num_trials was 3, now 2"):
         run(*words, "--resume", "--num-trials", 2)

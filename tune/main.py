@@ -99,7 +99,7 @@ def _parser() -> JobParser:
         help="trials at a time (default: as many as the cluster has CPUs, or GPUs)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
-    parser.add_argument("--overwrite", action="store_true", help="delete the sweep in --out and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete the sweep in --out and start again")
     parser.add_argument(
         "--resume-or-start",
         action="store_true",
@@ -126,13 +126,13 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     from tune.sweep import SWEEP_FILE
 
     if resume and overwrite:
-        raise UserError("--resume goes on with a sweep and --overwrite deletes it: give one of them")
+        raise UserError("--resume continues a sweep and --overwrite deletes it: give one of them")
     is_sweep = (out / SWEEP_FILE).is_file()
     if resume and not is_sweep:
         raise UserError(f"{out} holds no sweep to resume (no {SWEEP_FILE}): leave out --resume to start one")
     if is_sweep and not resume and not overwrite:
         raise UserError(
-            f"{out} holds a sweep already: --resume goes on with it, --overwrite deletes it and starts anew"
+            f"{out} holds a sweep already: --resume continues it, --overwrite deletes it and starts from scratch"
         )
     if not resume:
         check_folder(out, overwrite=is_sweep, marker=SWEEP_FILE)

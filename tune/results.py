@@ -107,7 +107,7 @@ def write_sweep(sweep: Sweep, out: Path, trials: Sequence[Trial], measurements: 
     if not measurements:
         reasons = dict.fromkeys(trial.error for trial in trials if trial.error)
         raise UserError(
-            f"no trial of {out} came to be measured: {'; '.join(list(reasons)[:3])}; mend that and say --resume, which "
+            f"no trial of {out} came to be measured: {'; '.join(list(reasons)[:3])}; fix that and say --resume, which "
             "tries again what crashed, or train otherwise in another --out"
         )
     front = pareto_front(measurements, sweep.higher_is_better)

@@ -91,7 +91,7 @@ class Sweep:
             return from_dict(cls, json.loads((folder / SWEEP_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:  # UserError is a ValueError
             raise UserError(
-                f"{folder / SWEEP_FILE} cannot be read: {error}; start the sweep anew in another --out"
+                f"{folder / SWEEP_FILE} cannot be read: {error}; start the sweep again in another --out"
             ) from error
 
     def check_same(self, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Sweep:
         different = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names]
         if different:
             raise UserError(
-                f"{folder} was started with other flags ({'; '.join(different[:5])}): --resume goes on with the same "
+                f"{folder} was started with other flags ({'; '.join(different[:5])}): --resume continues with the same "
                 "ones, another --out starts another sweep"
             )
 

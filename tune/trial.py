@@ -1,6 +1,6 @@
 """One trial: the training of stage 3 at one point of the space, then every sampler on its one best checkpoint.
 
-The run folder is the trial's only state. A trial that starts where its folder has a run goes on with it, and one that
+The run folder is the trial's only state. A trial that starts where its folder has a run continues it, and one that
 is measured already only says so again: whatever Ray Tune knew when it was stopped, nothing is trained twice.
 """
 

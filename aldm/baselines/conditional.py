@@ -1,6 +1,6 @@
 """What pix2pix, ResViT and Ea-GAN share: one generator, and a discriminator that sees the source beside the image.
 
-A step runs the discriminator first, then the generator, both on the same generated image: each turn makes it anew,
+A step runs the discriminator first, then the generator, both on the same generated image: each turn makes it again,
 because a turn's graph belongs to its own engine. Tensors are as in pairs.py.
 """
 

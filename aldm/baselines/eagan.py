@@ -2,7 +2,7 @@
 a channel that the discriminator sees (dEa-GAN).
 
 What differs from the published code, which its authors' options break: no image pool stands between generator and
-discriminator (theirs cuts the adversarial gradient), and smoothed labels are drawn anew at every use.
+discriminator (theirs cuts the adversarial gradient), and smoothed labels are redrawn at every use.
 """
 
 import torch

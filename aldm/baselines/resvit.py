@@ -1,7 +1,7 @@
 """ResViT (Dalmaz et al. 2022), one to one, on axial slices. Its two trainings are two methods here.
 
 resvit-cnn trains the network without its transformer. resvit goes on from there with the transformer in it, whose own
-start is a file of ImageNet weights, or random where none is given; its discriminator starts anew.
+start is a file of ImageNet weights, or random where none is given; its discriminator starts from scratch.
 """
 
 from pathlib import Path

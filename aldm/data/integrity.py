@@ -202,7 +202,7 @@ def _geometry_problems(files: SubjectFiles, volumes: Mapping[str, Volume]) -> li
         if role == reference:
             continue
         volume = volumes[role]
-        way_out = f"mend its affine, or that of {reference}"
+        way_out = f"fix its affine, or that of {reference}"
         if volume.data.shape == fixed.data.shape and not np.allclose(volume.affine, fixed.affine, atol=1e-2):
             way_out = (
                 f"it has the shape of {reference} and another affine: if the voxels belong together, copy the affine"

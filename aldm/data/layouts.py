@@ -43,11 +43,11 @@ class Problem:
     path: Path
     message: str
     stops: bool = True
-    """Whether it has to be mended first; otherwise it is only said."""
+    """Whether it has to be fixed first; otherwise it is only said."""
 
 
 def stopping(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems that have to be mended first."""
+    """Return the problems that have to be fixed first."""
     return [problem for problem in problems if problem.stops]
 
 

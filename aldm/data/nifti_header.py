@@ -41,7 +41,7 @@ class NiftiSource:
     byte_order: str = "="
     """Byte order of the file's voxels as NumPy writes it."""
     notes: tuple[str, ...] = ()
-    """What was wrong in the header and could be mended; `header` is the mended one."""
+    """What was wrong in the header and could be fixed; `header` is the fixed one."""
 
     @property
     def orientation(self) -> str:
@@ -233,7 +233,7 @@ def _check_size(path: Path, affine: np.ndarray, shape: Sequence[int], header: An
     unit, mm = _unit(header)
     found = " x ".join(f"{side:.4g}" for side in sides)
     in_mm = " x ".join(f"{side:.4g}" for side in sides / mm)
-    way_out = "mend its voxel size"
+    way_out = "fix its voxel size"
     if mm != 1:
         way_out = f"if its numbers are mm ({in_mm} mm), set the unit to mm (nibabel: header.set_xyzt_units('mm'))"
     raise UserError(

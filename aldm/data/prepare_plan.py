@@ -123,7 +123,7 @@ def report(source: Path, problems: Sequence[Problem]) -> str:
     """Return the message that names every problem with its file."""
     lines = [f"  {problem.path}: {problem.message}" for problem in sorted(problems, key=lambda p: (p.path, p.message))]
     return "\n".join(
-        [f"{counted(len(lines), 'problem')} in {source}; mend or remove these files and run it again:", *lines]
+        [f"{counted(len(lines), 'problem')} in {source}; fix or remove these files and run it again:", *lines]
     )
 
 

@@ -290,12 +290,12 @@ def read_store_file(path: Path) -> dict[str, Any] | None:
     """Return what store.json says, or None where there is none; UserError: damaged, or of another format version."""
     if not has_file(path, STORE_FILE):
         return None
-    file, way_out = path / STORE_FILE, "prepare the store anew with `overwrite`"
+    file, way_out = path / STORE_FILE, "prepare the store again with `overwrite`"
     header = read_record(file, {"format_version": int}, way_out)
     if header["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path} is a store of format version {header['format_version']}, this program reads {FORMAT_VERSION}: "
-            "prepare it anew"
+            "prepare it again"
         )
     check_record(header, {"layout": str, "preprocess": dict, "modalities": list, "fingerprint": str}, file, way_out)
     return header
@@ -355,7 +355,7 @@ def read_manifest(path: Path) -> list[SubjectRecord]:
         return [_subject_record(group) for group in by_subject.values()]
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path / MANIFEST_FILE} is damaged ({error!r}): run the same aldm prepare again, it writes it anew"
+            f"{path / MANIFEST_FILE} is damaged ({error!r}): run the same aldm prepare again, it writes it again"
         ) from error
 
 

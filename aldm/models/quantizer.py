@@ -221,7 +221,7 @@ class Codebook(Quantizer):
         order = torch.topk(weights / noise, min(self.codebook_size, rows.shape[0])).indices
         repeats = -(-self.codebook_size // order.shape[0])
         drawn = rows[order.repeat(repeats)[: self.codebook_size]]
-        if repeats > 1:  # fewer rows than codes: copies are set apart, or they would stay one code for ever
+        if repeats > 1:  # fewer rows than codes: copies are set apart, or they would stay one code forever
             jitter = torch.randn(drawn.shape, generator=generator).to(drawn)
             drawn = drawn + 0.01 * rows.std(dim=0, unbiased=False) * jitter
         world_size = self.reduce(torch.ones(1, device=rows.device)).round().long()

@@ -135,7 +135,7 @@ def scan() -> Volume:
 
 
 def main() -> int:
-    """Write everything anew, in a folder whose name says nothing of this machine."""
+    """Write everything again, in a folder whose name says nothing of this machine."""
     with tempfile.TemporaryDirectory(prefix="aldm-written-") as scratch:
         write(Path(scratch))
         shutil.rmtree(OUT, ignore_errors=True)

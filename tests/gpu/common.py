@@ -59,7 +59,7 @@ class Peak:
             self._before = torch.cuda.memory_allocated()
         else:
             with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             self._before = _status("VmRSS")
 
     def row(self) -> Row:

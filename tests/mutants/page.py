@@ -41,7 +41,7 @@ def page(outcomes: Sequence[Outcome], per_file: int) -> str:
         "condition, a call left out) and runs the quick tests that should notice. Of each file it takes the changes",
         f"that `tests/mutants/named.py` names, and up to {per_file} more, drawn with a fixed seed. Changes that",
         "nothing could notice are in `tests/mutants/equivalent.py` and below, each with its reason; they do not count.",
-        "The tests were mended for what this draw found: of changes that were never drawn, expect more to survive.",
+        "The tests were fixed for what this draw found: of changes that were never drawn, expect more to survive.",
         "",
         f"**{len(counted) - len(survived)} of {len(counted)} noticed, {len(survived)} survived "
         f"({100 * share_survived(outcomes):.1f} %)**, and {len(equivalent)} equivalent.",
