@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol, TypeVar
 from aldm.errors import UserError
 from aldm.files import atomic_path
 from pipelines.benchmark_plan import LOG, RECORD_FILE, Terms
-from pipelines.ray_pool import open_workers
+from pipelines.ray_pool import WantedWorkers, open_workers
 
 SETTINGS = "benchmark.json"
 KILOBYTE = 1024
@@ -64,7 +64,7 @@ def run_all(entries: Sequence[Planned], terms: Terms, args: argparse.Namespace) 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(terms.out / "runs")
     with answering(uri):  # once, before several trainings find no file and each makes one
         experiment_id(connect(uri), uri, EXPERIMENT)
-    with open_workers(args, use_gpus=True) as workers, default_server(uri):
+    with open_workers(WantedWorkers.of(args), use_gpus=True) as workers, default_server(uri):
         run = Runner(uri, args.device)
         if workers is None:
             for number, entry in enumerate(entries, start=1):

@@ -9,7 +9,7 @@ from aldm.config import Shape
 from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import JobParser, job_parser, resolve_config
-from pipelines.ray_pool import add_worker_arguments, open_workers
+from pipelines.ray_pool import WantedWorkers, add_worker_arguments, open_workers
 
 if TYPE_CHECKING:
     from aldm.models.codecs import Codec
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoding = Encoding.check(
         store, args.out, config=config, codec=args.codec, like=args.like, flips=args.flips, overwrite=args.overwrite
     )
-    with open_workers(args, use_gpus=True) as workers:
+    with open_workers(WantedWorkers.of(args), use_gpus=True) as workers:
         if workers is None:
             encode = encoding.encoder(device, args.max_memory_gb)
         else:

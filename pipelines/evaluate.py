@@ -24,7 +24,7 @@ from aldm.evaluation_settings import EvaluationSettings
 from aldm.files import check_folder
 from aldm.words import counted
 from pipelines.arguments import ConfigChanges, JobParser, job_parser
-from pipelines.ray_pool import add_worker_arguments, open_workers
+from pipelines.ray_pool import WantedWorkers, add_worker_arguments, open_workers
 from pipelines.translator_arguments import (
     TranslatorOptions,
     add_translator_arguments,
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.self_test:
         from pipelines.evaluation_self_test import run_self_test
 
-        return run_self_test(args)
+        _check_no_model(args)
+        return run_self_test(settings, args.out, overwrite=args.overwrite, dry_run=args.dry_run)
     if args.group is not None:
         from pipelines.tracking_server import check_server, tracking_uri
 
@@ -82,6 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with measured_champion(args.champion, args.out) as champion:
         return _run(args, settings, champion)
+
+
+def _check_no_model(args: argparse.Namespace) -> None:
+    """Refuse flags that --self-test has no use for."""
+    names = ("model", "baseline", "champion", "source", "target", "segmenter", "group")
+    given = [name for name in names if getattr(args, name)]
+    if given:
+        raise UserError(f"--self-test measures the scores and no model: leave out --{', --'.join(given)}")
 
 
 def _run(args: argparse.Namespace, settings: EvaluationSettings, champion: "Champion | None") -> int:
@@ -96,7 +105,7 @@ def _run(args: argparse.Namespace, settings: EvaluationSettings, champion: "Cham
     if champion is not None:
         settings = replace(settings, champion=asdict(champion.model))
     plan = EvaluationPlan.check(settings, [model.candidate for model in models])
-    with open_workers(args, use_gpus=True) as workers:
+    with open_workers(WantedWorkers.of(args), use_gpus=True) as workers:
         load = None if workers is None else _loader(models, workers.device, args)
         if args.dry_run:
             return _dry_run(plan, workers)

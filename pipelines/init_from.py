@@ -1,12 +1,11 @@
 """`aldm train --init-from`: the flag, and the configuration that fine-tunes a model."""
 
-import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
 from aldm.config import Config, override
 from aldm.errors import UserError
-from pipelines.arguments import JobParser
+from pipelines.arguments import ConfigChanges, JobParser
 
 OF_THE_TRAINING = ("train_", "baselines", "seed", "precision", "activation_checkpointing", "sampling")
 """How the sections and keys begin that fine-tuning may change; the networks and the data's preprocessing stay."""
@@ -30,7 +29,7 @@ def folder_of(word: str) -> Path:
     return model_folder(word)
 
 
-def config_of_model(stage: str, word: str, args: argparse.Namespace) -> Config:
+def config_of_model(stage: str, word: str, changes: ConfigChanges) -> Config:
     """Return the configuration that fine-tunes a model, with what --set and --precision change.
 
     Raises:
@@ -38,18 +37,18 @@ def config_of_model(stage: str, word: str, args: argparse.Namespace) -> Config:
     """
     from aldm.starting_model import fine_tuning_config
 
-    if args.preset is not None:
+    if changes.preset is not None:
         raise UserError(
-            f"--preset {args.preset} with --init-from {word}: a trained model carries its configuration; leave the "
+            f"--preset {changes.preset} with --init-from {word}: a trained model carries its configuration; leave the "
             "preset out, and change values of the training with --set"
         )
     own = fine_tuning_config(stage, word)
-    config = override(own, args.set)
+    config = override(own, changes.set)
     names = [field.name for field in fields(Config) if not field.name.startswith(OF_THE_TRAINING)]
     changed = [name for name in names if getattr(own, name) != getattr(config, name)]
     if changed:
         raise UserError(
-            f"--set {' '.join(args.set)} changes {', '.join(changed)}, which the model {word} carries: leave it out; "
-            f"train_* can be changed"
+            f"--set {' '.join(changes.set)} changes {', '.join(changed)}, which the model {word} carries: leave it "
+            "out; train_* can be changed"
         )
-    return config if args.precision is None else replace(config, precision=args.precision)
+    return config if changes.precision is None else replace(config, precision=changes.precision)

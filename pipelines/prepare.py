@@ -16,7 +16,7 @@ from aldm.data.preparing import plan_store, run_request
 from aldm.errors import UserError
 from aldm.words import counted
 from pipelines.arguments import job_parser, resolve_config
-from pipelines.ray_pool import add_worker_arguments, open_workers
+from pipelines.ray_pool import WantedWorkers, add_worker_arguments, open_workers
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overwrite=args.overwrite,
         max_voxels=args.max_voxels,
     )
-    with open_workers(args, use_gpus=False) as workers:
+    with open_workers(WantedWorkers.of(args), use_gpus=False) as workers:
         if args.dry_run:
             plan = plan_store(request, args.num_processes, workers)
             print(plan.summary())

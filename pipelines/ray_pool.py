@@ -53,39 +53,60 @@ def add_worker_arguments(parser: JobParser, task: str) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WantedWorkers:
+    """The workers that a job asks for.
+
+    Attributes:
+        num_workers: how many; None works without Ray.
+        device: cpu, cuda or auto.
+        autoscaling: wait for the cluster to add nodes.
+    """
+
+    num_workers: int | None
+    device: str = "auto"
+    autoscaling: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "WantedWorkers":
+        """Return what the flags of `add_worker_arguments`, and --device, say."""
+        return cls(num_workers=args.num_workers, device=args.device, autoscaling=args.autoscaling)
+
+
 @contextlib.contextmanager
-def open_workers(args: argparse.Namespace, *, use_gpus: bool) -> Iterator["RayWorkers | None"]:
-    """Yield the workers that --num-workers asks for, or None without it.
+def open_workers(wanted: WantedWorkers, *, use_gpus: bool) -> Iterator["RayWorkers | None"]:
+    """Yield the workers that are wanted, or None where no number is given.
 
     Args:
-        args: with what `add_worker_arguments` added, and --device.
+        wanted: how many, and where.
         use_gpus: whether every worker takes a GPU: if the cluster has any and --device is not cpu.
 
     Raises:
         UserError: no cluster at RAY_ADDRESS, or more workers than it has CPUs or GPUs for.
     """
-    if args.num_workers is None:
+    if wanted.num_workers is None:
         yield None
         return
-    if args.num_workers < 1:
-        raise UserError(f"--num-workers is {args.num_workers}, wanted at least 1")
+    if wanted.num_workers < 1:
+        raise UserError(f"--num-workers is {wanted.num_workers}, wanted at least 1")
     with ray_session():
-        check_cluster_has(args.num_workers, use_gpu=False, autoscaling=args.autoscaling)
-        on_gpus = use_gpus and _on_gpus(args)
-        with RayWorkers(args.num_workers, use_gpus=on_gpus, num_threads=_num_threads() if use_gpus else None) as pool:
+        check_cluster_has(wanted.num_workers, use_gpu=False, autoscaling=wanted.autoscaling)
+        on_gpus = use_gpus and _on_gpus(wanted)
+        with RayWorkers(wanted.num_workers, use_gpus=on_gpus, num_threads=_num_threads() if use_gpus else None) as pool:
             yield pool
 
 
-def _on_gpus(args: argparse.Namespace) -> bool:
+def _on_gpus(wanted: WantedWorkers) -> bool:
     """Return whether every worker takes a GPU; UserError where there are too few."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if args.device == "cpu" or (args.device == "auto" and not gpus):
+    if wanted.device == "cpu" or (wanted.device == "auto" and not gpus):
         return False
-    if gpus < args.num_workers and not args.autoscaling:
+    assert wanted.num_workers is not None, "open_workers checks it"
+    if gpus < wanted.num_workers and not wanted.autoscaling:
         raise UserError(
-            f"--num-workers {args.num_workers} with --device {args.device} takes a GPU for every worker, this Ray "
+            f"--num-workers {wanted.num_workers} with --device {wanted.device} takes a GPU for every worker, this Ray "
             f"cluster has {gpus}: take fewer workers, or give --device cpu"
         )
     return True

@@ -14,7 +14,7 @@ from aldm.config_baselines import METHODS, VOLUME_METHODS
 from aldm.errors import UserError
 from aldm.stage_inputs import WITHOUT_STARTING_MODEL, StageInputs
 from aldm.words import counted
-from pipelines.arguments import JobParser, job_parser, resolve_config
+from pipelines.arguments import ConfigChanges, JobParser, job_parser, resolve_config
 from pipelines.init_from import add_starting_model, config_of_model, folder_of
 from pipelines.ray_storage import Storage
 from pipelines.ray_training import Cluster, add_cluster_arguments, cluster_of, open_cluster, train_on_ray
@@ -224,7 +224,7 @@ def _add_pair(parser: JobParser, *, needed: bool) -> None:
 def _config(stage: str, args: argparse.Namespace) -> Config:
     """Return the configuration with the job's own flags laid over it."""
     word = getattr(args, "init_from", None)
-    config = resolve_config(args) if word is None else config_of_model(stage, word, args)
+    config = resolve_config(args) if word is None else config_of_model(stage, word, ConfigChanges.of(args))
     changes: dict[str, Any] = {}
     for field in ("max_steps", "max_minutes"):
         if getattr(args, field) is not None:
