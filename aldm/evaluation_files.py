@@ -11,22 +11,21 @@ from aldm import subsets
 from aldm.config import to_dict
 from aldm.data.store import VolumeStore
 from aldm.evaluation import Candidate, Evaluation, Example
-from aldm.evaluation_settings import EvaluationSettings
+from aldm.evaluation_settings import (
+    PARQUET,
+    PICTURES,
+    QUALITY_PICTURE,
+    SCORES_FILE,
+    SUBSETS,
+    SUBSETS_PICTURE,
+    TABLES,
+    TIMES,
+    EvaluationSettings,
+)
 from aldm.pictures import CardPoint, save_quality_card, save_subsets, save_translation_panel
 from aldm.run_folder import git_state
 from aldm.score_rows import MethodKey, mean_scores, of_images, write_csv, write_parquet
 from aldm.score_table import document
-
-SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
-SCORES_FILE, PARQUET, TABLES, TIMES, QUALITY_PICTURE, EVALUATION_FILE, PICTURES = (
-    "scores.csv",
-    "scores.parquet",
-    "scores.md",
-    "times.csv",
-    "quality.png",
-    "evaluation.json",
-    "pictures",
-)
 
 
 def draw_panel(example: Example, *, pictured: set[str], store: VolumeStore, folder: Path) -> None:

@@ -13,8 +13,8 @@ from aldm.data.parallel import Workers, remove_leftovers
 from aldm.data.store import SubjectRecord, VolumeStore
 from aldm.errors import UserError
 from aldm.evaluation import Candidate, Evaluation, check_candidates, count_translations, evaluate
-from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, draw_panel, write_evaluation, write_record
-from aldm.evaluation_settings import EvaluationSettings
+from aldm.evaluation_files import draw_panel, write_evaluation, write_record
+from aldm.evaluation_settings import EVALUATION_FILE, SCORES_FILE, EvaluationSettings
 from aldm.files import atomic_folder, check_folder
 from aldm.models.segmenter import Segmenter
 from aldm.progress import progress

@@ -1,4 +1,4 @@
-"""What an evaluation measures. No torch here."""
+"""What an evaluation measures, and the names of the files that it leaves. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from aldm.errors import UserError
+
+SUBSETS, SUBSETS_PICTURE = "subsets.csv", "subsets.png"
+SCORES_FILE, PARQUET, TABLES, TIMES, QUALITY_PICTURE, EVALUATION_FILE, PICTURES = (
+    "scores.csv",
+    "scores.parquet",
+    "scores.md",
+    "times.csv",
+    "quality.png",
+    "evaluation.json",
+    "pictures",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from aldm.config import Config
 from aldm.config_baselines import BOTH_WAYS, METHODS
 from aldm.errors import UserError
-from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, TIMES
+from aldm.evaluation_settings import EVALUATION_FILE, SCORES_FILE, TIMES
 from aldm.likeness import modality_of
 from aldm.score_rows import SCORE_COLUMNS as NAMES
 from aldm.score_rows import mean_scores, of_images, read_csv

@@ -125,7 +125,7 @@ def read_comparison(scores: Path) -> ChampionComparison:
     Raises:
         UserError: no such folder, or a model that gave no numbers.
     """
-    from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE
+    from aldm.evaluation_settings import EVALUATION_FILE, SCORES_FILE
     from aldm.score_rows import read_csv, translations
 
     if not (scores / EVALUATION_FILE).is_file() or not (scores / SCORES_FILE).is_file():

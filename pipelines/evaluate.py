@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aldm.config import SAMPLERS, Config, SamplingConfig
 from aldm.errors import UserError
-from aldm.evaluation_files import (
+from aldm.evaluation_settings import (
     PARQUET,
     PICTURES,
     QUALITY_PICTURE,
@@ -19,8 +19,8 @@ from aldm.evaluation_files import (
     SUBSETS_PICTURE,
     TABLES,
     TIMES,
+    EvaluationSettings,
 )
-from aldm.evaluation_settings import EvaluationSettings
 from aldm.files import check_folder
 from aldm.words import counted
 from pipelines.arguments import ConfigChanges, JobParser, job_parser

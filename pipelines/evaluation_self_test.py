@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from aldm.errors import UserError
-from aldm.evaluation_files import PARQUET, SCORES_FILE, TABLES
-from aldm.evaluation_settings import EvaluationSettings
+from aldm.evaluation_settings import PARQUET, SCORES_FILE, TABLES, EvaluationSettings
 from aldm.files import atomic_folder
 from aldm.words import counted
 

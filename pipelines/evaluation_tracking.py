@@ -52,7 +52,7 @@ def log_evaluation(
     """
     from mlflow.entities import Metric
 
-    from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE, TIMES
+    from aldm.evaluation_settings import EVALUATION_FILE, SCORES_FILE, TIMES
     from aldm.score_rows import read_csv
 
     uri = uri or tracking_uri(out)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aldm.errors import UserError
-from aldm.evaluation_files import EVALUATION_FILE, SCORES_FILE
+from aldm.evaluation_settings import EVALUATION_FILE, SCORES_FILE
 from aldm.score_rows import ScoreRow, write_csv
 from pipelines.champion import (
     METHOD,

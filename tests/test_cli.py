@@ -209,3 +209,13 @@ def test_help_loads_no_heavy_library() -> None:
     code = "import sys; from aldm import cli; cli.main(['--help']); print({'torch', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.endswith("set()\n")
+
+
+def test_no_job_loads_a_heavy_library_before_its_flags_are_read() -> None:
+    heavy = {"torch", "pandas", "ray", "mlflow", "matplotlib"}
+    code = (
+        "import sys, importlib; from aldm.cli import JOBS; [importlib.import_module(name) for name, _ in JOBS.values()];"
+        f"print({heavy} & set(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout.endswith("set()\n")

@@ -10,7 +10,7 @@ from untrained import save_untrained
 from aldm.checkpoint import load_checkpoint, read_checkpoint_record, save_checkpoint
 from aldm.cli import main
 from aldm.data.store import VolumeStore
-from aldm.evaluation_files import EVALUATION_FILE
+from aldm.evaluation_settings import EVALUATION_FILE
 from pipelines.registry_download import find_alias
 from pipelines.tracking_server import connect
 
