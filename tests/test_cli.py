@@ -214,7 +214,8 @@ def test_help_loads_no_heavy_library() -> None:
 def test_no_job_loads_a_heavy_library_before_its_flags_are_read() -> None:
     heavy = {"torch", "pandas", "ray", "mlflow", "matplotlib"}
     code = (
-        "import sys, importlib; from aldm.cli import JOBS; [importlib.import_module(name) for name, _ in JOBS.values()];"
+        "import sys, importlib; from aldm.cli import JOBS;"
+        "[importlib.import_module(name) for name, _ in JOBS.values()];"
         f"print({heavy} & set(sys.modules))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
