@@ -110,6 +110,6 @@ def test_an_empty_split_is_refused_with_those_that_are_not(
     test_store: VolumeStore, model: Path, tmp_path: Path
 ) -> None:
     words = ["--model", str(model), "--store", str(test_store.path), "--split", "validation"]
-    with pytest.raises(UserError, match="no subject in the split validation, only in test: give another --split"):
+    with pytest.raises(UserError, match="no subject in the split validation, only in test: give another `split`"):
         main([*words, "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

@@ -21,14 +21,14 @@ once data aldm phantom data --layout heads --num-subjects 150 --seed 7 --spacing
 once store/manifest.parquet aldm prepare data store --layout brats --spacing-mm 2 2 2 --spatial-shape 88 112 88 --splits splits.csv --num-processes 2
 once latents aldm encode --store store --codec haar --flips --out latents
 aldm train ms-spade --latents latents --run-dir ms-spade $any --max-steps 100 $train
-aldm train diffusion --latents latents --ms-spade ms-spade --run-dir diffusion $any --max-steps 2500 $train
+aldm train diffusion --latents latents --ms-spade ms-spade --run-dir diffusion $any --max-steps 1200 $train
 once sharp aldm export --codec haar --ms-spade ms-spade --diffusion diffusion --half --out sharp
-aldm train uncertainty --store store --model sharp --run-dir uncertainty --max-steps 250 $train
+aldm train uncertainty --store store --model sharp --run-dir uncertainty --max-steps 200 $train
 once model aldm export --model sharp --uncertainty uncertainty --store store --half --out model
 # the yardstick, a plain U-Net with about the same time
-aldm train unet --store store --run-dir unet --max-steps 2500 $train
+aldm train unet --store store --run-dir unet --max-steps 1200 $train
 once unet-model aldm export --baseline unet --out unet-model
-once scores aldm evaluate --model model --store store --split test --out scores --baseline unet=unet-model
+once scores aldm evaluate --model model --store store --split test --max-subjects 6 --out scores --baseline unet=unet-model
 aldm export --model sharp --uncertainty uncertainty --store store --half --scores scores --out model --overwrite
 cp model/config.json model/weights.safetensors model/README.md model/card.json "$here"
 cat >> "$here/README.md" << 'END'
