@@ -36,7 +36,7 @@ cat >> "$here/README.md" << 'END'
 ## How it was made
 
 By `make default-model` (aldm/default_model/make.sh): 130 simulated heads, whole and skull-stripped, to train on, 6 to choose the
-checkpoint by and to calibrate the uncertainty on, 14 for the scores above. No real volume was used.
+checkpoint by and to calibrate the uncertainty on, 14 to test on, of which the first 6 gave the scores above. No real volume was used.
 
 <!-- real heads: begin -->
 <!-- real heads: end -->
