@@ -1,6 +1,6 @@
 """Ways in which a volume may be unlike the training data, and how well the model that ships tells them.
 
-`python tests/corruptions.py` prints the table of docs/likeness.md: AUROC of the likeness by corruption, on simulated
+`python tests/corruptions.py` prints a table: AUROC of the likeness by corruption, on simulated
 subjects that the model was not trained on.
 """
 
