@@ -241,7 +241,7 @@ def test_what_does_not_fit_the_model_is_refused(
         "train", "ms-spade", "--latents", own_latents, "--init-from", "nowhere", *run
     )
     message = refused("encode", "--store", own_store.path, "--like", "default", "--out", tmp_path / "out")
-    assert "--set preprocess.spacing_mm=[3.0,3.0,3.0], --set preprocess.spatial_shape=[56,72,56]" in message
+    assert "--set preprocess.spacing_mm=[2.0,2.0,2.0], --set preprocess.spatial_shape=[88,112,88]" in message
     message = refused("encode", "--store", ixi_store.path, "--codec", tmp_path, "--out", tmp_path / "out")
     assert "holds no checkpoint" in message
     config = own_store.path.parent / "fine.yaml"
