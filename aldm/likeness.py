@@ -233,13 +233,18 @@ class Statistics:
         own = [kind for kind in self.means if modality_of(kind) == source]
         if not own:
             return None
-        nearest = min((self.distances(kind, np.array([row]))[0] for kind in own), key=lambda one: float(one.max()))
+        distances = {kind: self.distances(kind, np.array([row]))[0] for kind in self.means}
+        nearest = min((distances[kind] for kind in own), key=lambda one: float(one.max()))
+
+        def looks_like(kind: str) -> tuple[float, float]:
+            return self.log_likelihood(kind, row), -float(distances[kind].max())  # of two as likely the nearer one
+
         group = int(nearest.argmax())
         return Likeness(
             distance=float(f"{nearest[group]:.4g}"),
             source=source,
             differs_in=list(GROUPS)[group],
-            looks_like=modality_of(max(self.means, key=lambda kind: self.log_likelihood(kind, row))),
+            looks_like=modality_of(max(self.means, key=looks_like)),
         )
 
     def to_dict(self) -> dict[str, Any]:
