@@ -7,6 +7,9 @@ AJR 148, model a coil's sensitivity). What is left after it is contrast, anatomy
 
 import numpy as np
 
+_POWERS = np.array([p for p in np.ndindex(3, 3, 3) if sum(p) <= 2])
+"""(10, 3) powers of x, y and z in each monomial."""
+
 
 def with_fitted_gain(reference: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return an image times the smooth gain that brings it nearest to the reference, clipped to [0, 1].
@@ -20,17 +23,27 @@ def with_fitted_gain(reference: np.ndarray, image: np.ndarray, mask: np.ndarray)
         X Y Z float64. The image itself where it is 0 in the whole mask.
     """
     result = np.array(image, dtype=np.float64)
-    places = np.nonzero(mask)
-    values = result[places]
-    if not values.any():
+    inside = result * mask
+    if not inside.any():
         return result
-    terms = _terms([at / max(side - 1, 1) * 2 - 1 for at, side in zip(places, mask.shape, strict=True)])
-    weights, *_ = np.linalg.lstsq(terms * values[:, None], reference[places].astype(np.float64), rcond=None)
-    result[places] = np.clip(values * (terms @ weights), 0, 1)
+    squares, products = _moments(inside**2, 4), _moments(inside * reference, 2)  # of the normal equations
+    sums = _POWERS[:, None] + _POWERS
+    weights, *_ = np.linalg.lstsq(squares[tuple(sums.T)], products[tuple(_POWERS.T)], rcond=None)
+    gain = np.zeros((3, 3, 3))
+    gain[tuple(_POWERS.T)] = weights
+    for side in mask.shape:  # of the first axis left, whose values become the last
+        gain = np.tensordot(gain, _powers(side, 2), axes=(0, 0))
+    result[mask] = np.clip((inside * gain)[mask], 0, 1)
     return result
 
 
-def _terms(positions: list[np.ndarray]) -> np.ndarray:
-    """Return the monomials up to second order of positions in [-1, 1], (N, 10)."""
-    x, y, z = positions
-    return np.stack([np.ones_like(x), x, y, z, x * x, y * y, z * z, x * y, x * z, y * z], axis=1)
+def _moments(values: np.ndarray, order: int) -> np.ndarray:
+    """Return the sums of values (X, Y, Z) times x^a y^b z^c at [a, b, c], each up to the order."""
+    for side in values.shape:
+        values = np.tensordot(values, _powers(side, order), axes=(0, 1))
+    return values
+
+
+def _powers(side: int, order: int) -> np.ndarray:
+    """Return the powers 0 to the order of an axis' positions, from -1 to 1, (order + 1, side)."""
+    return np.vander(np.linspace(-1, 1, side), order + 1, increasing=True).T

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import corruptions
 import numpy as np
+from corruptions import with_data
 from scipy import ndimage
 
 from aldm.data.foreground import find_foreground
@@ -31,11 +32,6 @@ SEED, SPACING_MM = 2024, 2.0
 PAIRS = (("t1", "t2"), ("t2", "t1"), ("t1", "flair"), ("flair", "t1"))
 TOP_MM = 30.0
 Subject = Mapping[str, Volume]
-
-
-def with_data(volume: Volume, data: np.ndarray) -> Volume:
-    """Return a volume with other intensities."""
-    return Volume(np.ascontiguousarray(data, np.float32), volume.affine)
 
 
 def thick(volume: Volume, thickness_mm: float) -> Volume:

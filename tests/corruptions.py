@@ -39,7 +39,7 @@ def likeness(translator: Translator, volume: Volume, source: str) -> Likeness:
 
 def turned(volume: Volume, *axes: int) -> Volume:
     """Turn the voxels and leave the affine: what a header that lies does."""
-    return _with(volume, np.flip(volume.data, axes))
+    return with_data(volume, np.flip(volume.data, axes))
 
 
 def tilted(volume: Volume, degrees: float) -> Volume:
@@ -55,14 +55,14 @@ def tilted(volume: Volume, degrees: float) -> Volume:
 def noisy(volume: Volume, share: float) -> Volume:
     """Add Rician noise, its deviation a share of the brightest intensity."""
     real, imaginary = _random().normal(0, share * _brightest(volume), (2, *volume.data.shape))
-    return _with(volume, np.hypot(volume.data + real, imaginary))
+    return with_data(volume, np.hypot(volume.data + real, imaginary))
 
 
 def ghosted(volume: Volume, strength: float) -> Volume:
     """Weaken every second line of k-space along y: a ghost half a field of view away."""
     lines = np.fft.fft(volume.data, axis=1)
     lines[:, ::2] *= 1 - strength
-    return _with(volume, np.abs(np.fft.ifft(lines, axis=1)))
+    return with_data(volume, np.abs(np.fft.ifft(lines, axis=1)))
 
 
 def moved(volume: Volume) -> Volume:
@@ -74,37 +74,37 @@ def moved(volume: Volume) -> Volume:
             shift = generator.normal(0, 3, 3)
             phase = sum(step * one[:, line] for step, one in zip(shift, frequencies, strict=True))
             lines[:, line] *= np.exp(-2j * np.pi * phase)
-    return _with(volume, np.abs(np.fft.ifftn(lines)))
+    return with_data(volume, np.abs(np.fft.ifftn(lines)))
 
 
 def blurred(volume: Volume, width_mm: float) -> Volume:
     """Smooth with a Gaussian of that full width at half maximum."""
-    return _with(volume, ndimage.gaussian_filter(volume.data, width_mm / 2.355 / np.array(volume.spacing_mm)))
+    return with_data(volume, ndimage.gaussian_filter(volume.data, width_mm / 2.355 / np.array(volume.spacing_mm)))
 
 
 def shaded(volume: Volume, strength: float) -> Volume:
     """Brighten from one corner to the other by e to the power of twice the strength."""
     x, z = np.linspace(-1, 1, volume.data.shape[0])[:, None, None], np.linspace(-1, 1, volume.data.shape[2])
-    return _with(volume, volume.data * np.exp(strength * (x + z) / 2))
+    return with_data(volume, volume.data * np.exp(strength * (x + z) / 2))
 
 
 def inverted(volume: Volume) -> Volume:
     """Make what is bright in the head dark."""
     data = np.clip(1.1 * _brightest(volume) - volume.data, 0, None)
-    return _with(volume, np.where(find_foreground(volume).mask, data, volume.data))
+    return with_data(volume, np.where(find_foreground(volume).mask, data, volume.data))
 
 
 def stripped(volume: Volume) -> Volume:
     """Set to 0 what lies less than 15 mm below the skin: scalp and skull."""
     depth = ndimage.distance_transform_edt(find_foreground(volume).mask, sampling=volume.spacing_mm)
-    return _with(volume, np.where(depth > 15, volume.data, 0))
+    return with_data(volume, np.where(depth > 15, volume.data, 0))
 
 
 def half(volume: Volume) -> Volume:
     """Leave the lower half as zeros."""
     data = volume.data.copy()
     data[:, :, : data.shape[2] // 2] = 0
-    return _with(volume, data)
+    return with_data(volume, data)
 
 
 def holed(volume: Volume) -> Volume:
@@ -112,7 +112,7 @@ def holed(volume: Volume) -> Volume:
     mask = np.argwhere(find_foreground(volume).mask)
     places = np.stack(np.indices(volume.data.shape), axis=-1) - mask.mean(axis=0)
     distance = np.linalg.norm(places * np.array(volume.spacing_mm), axis=-1)
-    return _with(volume, np.where(distance < 35, 0, volume.data))
+    return with_data(volume, np.where(distance < 35, 0, volume.data))
 
 
 def smaller(volume: Volume, factor: float) -> Volume:
@@ -131,15 +131,16 @@ def legs(volume: Volume) -> Volume:
         for below, value in ((1.0, 0.8), (0.85, 0.4), (0.35, 0.1), (0.25, 0.9)):
             data[radius < below] = value * _brightest(volume)
     data = ndimage.gaussian_filter(data * _random().normal(1, 0.05, data.shape), 0.7)
-    return _with(volume, data + np.abs(_random().normal(0, 0.01 * _brightest(volume), data.shape)))
+    return with_data(volume, data + np.abs(_random().normal(0, 0.01 * _brightest(volume), data.shape)))
 
 
 def white(volume: Volume) -> Volume:
     """Replace everything by noise."""
-    return _with(volume, np.abs(_random().normal(0, 1, volume.data.shape)))
+    return with_data(volume, np.abs(_random().normal(0, 1, volume.data.shape)))
 
 
-def _with(volume: Volume, data: np.ndarray) -> Volume:
+def with_data(volume: Volume, data: np.ndarray) -> Volume:
+    """Return a volume with other intensities."""
     return Volume(np.ascontiguousarray(data, np.float32), volume.affine)
 
 
@@ -157,7 +158,7 @@ CORRUPTIONS: Mapping[str, Callable[[Volume], Volume]] = {
     "turned by 180 degrees about the axis from nose to neck": lambda v: turned(v, 0, 2),
     "upside down (mirrored)": lambda v: turned(v, 2),
     "left and right exchanged": lambda v: turned(v, 0),
-    "axes y and z exchanged": lambda v: _with(v, np.swapaxes(v.data, 1, 2)),
+    "axes y and z exchanged": lambda v: with_data(v, np.swapaxes(v.data, 1, 2)),
     "two legs": legs,
     "noise alone": white,
     "lower half zeros": half,
@@ -176,7 +177,7 @@ CORRUPTIONS: Mapping[str, Callable[[Volume], Volume]] = {
 }
 HARMLESS: Mapping[str, Callable[[Volume], Volume]] = {
     "head tilted by 15 degrees": lambda v: tilted(v, 15),
-    "3 times as bright": lambda v: _with(v, 3 * v.data),
+    "3 times as bright": lambda v: with_data(v, 3 * v.data),
 }
 
 

@@ -2,6 +2,7 @@
 # Makes the default model again: make default-model DIR=FOLDER, about three hours on two CPU cores. It goes on where it
 # was stopped. Then write what the tests expect of the model: python tests/golden_default_model.py
 set -euo pipefail
+: "${1:?a folder to work in is wanted: make default-model DIR=FOLDER}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 mkdir -p "$1"
 cd "$1"
