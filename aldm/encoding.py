@@ -129,7 +129,7 @@ class Encoding:
         return make_encoder(self.codec, self.shape, device, self.config.precision, max_memory_gb)
 
     def worker_encoder(self, device: str, max_memory_gb: float | None) -> "WorkerEncoder":
-        """Return what encodes a volume in another process, on cpu, cuda or auto."""
+        """Return what encodes a volume in another process, on cpu or cuda."""
         return WorkerEncoder(self.codec_name, self.config, self.shape, device, max_memory_gb)
 
     def run(
@@ -160,7 +160,7 @@ def load_codec(name_or_run: str, config: Config) -> tuple[Codec, CodecConfig]:
     Raises:
         UserError: no such word, or a folder that holds no trained codec.
     """
-    if name_or_run == "haar":
+    if name_or_run == HAAR:
         codec_config = replace(config.codec, kind="haar")
         return build_codec(codec_config), codec_config
     if name_or_run != DEFAULT and not Path(name_or_run).is_dir():
