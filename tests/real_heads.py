@@ -50,14 +50,12 @@ WORDS = {
 
 def prepare(folder: Path, model: Path, out: Path) -> VolumeStore:
     """Prepare the table of the folder as the model wants it, every subject in the test split."""
-    preprocess = Translator.load(model).config.preprocess
     with (folder / "table.csv").open(newline="") as stream:
         subjects = dict.fromkeys(row["subject_id"] for row in csv.DictReader(stream))
     splits = out / "splits.csv"
     splits.write_text("subject_id,split\n" + "".join(f"{name},test\n" for name in subjects))
-    grid = ("--spacing-mm", *preprocess.spacing_mm, "--spatial-shape", *preprocess.spatial_shape)
-    words = ("prepare", folder / "table.csv", out / "store", "--layout", "table", "--splits", splits, *grid)
-    run(*words, "--log-level", "error")
+    words = ("prepare", folder / "table.csv", out / "store", "--layout", "table", "--splits", splits)
+    run(*words, "--like", model, "--log-level", "error")
     return VolumeStore.open(out / "store")
 
 
